@@ -1,0 +1,201 @@
+"""MTAConfig: everything that decides what MTALoss computes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from mta_fast.errors import InputError, MissingPackageError
+
+Granularity = Literal["word", "phrase"]
+
+
+class _Preset(NamedTuple):
+    """One row of the paper's table: layers of words | phrases, and the two weights."""
+
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+    lambda_dsa: float
+    lambda_hid: float
+
+
+_QWEN_UPPER = (14, 16, 18, 20, 22, 24)
+_OPT_STUDENT, _OPT_TEACHER = (16, 18, 20, 22, 24), (20, 23, 26, 29, 32)
+# The first layer of every pair aligns words, the others phrases.
+PRESETS: dict[str, _Preset] = {
+    "gpt2": _Preset((6, 9, 12), (24, 36, 48), 2.0, 0.2),
+    "qwen1.5": _Preset(_QWEN_UPPER, _QWEN_UPPER, 2.0, 0.2),
+    "opt": _Preset(_OPT_STUDENT, _OPT_TEACHER, 3.0, 0.3),
+    "gpt2-fdd": _Preset((4, 6, 8), (16, 24, 32), 2.0, 0.2),
+    "qwen1.5-fdd": _Preset((4, 8, 16), (4, 8, 16), 2.0, 0.2),
+    "qwen1.5-distillm2": _Preset(_QWEN_UPPER, _QWEN_UPPER, 2.0, 0.2),
+    "opt-distillm2": _Preset(_OPT_STUDENT, _OPT_TEACHER, 3.0, 0.3),
+}
+_CHOICES = {
+    "student_pooling": ("teacher", "own"),
+    "weighting": ("importance", "uniform", "entropy"),
+    "normalization": ("batch", "sample"),
+    "dsa_method": ("auto", "pairwise", "gram"),
+}
+
+
+@dataclass(frozen=True)
+class MTAConfig:
+    """What MTALoss computes. Every ablation of the paper is a field.
+
+    Attributes:
+        layer_pairs: (student layer, teacher layer) hidden-state indices: 0 the embeddings, N after the final norm.
+        granularity: "word" or "phrase" for each pair; a single string stands for all pairs.
+        lambda_dsa, lambda_hid: weights of the two terms; 0 leaves a term out (Hid then has no projections).
+        student_pooling: "teacher": the student pools with the teacher's token weights (paper); "own": with its own
+            importance (public scripts; always so with two tokenizers).
+        weighting: "importance"; "uniform": W_u = 1 in DSA and n_j in Hid (ablation "no weights"; pooling stays
+            weighted); "entropy": the teacher's certainty replaces importance in both, never in pooling.
+        normalization: "batch": numerators and denominators summed over the batch (paper); "sample": mean of rows.
+        causal: importance attends to earlier tokens only.
+        count_padding: importance counts padded queries (public scripts).
+        projection_bias: whether the projections have a bias.
+        dsa_method: "auto", "pairwise" or "gram".
+        backend: "auto" or a backend's name.
+
+    Raises:
+        InputError: a value outside these, or lengths that don't match.
+    """
+
+    layer_pairs: tuple[tuple[int, int], ...]
+    granularity: tuple[Granularity, ...] = field(default=("phrase",))
+    lambda_dsa: float = 2.0
+    lambda_hid: float = 0.2
+    student_pooling: Literal["teacher", "own"] = "teacher"
+    weighting: Literal["importance", "uniform", "entropy"] = "importance"
+    normalization: Literal["batch", "sample"] = "batch"
+    causal: bool = False
+    count_padding: bool = False
+    projection_bias: bool = True
+    dsa_method: Literal["auto", "pairwise", "gram"] = "auto"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        pairs = _layer_pairs(self.layer_pairs)
+        given: str | Iterable[str] = self.granularity
+        kinds = (given,) if isinstance(given, str) else tuple(given)
+        kinds = kinds * len(pairs) if len(kinds) == 1 else kinds
+        if len(kinds) != len(pairs):
+            raise InputError(f"granularity: expected one for each of the {len(pairs)} layer pairs, got {len(kinds)}")
+        for kind in kinds:
+            if kind not in ("word", "phrase"):
+                raise InputError(f"granularity: expected 'word' or 'phrase', got {kind!r}")
+        object.__setattr__(self, "layer_pairs", pairs)
+        object.__setattr__(self, "granularity", kinds)
+        for name, options in _CHOICES.items():
+            if getattr(self, name) not in options:
+                raise InputError(f"{name}: expected one of {', '.join(options)}, got {getattr(self, name)!r}")
+        for name in ("lambda_dsa", "lambda_hid"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise InputError(f"{name}: expected a finite number >= 0, got {value!r}")
+        for name in ("causal", "count_padding", "projection_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+
+    @property
+    def student_layers(self) -> list[int]:
+        """The distinct student hidden-state indices, ascending: what to capture."""
+        return sorted({student for student, _ in self.layer_pairs})
+
+    @property
+    def teacher_layers(self) -> list[int]:
+        """The distinct teacher hidden-state indices, ascending."""
+        return sorted({teacher for _, teacher in self.layer_pairs})
+
+    @classmethod
+    def paper(cls, pair: str = "gpt2", **changes: Any) -> MTAConfig:
+        """The paper's settings for a model pair (table of layer choices).
+
+        Args:
+            pair: "gpt2" (120M <- 1.5B), "qwen1.5" (0.5B <- 1.8B), "opt" (1.3B <- 6.7B), or one of "gpt2-fdd",
+                "qwen1.5-fdd", "qwen1.5-distillm2", "opt-distillm2" for that base loss.
+            changes: fields to set otherwise.
+        """
+        if pair not in PRESETS:
+            raise InputError(f"pair: expected one of {', '.join(PRESETS)}, got {pair!r}{_nearest(pair, PRESETS)}")
+        preset = PRESETS[pair]
+        settings: dict[str, Any] = {
+            "layer_pairs": tuple(zip(preset.student, preset.teacher, strict=True)),
+            "granularity": ("word", *("phrase",) * (len(preset.student) - 1)),
+            "lambda_dsa": preset.lambda_dsa,
+            "lambda_hid": preset.lambda_hid,
+        }
+        return cls.from_dict(settings | changes)
+
+    @classmethod
+    def public(cls, pair: str = "gpt2", *, weight: float = 2.0, **changes: Any) -> MTAConfig:
+        """What the authors' public scripts compute: weight * mean over layers of (DSA + 0.1 Hid).
+
+        Importance counts padded queries, and the student pools with its own importance.
+
+        Args:
+            pair: as in ``paper``, for the layers. weight: 2 or 3 in the scripts.
+        """
+        variant = {"student_pooling": "own", "count_padding": True}
+        scale = {"lambda_dsa": weight, "lambda_hid": 0.1 * weight}
+        return cls.paper(pair, **(variant | scale | changes))
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> MTAConfig:
+        """The inverse of ``to_dict``; an unknown key is an error that names the nearest valid one."""
+        known = [f.name for f in fields(cls)]
+        for key in settings:
+            if key not in known:
+                raise InputError(f"MTAConfig: unknown key {key!r}{_nearest(key, known)}; expected {', '.join(known)}")
+        if "layer_pairs" not in settings:
+            raise InputError("MTAConfig: expected layer_pairs, got none; MTAConfig.paper() has presets")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, strings and numbers."""
+        plain = asdict(self)
+        plain["layer_pairs"] = [list(pair) for pair in self.layer_pairs]
+        plain["granularity"] = list(self.granularity)
+        return plain
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> MTAConfig:
+        """Read the fields from a YAML file."""
+        loaded = _yaml().safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(loaded, dict):
+            raise InputError(f"{path}: expected a mapping of MTAConfig fields, got {type(loaded).__name__}")
+        return cls.from_dict(loaded)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the fields to a YAML file."""
+        Path(path).write_text(_yaml().safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _layer_pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
+    try:
+        made = tuple((int(student), int(teacher)) for student, teacher in pairs)
+    except (TypeError, ValueError):
+        raise InputError(f"layer_pairs: expected (student layer, teacher layer) pairs, got {pairs!r}") from None
+    if not made:
+        raise InputError("layer_pairs: expected at least one pair, got none")
+    for pair in made:
+        if min(pair) < 0:
+            raise InputError(f"layer_pairs: expected hidden-state indices >= 0, got {pair}")
+    return made
+
+
+def _nearest(name: str, options: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(options), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise MissingPackageError("YAML: expected the package pyyaml, got none; pip install 'mta-fast[train]'") from None
+    return yaml

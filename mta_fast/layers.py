@@ -1,0 +1,222 @@
+"""Which layers to align, and how to get exactly those hidden states out of a model.
+
+Indices follow the ``hidden_states`` of transformers: 0 is the embeddings, k the residual stream after block k,
+and N that stream after the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mta_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Layer pairs (student layer, teacher layer); pass ``pairs`` to ``MTAConfig(layer_pairs=...)``."""
+
+    pairs: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def proportional(
+        cls, student_layers: int, teacher_layers: int, layers: Sequence[int] | None = None
+    ) -> LayerMap:
+        """phi(l) = round-half-up(l * N_T / N_S) (paper section "layers").
+
+        Args:
+            student_layers: N_S, the student's depth; teacher_layers: N_T.
+            layers: the student layers to map; None: N_S / 2, 3 N_S / 4 and N_S, the paper's choice for GPT-2.
+
+        Raises:
+            InputError: a depth < 1, a student deeper than its teacher, a layer outside 0 ... N_S.
+        """
+        for name, depth in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
+            if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+                raise InputError(f"{name}: expected the model's number of layers (an integer >= 1), got {depth!r}")
+        if student_layers > teacher_layers:
+            raise InputError(
+                f"student_layers: expected at most the teacher's {teacher_layers}, got {student_layers}; "
+                f"two student layers would share a teacher layer: give layer_pairs by hand"
+            )
+        if layers is None:
+            layers = sorted({_round_half_up(student_layers * part, 4) for part in (2, 3, 4)})
+        for layer in layers:
+            if not 0 <= layer <= student_layers:
+                raise InputError(f"layers: expected 0 to {student_layers}, got {layer}")
+        return cls(tuple((layer, _round_half_up(layer * teacher_layers, student_layers)) for layer in layers))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+
+def _round_half_up(numerator: int, denominator: int) -> int:
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+class CapturedStates(dict[int, Tensor]):
+    """{layer: hidden state}, filled by the model's forward."""
+
+    def __missing__(self, layer: int) -> Tensor:
+        raise InputError(
+            f"hidden state of layer {layer}: expected one of the captured layers {sorted(self)}; "
+            f"call the model inside the with-block, and list the layer in capture_layers(model, layers)"
+        )
+
+
+@contextmanager
+def capture_layers(model: nn.Module, layers: Sequence[int]) -> Iterator[CapturedStates]:
+    """Collect the hidden states of chosen layers while the model runs; only those are kept.
+
+    ``with capture_layers(model, [6, 9, 12]) as hidden: model(**batch)`` fills ``hidden[6]`` and so on; a second
+    call overwrites them. Where transformers can select hidden states itself, it is asked to (this also works
+    under torch.compile and gradient checkpointing); elsewhere forward hooks read the blocks.
+
+    Args:
+        model: a transformers model, or one wrapped by PEFT, torch.compile, DDP or FSDP2.
+        layers: hidden-state indices, 0 to the model's depth.
+
+    Raises:
+        InputError: an index out of range, reentrant gradient checkpointing (its first pass keeps no graph), or
+            a model whose output or blocks can't be read.
+    """
+    wanted = sorted(set(layers))
+    depth = num_layers(model)
+    for layer in wanted:
+        if not isinstance(layer, int) or not 0 <= layer <= depth:
+            raise InputError(f"layers: expected hidden-state indices 0 to {depth} (the model's depth), got {layer!r}")
+    _refuse_reentrant_checkpointing(model)
+    captured = CapturedStates()
+    with ExitStack() as hooks:
+        if selects_hidden_states(model) or hasattr(model, "_orig_mod"):  # hooks on compiled blocks don't fire
+            _ask_for_states(model, wanted, captured, hooks)
+        else:
+            _hook_blocks(model, wanted, depth, captured, hooks)
+        yield captured
+
+
+def num_layers(model: nn.Module) -> int:
+    """N, the number of transformer blocks of a (wrapped) transformers model."""
+    config = getattr(unwrap(model), "config", None)
+    if config is None:
+        raise InputError(f"model: expected a transformers model with a config, got {type(model).__name__}")
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(text.num_hidden_layers)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside torch.compile, DDP and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def selects_hidden_states(model: nn.Module) -> bool:
+    """Whether this architecture honours ``output_hidden_states=[indices]`` (transformers 5.2 and later).
+
+    Some architectures (GPT-J) ignore the list and return every state.
+    """
+    try:
+        from transformers.utils.output_capturing import selected_hidden_states  # noqa: F401
+    except ImportError:
+        return False
+    inner = unwrap(model)
+    backbone = getattr(inner, "base_model", inner)
+    return any("hidden_states" in (getattr(m, "_can_record_outputs", None) or ()) for m in backbone.modules())
+
+
+def hidden_widths(model: nn.Module, layers: Sequence[int]) -> dict[int, int]:
+    """{layer: width} of hidden states, measured with a forward pass over two tokens (OPT-350m's last differs)."""
+    device = next(model.parameters()).device
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), capture_layers(model, layers) as hidden:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return {layer: hidden[layer].shape[-1] for layer in layers}
+
+
+def _ask_for_states(model: nn.Module, wanted: list[int], captured: CapturedStates, hooks: ExitStack) -> None:
+    def ask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        # a caller that asked for all states gets them
+        asked = kwargs.get("output_hidden_states") is True
+        return args, kwargs if asked else kwargs | {"output_hidden_states": wanted}
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        states = getattr(output, "hidden_states", None)
+        if states is None:
+            raise InputError(
+                f"capture_layers: expected an output with hidden_states, got {type(output).__name__}; "
+                f"call the model with return_dict=True"
+            )
+        captured.update({layer: states[layer] for layer in wanted})
+
+    hooks.enter_context(_removing(model.register_forward_pre_hook(ask, with_kwargs=True)))
+    hooks.enter_context(_removing(model.register_forward_hook(keep)))
+
+
+def _hook_blocks(
+    model: nn.Module, wanted: list[int], depth: int, captured: CapturedStates, hooks: ExitStack
+) -> None:
+    inner = unwrap(model)
+    backbone = getattr(inner, "base_model", inner)
+    blocks = _blocks(backbone, depth)
+
+    def keep_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captured[0] = args[0] if args else kwargs["hidden_states"]
+
+    def keeper(layer: int) -> Any:
+        def keep_output(_module: nn.Module, _args: Any, output: Any) -> None:
+            captured[layer] = output if isinstance(output, Tensor) else output[0]
+
+        return keep_output
+
+    if 0 in wanted:
+        hooks.enter_context(_removing(blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True)))
+    for layer in wanted:
+        if layer:
+            module = backbone if layer == depth else blocks[layer - 1]
+            hooks.enter_context(_removing(module.register_forward_hook(keeper(layer))))
+
+
+def _blocks(backbone: nn.Module, depth: int) -> nn.ModuleList:
+    found = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not found:
+        raise InputError(f"model: expected a ModuleList of its {depth} blocks, found none in {type(backbone).__name__}")
+    return found[0]
+
+
+def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled():
+            if getattr(function, "keywords", {}).get("use_reentrant", False):
+                raise InputError(
+                    "capture_layers: expected gradient checkpointing without reentry, got use_reentrant=True; call "
+                    "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+                )
+
+
+@contextmanager
+def _removing(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,337 @@
+"""MTALoss: layer pairs -> importance -> pooling -> DSA and Hid -> MTAOutput."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mta_fast.config import MTAConfig
+from mta_fast.errors import InputError
+from mta_fast.layers import hidden_widths
+from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat
+from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
+from mta_fast.ops.importance import token_importance
+from mta_fast.ops.pooling import SpanWeights, normalize_weights, pool_spans
+from mta_fast.ops.span_pairs import span_pair_terms
+from mta_fast.reference import quotient
+from mta_fast.rows import Rows
+from mta_fast.spans.batch import SpanBatch
+
+HiddenStates = Mapping[int, Tensor] | Sequence[Tensor | None]
+
+
+class LayerPairTerms(NamedTuple):
+    """Numerators and denominators of both terms per layer pair, [L] each; a term left out is 0 / 0."""
+
+    dsa_numerator: Tensor
+    dsa_denominator: Tensor
+    hid_numerator: Tensor
+    hid_denominator: Tensor
+
+
+class MTAOutput(NamedTuple):
+    """What MTALoss returns."""
+
+    loss: Tensor  # lambda_dsa * dsa + lambda_hid * hid
+    dsa: Tensor  # L_DSA, unweighted mean over the layer pairs
+    hid: Tensor  # L_Hid, likewise
+    per_layer: LayerPairTerms
+
+    def nonfinite_layer_pairs(self) -> list[int]:
+        """Positions (in ``config.layer_pairs``) whose terms are NaN or infinite; one synchronisation on a GPU."""
+        finite = torch.stack([terms.detach().isfinite() for terms in self.per_layer]).all(0)
+        return [i for i, fine in enumerate(finite.tolist()) if not fine]
+
+
+class Projection(nn.Linear):
+    """P_l of Hid: student width to teacher width. ``forward`` runs the op, so that FSDP and ZeRO gather it."""
+
+    def forward(  # type: ignore[override]  # the op needs the teacher's states beside the input
+        self, student: Tensor, teacher: Tensor, tokens: Tensor, weights: Tensor, backend: str
+    ) -> Tensor:
+        """sum_c g_c (1 - cos(P h^S + bias, h^T)) over the listed tokens; see ``hidden_alignment_numerator``."""
+        return hidden_alignment_numerator(student, teacher, tokens, weights, self.weight, self.bias, backend=backend)
+
+
+class MTALoss(nn.Module):
+    """The MTA loss of a student and a teacher; holds the trained projections of Hid.
+
+    Args:
+        config: what to compute.
+        student_dim: width of the student's hidden states, or one width per layer pair.
+        teacher_dim: likewise.
+
+    Raises:
+        InputError: a list of widths of another length than the layer pairs.
+    """
+
+    def __init__(self, config: MTAConfig, student_dim: int | Sequence[int], teacher_dim: int | Sequence[int]) -> None:
+        super().__init__()
+        self.config = config
+        self.student_dims = _per_pair("student_dim", student_dim, len(config.layer_pairs))
+        self.teacher_dims = _per_pair("teacher_dim", teacher_dim, len(config.layer_pairs))
+        widths = zip(self.student_dims, self.teacher_dims, strict=True) if config.lambda_hid > 0 else ()
+        self.projections = nn.ModuleList(Projection(s, t, bias=config.projection_bias) for s, t in widths)
+
+    @classmethod
+    def for_models(cls, student: nn.Module, teacher: nn.Module, config: MTAConfig) -> MTALoss:
+        """MTALoss with the widths that these models' hidden states have at the configured layers.
+
+        Args:
+            student, teacher: causal language models of transformers (PEFT-wrapped ones too). Each runs once on
+                two tokens; the projections are made in float32 on the student's device.
+
+        Raises:
+            InputError: a layer index beyond a model's depth.
+        """
+        student_widths = hidden_widths(student, config.student_layers)
+        teacher_widths = hidden_widths(teacher, config.teacher_layers)
+        pairs = config.layer_pairs
+        loss = cls(config, [student_widths[s] for s, _ in pairs], [teacher_widths[t] for _, t in pairs])
+        return loss.to(next(student.parameters()).device)
+
+    def forward(
+        self,
+        student_hidden: HiddenStates,
+        teacher_hidden: HiddenStates,
+        spans: Mapping[str, SpanBatch],
+        attention_mask: Tensor | None = None,
+        *,
+        teacher_spans: Mapping[str, SpanBatch] | None = None,
+        teacher_attention_mask: Tensor | None = None,
+        entropy_weights: Tensor | None = None,
+        denominators: Tensor | None = None,
+    ) -> MTAOutput:
+        """The loss of one batch.
+
+        Args:
+            student_hidden: {layer: [B, S, d_S]} of the configured layers, or a transformers ``hidden_states``
+                tuple; [T, d_S] packed.
+            teacher_hidden: likewise; needs no gradient and may be half precision.
+            spans: {"word": SpanBatch, "phrase": SpanBatch} (those the config uses), on the same device. They
+                carry the rows, so the masks are not needed.
+            attention_mask: [B, S] or None. A given mask is checked against the spans: its shape always, its
+                content where it is on the CPU and not compiled.
+            teacher_spans: with two tokenizers, the teacher's half of ``SpanBatch.pair``.
+            teacher_attention_mask: likewise for the teacher's tokens.
+            entropy_weights: [B, S] over the teacher's tokens (``entropy_weights(logits)``); needed for
+                ``weighting="entropy"``, refused otherwise.
+            denominators: [L, 2] from ``denominators()``, summed over all micro-batches and ranks. Then the sum
+                of the micro-batches' losses (and gradients) is that of the one big batch.
+
+        Returns:
+            MTAOutput. The loss is 0 with a graph when the batch has no spans, NaN when a hidden state that it
+            reads is NaN or infinite.
+
+        Raises:
+            InputError: layers, widths, shapes, dtypes or devices that don't match.
+        """
+        pairs = self._pairs(spans, teacher_spans, teacher_hidden, entropy_weights)
+        dims = zip(self.student_dims, self.teacher_dims, strict=True)
+        terms = []
+        for i, ((student_layer, _), pair, (student_dim, teacher_dim)) in enumerate(
+            zip(self.config.layer_pairs, pairs, dims, strict=True)
+        ):
+            student = _hidden_state(student_hidden, student_layer, "student", student_dim)
+            _check_width(pair.teacher, "teacher", teacher_dim)
+            check_device(student.device, teacher_hidden=pair.teacher)
+            check_spans(pair.spans, student.shape[:-1], student.device, "student_hidden")
+            _check_mask("attention_mask", attention_mask, pair.spans.rows)
+            _check_mask("teacher_attention_mask", teacher_attention_mask, pair.teacher_spans.rows)
+            terms.append(self._terms(i, student, pair))
+        per_layer = LayerPairTerms(*(torch.stack(column) for column in zip(*terms, strict=True)))
+        if denominators is not None:
+            check_shape("denominators", denominators, (len(terms), 2), "one (DSA, Hid) pair per layer pair")
+            check_device(per_layer.dsa_numerator.device, denominators=denominators)
+            dsa_denominator, hid_denominator = denominators.detach().unbind(1)
+            per_layer = per_layer._replace(dsa_denominator=dsa_denominator, hid_denominator=hid_denominator)
+        dsa = quotient(per_layer.dsa_numerator, per_layer.dsa_denominator).mean()
+        hid = quotient(per_layer.hid_numerator, per_layer.hid_denominator).mean()
+        return MTAOutput(self.config.lambda_dsa * dsa + self.config.lambda_hid * hid, dsa, hid, per_layer)
+
+    @torch.no_grad()
+    def denominators(
+        self,
+        teacher_hidden: HiddenStates,
+        spans: Mapping[str, SpanBatch],
+        *,
+        teacher_spans: Mapping[str, SpanBatch] | None = None,
+        entropy_weights: Tensor | None = None,
+    ) -> Tensor:
+        """[L, 2] denominators of (DSA, Hid) per layer pair, from the teacher only.
+
+        Sum them over the micro-batches and ranks of an optimisation step and give the sum to ``forward``. It
+        costs the teacher's importance a second time. Under DDP, which averages gradients over the ranks,
+        multiply the loss by the number of ranks.
+
+        Args:
+            As in ``forward``.
+        """
+        rows = []
+        for pair in self._pairs(spans, teacher_spans, teacher_hidden, entropy_weights):
+            # the denominator needs weights only: zero vectors of one feature stand in for the pooled states
+            stand_in = torch.zeros_like(pair.weights.span)[:, None]
+            _, dsa = self._span_pair_terms(stand_in, stand_in, pair, method="gram")
+            rows.append(torch.stack([dsa, pair.hid_denominator(self.config)]))
+        return torch.stack(rows)
+
+    def _pairs(
+        self,
+        spans: Mapping[str, SpanBatch],
+        teacher_spans: Mapping[str, SpanBatch] | None,
+        teacher_hidden: HiddenStates,
+        entropy_weights: Tensor | None,
+    ) -> list[_TeacherSide]:
+        """The teacher's side of every layer pair. Importance is computed once for a layer used twice."""
+        config = self.config
+        if (entropy_weights is None) == (config.weighting == "entropy"):
+            raise InputError(
+                f"entropy_weights: expected {'them' if entropy_weights is None else 'none'} with "
+                f"weighting={config.weighting!r}, got {'none' if entropy_weights is None else 'some'}"
+            )
+        importances: dict[int, Tensor] = {}
+        pairs = []
+        for (_, layer), kind in zip(config.layer_pairs, config.granularity, strict=True):
+            own = _span_batch("spans", spans, kind)
+            other = own if teacher_spans is None else _span_batch("teacher_spans", teacher_spans, kind)
+            if own.num_spans != other.num_spans:
+                raise InputError(
+                    f"teacher_spans: expected the {own.num_spans} spans of `spans`, got {other.num_spans}; "
+                    f"make both with SpanBatch.pair"
+                )
+            hidden = _hidden_state(teacher_hidden, layer, "teacher").detach()
+            check_spans(other, hidden.shape[:-1], hidden.device, "teacher_hidden")
+            if layer not in importances:
+                importances[layer] = self._importance(hidden, other.rows)
+            token = normalize_weights(importances[layer], other, backend=config.backend)
+            weights = token
+            if config.weighting != "importance":
+                values = torch.ones_like(importances[layer]) if entropy_weights is None else entropy_weights
+                check_device(hidden.device, entropy_weights=values)
+                weights = normalize_weights(values, other, backend=config.backend)
+            pairs.append(_TeacherSide(hidden, own, other, teacher_spans is not None, token.token, weights))
+        return pairs
+
+    def _importance(self, hidden: Tensor, rows: Rows) -> Tensor:
+        config = self.config
+        options = {"causal": config.causal, "count_padding": config.count_padding, "backend": config.backend}
+        return token_importance(hidden, rows=rows, **options)  # type: ignore[arg-type]  # a dict of mixed values
+
+    def _terms(self, i: int, student: Tensor, pair: _TeacherSide) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        config, backend = self.config, self.config.backend
+        zero = flat(student)[:0].sum(dtype=pair.weights.span.dtype)  # 0 with the student's graph
+        dsa = hid = (zero, zero.detach())
+        student_spans = teacher_spans = zero[None, None]
+        if config.lambda_dsa > 0 or pair.two_tokenizers:
+            student_token_weights = pair.token_weights
+            if pair.two_tokenizers or config.student_pooling == "own":
+                importance = self._importance(student, pair.spans.rows)
+                student_token_weights = normalize_weights(importance, pair.spans, backend=backend).token
+            student_spans, _ = pool_spans(student, student_token_weights, pair.spans, backend=backend)
+            teacher_spans, _ = pool_spans(pair.teacher, pair.token_weights, pair.teacher_spans, backend=backend)
+        if config.lambda_dsa > 0:
+            dsa = self._span_pair_terms(student_spans, teacher_spans, pair, config.dsa_method)
+        if config.lambda_hid > 0:
+            weights = pair.hid_weights(config)
+            if pair.two_tokenizers:
+                tokens = torch.arange(weights.shape[0], device=weights.device)
+                numerator = self.projections[i](student_spans, teacher_spans, tokens, weights, backend)
+            else:
+                states = flat(student), flat(pair.teacher)
+                numerator = self.projections[i](*states, pair.spans.covered, weights, backend)
+            hid = (numerator, pair.hid_denominator(config))
+        return *dsa, *hid
+
+    def _span_pair_terms(
+        self, student: Tensor, teacher: Tensor, pair: _TeacherSide, method: str
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
+        uniform = config.weighting == "uniform"
+        return span_pair_terms(
+            student,
+            teacher,
+            torch.ones_like(pair.weights.span) if uniform else pair.weights.span,
+            pair.spans,
+            reduction=config.normalization,
+            method=method,
+            backend=config.backend,
+        )
+
+
+class _TeacherSide(NamedTuple):
+    """What one layer pair takes from the teacher."""
+
+    teacher: Tensor  # hidden states, detached
+    spans: SpanBatch  # on the student's tokens
+    teacher_spans: SpanBatch  # the same object with one tokenizer
+    two_tokenizers: bool
+    token_weights: Tensor  # importance over the spans' incidences: what pooling uses
+    weights: SpanWeights  # what DSA and Hid are weighted with
+
+    def hid_weights(self, config: MTAConfig) -> Tensor:
+        """Hid's weights: of the covered tokens [C], n_j w_j; with two tokenizers of the spans [N]."""
+        uniform, per_row = config.weighting == "uniform", config.normalization == "sample"
+        dtype = self.weights.span.dtype
+        if self.two_tokenizers and uniform:
+            spans_in_row = self.spans.span_splits.diff().to(dtype)[self.spans.span_rows]
+            return 1 / spans_in_row if per_row else torch.ones_like(spans_in_row)
+        if self.two_tokenizers:
+            return self.weights.span
+        counts = self.spans.cover_splits.diff().to(dtype)
+        return counts if uniform and not per_row else counts * self.weights.token.reshape(-1)[self.spans.covered]
+
+    def hid_denominator(self, config: MTAConfig) -> Tensor:
+        """The sum of Hid's weights; for "sample" the number of rows whose weights don't sum to 0."""
+        if config.normalization == "sample":
+            return (self.weights.row_total != 0).sum().to(self.weights.span.dtype)
+        return self.hid_weights(config).sum()
+
+
+def _per_pair(name: str, dim: int | Sequence[int], pairs: int) -> list[int]:
+    dims = [dim] * pairs if isinstance(dim, int) else [int(d) for d in dim]
+    if len(dims) != pairs or min(dims) < 1:
+        raise InputError(f"{name}: expected a width or one for each of the {pairs} layer pairs, got {dim!r}")
+    return dims
+
+
+def _span_batch(name: str, spans: Mapping[str, SpanBatch], kind: str) -> SpanBatch:
+    if not isinstance(spans, Mapping) or kind not in spans:
+        got = sorted(spans) if isinstance(spans, Mapping) else type(spans).__name__
+        raise InputError(f"{name}: expected a dict with the key {kind!r}, got {got}")
+    return spans[kind]
+
+
+def _hidden_state(hidden: HiddenStates, layer: int, side: str, width: int | None = None) -> Tensor:
+    if isinstance(hidden, Mapping):
+        state = hidden.get(layer)
+        available = sorted(hidden)
+    else:
+        state = hidden[layer] if layer < len(hidden) else None
+        available = [i for i, h in enumerate(hidden) if h is not None]
+    if state is None:
+        raise InputError(f"{side}_hidden: expected the hidden state of layer {layer}, got layers {available}")
+    check_float(f"{side}_hidden[{layer}]", state, (2, 3))
+    if width is not None:
+        _check_width(state, f"{side}_hidden[{layer}]", width)
+    return state
+
+
+def _check_width(state: Tensor, name: str, width: int) -> None:
+    if state.shape[-1] != width:
+        raise InputError(
+            f"{name}: expected width {width} as MTALoss was made for, got {state.shape[-1]}; "
+            f"MTALoss.for_models reads the widths from the models"
+        )
+
+
+def _check_mask(name: str, mask: Tensor | None, rows: Rows) -> None:
+    if mask is None:
+        return
+    check_shape(name, mask, rows.shape, "the tokens of the spans")
+    if torch.compiler.is_compiling() or mask.device.type != "cpu":
+        return
+    if not torch.equal(Rows.from_mask(mask).host[:, 1], rows.host[:, 1]):
+        raise InputError(f"{name}: expected the mask the spans were made with, got other row lengths")

@@ -1,0 +1,89 @@
+"""Input checks that the four ops share. All run on the host from shapes and dtypes: none synchronises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mta_fast.errors import DoubleBackwardError, InputError
+from mta_fast.rows import Rows
+from mta_fast.spans.batch import SpanBatch
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("mean", "sample", "none")
+
+
+def check_float(name: str, tensor: Tensor, ndim: Sequence[int]) -> None:
+    """``tensor`` is floating point, has one of these numbers of dimensions, and is not empty in its last one."""
+    if tensor.dtype not in FLOATS:
+        raise InputError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.ndim not in ndim:
+        expected = " or ".join(map(str, ndim))
+        raise InputError(f"{name}: expected {expected} dimensions, got shape {tuple(tensor.shape)}")
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int], why: str) -> None:
+    """``tensor`` has exactly this shape."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise InputError(f"{name}: expected shape {tuple(expected)} ({why}), got {tuple(tensor.shape)}")
+
+
+def check_device(device: torch.device, **tensors: Tensor | None) -> None:
+    """All tensors are on ``device``."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise InputError(f"{name}: expected on {device}, got {tensor.device}; move it with .to({str(device)!r})")
+
+
+def check_option(name: str, value: str, options: Sequence[str]) -> None:
+    """``value`` is one of ``options``."""
+    if value not in options:
+        raise InputError(f"{name}: expected one of {', '.join(options)}, got {value!r}")
+
+
+def check_spans(spans: SpanBatch, leading: Sequence[int], device: torch.device, name: str = "hidden") -> None:
+    """The spans were made for hidden states with this leading shape, and are on their device."""
+    if tuple(spans.shape) != tuple(leading):
+        raise InputError(
+            f"spans: made for tokens of shape {tuple(spans.shape)}, but {name} has {tuple(leading)}; make the SpanBatch "
+            f"from the same padded batch (two tokenizers: SpanBatch.pair and teacher_spans=)"
+        )
+    if spans.device != device:
+        raise InputError(f"spans: expected on {device}, got {spans.device}; move them with spans.to({str(device)!r})")
+
+
+def make_rows(
+    hidden: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, rows: Rows | None = None
+) -> Rows:
+    """The rows of ``hidden`` [B, S, d] or [T, d] from at most one description of them, on its device."""
+    given = [x is not None for x in (attention_mask, cu_seqlens, rows)]
+    if sum(given) > 1:
+        raise InputError("rows: expected at most one of attention_mask, cu_seqlens and rows, got several")
+    leading = tuple(hidden.shape[:-1])
+    if attention_mask is not None:
+        check_shape("attention_mask", attention_mask, leading, "hidden.shape[:-1]")
+        rows = Rows.from_mask(attention_mask)
+    elif cu_seqlens is not None:
+        if hidden.ndim != 2:
+            raise InputError(f"hidden: expected [T, d] with cu_seqlens, got shape {tuple(hidden.shape)}")
+        rows = Rows.from_cu_seqlens(cu_seqlens, hidden.shape[0])
+    elif rows is None:
+        if hidden.ndim != 3:
+            raise InputError("rows: expected cu_seqlens or rows with packed hidden states [T, d], got neither")
+        rows = Rows.full(hidden.shape[0], hidden.shape[1])
+    if tuple(rows.shape) != leading:
+        raise InputError(f"rows: made for tokens of shape {tuple(rows.shape)}, but hidden has {leading}")
+    return rows.to(hidden.device)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """[B, S, d] or [T, d] as [T, d]."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def refuse_double_backward(op: str) -> None:
+    """Raise inside a backward that is itself being differentiated (it would give zeros silently)."""
+    if torch.is_grad_enabled():
+        raise DoubleBackwardError(f"{op}: expected a first derivative, got create_graph=True; it has no second one")

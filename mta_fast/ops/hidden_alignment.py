@@ -1,0 +1,198 @@
+"""Hid: the weighted cosine distance of projected student states and teacher states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mta_fast import backends
+from mta_fast.errors import InputError
+from mta_fast.ops._common import (
+    REDUCTIONS,
+    check_device,
+    check_float,
+    check_option,
+    check_shape,
+    check_spans,
+    flat,
+    refuse_double_backward,
+)
+from mta_fast.ops.pooling import normalize_weights
+from mta_fast.reference import compute_dtype, quotient
+from mta_fast.spans.batch import SpanBatch
+
+
+def hidden_alignment_loss(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    token_weights: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None = None,
+    *,
+    spans: SpanBatch | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """L_Hid of one layer pair (paper section "hidden representation alignment").
+
+    numerator = sum_j g_j (1 - cos(P h^S_j + bias, h^T_j)), denominator = sum_j g_j, with g_j = n_j w_j.
+    Differentiable in the student and the projection (once); teacher and weights receive no gradient.
+
+    Args:
+        student_hidden: [B, S, d_S] or [T, d_S]; teacher_hidden: the same tokens, width d_T.
+        token_weights: [B, S] or [T] g_j, not negative. Tokens of weight 0 are not read.
+        proj_weight: [d_T, d_S]; proj_bias: [d_T] or None. Student, teacher and projection may differ in dtype;
+            each gradient returns in its input's.
+        spans: which tokens to read (its covered ones, tokens elsewhere must weigh 0) and the rows of packed
+            tokens. Without it the tokens with weight are looked up: one synchronisation on a GPU.
+        reduction: as in ``span_pair_loss``.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        A scalar, or two for "none": float64 if an input is, else float32.
+
+    Raises:
+        InputError: shape, dtype, device or option. DoubleBackwardError: a second derivative.
+    """
+    check_option("reduction", reduction, REDUCTIONS)
+    for name, hidden in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
+        check_float(name, hidden, (2, 3))
+    leading = student_hidden.shape[:-1]
+    check_shape("teacher_hidden", teacher_hidden, (*leading, teacher_hidden.shape[-1]), "the student's tokens")
+    check_float("token_weights", token_weights, (1, 2))
+    check_shape("token_weights", token_weights, leading, "student_hidden.shape[:-1]")
+    if spans is not None:
+        check_spans(spans, leading, student_hidden.device, "student_hidden")
+        tokens = spans.covered
+    elif reduction == "sample" and len(leading) == 1:
+        raise InputError('hidden_alignment_loss: expected spans= with packed tokens and reduction="sample", got none')
+    else:
+        tokens = token_weights.detach().reshape(-1).nonzero().flatten()
+    if reduction == "sample":
+        weights, denominator = _row_mean_weights(token_weights.detach(), tokens, spans)
+    else:
+        weights = token_weights.detach().reshape(-1)[tokens]
+        denominator = weights.sum()
+    numerator = hidden_alignment_numerator(
+        flat(student_hidden), flat(teacher_hidden), tokens, weights, proj_weight, proj_bias, backend=backend
+    )
+    denominator = denominator.to(numerator.dtype)
+    return (numerator, denominator) if reduction == "none" else quotient(numerator, denominator)
+
+
+def _row_mean_weights(token_weights: Tensor, tokens: Tensor, spans: SpanBatch | None) -> tuple[Tensor, Tensor]:
+    """Weights [C] of the listed tokens divided by their row's sum, and the number of rows with a sum > 0."""
+    if spans is None:
+        total = token_weights.sum(1, keepdim=True)
+        scaled = token_weights / torch.where(total == 0, 1.0, total)
+        return scaled.reshape(-1)[tokens], (total > 0).sum()
+    counts = spans.cover_splits.diff()
+    per_span = torch.zeros_like(token_weights).reshape(-1)
+    per_span = per_span.index_copy(0, tokens.long(), token_weights.reshape(-1)[tokens] / counts)
+    made = normalize_weights(per_span.reshape(token_weights.shape), spans)
+    return made.token.reshape(-1)[tokens] * counts, (made.row_total > 0).sum()
+
+
+def hidden_alignment_numerator(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """sum_c g_c (1 - cos(P h^S + bias, h^T)) over the listed tokens.
+
+    Args:
+        student: [T, d_S]; teacher: [T, d_T]; tokens: [C] distinct int32 or int64 indices; weights: [C] g_c.
+        proj_weight: [d_T, d_S]; proj_bias: [d_T] or None.
+    """
+    check_shape("proj_weight", proj_weight, (teacher.shape[-1], student.shape[-1]), "[d_T, d_S]")
+    check_float("proj_weight", proj_weight, (2,))
+    if proj_bias is not None:
+        check_shape("proj_bias", proj_bias, (teacher.shape[-1],), "[d_T]")
+        check_float("proj_bias", proj_bias, (1,))
+    check_device(student.device, teacher=teacher, weights=weights, proj_weight=proj_weight, proj_bias=proj_bias)
+    backends.check_name(backend)
+    learnt = [t for t in (student, proj_weight, proj_bias) if t is not None]
+    with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in learnt)
+    numerator, *_ = _hidden_alignment(
+        student, teacher.detach(), tokens, weights.detach(), proj_weight, proj_bias, with_gradient, backend
+    )
+    return numerator
+
+
+@torch.library.custom_op("mta_fast::hidden_alignment", mutates_args=())
+def _hidden_alignment(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    with_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The numerator and its gradients: listed tokens [C, d_S], weight, bias; empty where there is none."""
+    numerator, gradient = backends.run(
+        "hidden_alignment",
+        backend,
+        [student, teacher, proj_weight],
+        student,
+        teacher,
+        tokens,
+        weights,
+        proj_weight,
+        proj_bias,
+        with_gradient,
+    )
+    if gradient is None:
+        return numerator, *(numerator.new_empty(0) for _ in range(3))
+    bias = numerator.new_empty(0) if gradient.bias is None else gradient.bias
+    return numerator, gradient.student, gradient.weight, bias
+
+
+@_hidden_alignment.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    with_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    dtype = compute_dtype(student, teacher, proj_weight)
+    nothing = (0,)
+    shapes: list[Any] = [nothing] * 3
+    if with_gradient:
+        bias = nothing if proj_bias is None else proj_bias.shape
+        shapes = [(tokens.shape[0], student.shape[1]), proj_weight.shape, bias]
+    return student.new_empty((), dtype=dtype), *(student.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, _teacher, tokens, _weights, proj_weight, proj_bias, ctx.with_gradient, _backend = inputs
+    ctx.num_tokens, ctx.dtypes = student.shape[0], (student.dtype, proj_weight.dtype)
+    ctx.bias_dtype = None if proj_bias is None else proj_bias.dtype
+    ctx.save_for_backward(tokens, *output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Any, ...]:
+    refuse_double_backward("hidden_alignment_loss")
+    if not ctx.with_gradient:
+        raise RuntimeError("hidden_alignment: expected with_gradient=True for a backward, got False")
+    tokens, student, weight, bias = ctx.saved_tensors
+    dtype, weight_dtype = ctx.dtypes
+    dense = student.new_zeros(ctx.num_tokens, student.shape[1], dtype=dtype)
+    grad_student = dense.index_copy(0, tokens.long(), (student * grad).to(dtype))
+    grad_bias = None if ctx.bias_dtype is None else (bias * grad).to(ctx.bias_dtype)
+    return grad_student, None, None, None, (weight * grad).to(weight_dtype), grad_bias, None, None
+
+
+_hidden_alignment.register_autograd(_backward, setup_context=_save)

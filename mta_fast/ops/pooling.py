@@ -1,0 +1,138 @@
+"""Span pooling: token weights normalised over the spans of a row, and the weighted mean state of each span."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mta_fast import backends
+from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat, refuse_double_backward
+from mta_fast.reference import Spans, compute_dtype
+from mta_fast.spans.batch import SpanBatch
+
+
+class SpanWeights(NamedTuple):
+    """Token values normalised over the span incidences of each row."""
+
+    token: Tensor  # w, [B, S] or [T]; 0 where no span covers the token
+    span: Tensor  # W [N], the sum of w over each span (salience); sums to 1 over a row
+    row_total: Tensor  # [B] sum over the incidences before the normalisation
+
+
+def normalize_weights(values: Tensor, spans: SpanBatch, *, backend: str = "auto") -> SpanWeights:
+    """w_j = v_j / sum_j' n_j' v_j' per row, n_j the number of spans over token j; W_u = sum of w over span u.
+
+    Paper section "spans". Only covered tokens are read, so padding may hold anything. Detached.
+
+    Args:
+        values: [B, S] or [T] importances (``token_importance``) or entropy weights, not negative.
+        spans: the spans of the same tokens.
+        backend: "auto" or a backend's name.
+
+    Raises:
+        InputError: shape, dtype or device.
+    """
+    check_float("values", values, (1, 2))
+    check_spans(spans, values.shape, values.device, "values")
+    backends.check_name(backend)
+    token, span, row_total = _span_weights(values.detach().reshape(-1), spans.index_tensors(), backend)
+    return SpanWeights(token.reshape(values.shape), span, row_total)
+
+
+def pool_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Weighted mean state of each span: v_u = sum_j w_j h_j / sum_j w_j (paper section "span pooling").
+
+    The scale of ``weights`` does not matter to the mean; a span whose weights sum to 0 pools to the zero vector.
+    Differentiable in ``hidden`` (once); the weights receive no gradient.
+
+    Args:
+        hidden: [B, S, d] or [T, d]; any floating dtype.
+        weights: [B, S] or [T], not negative; ``normalize_weights(...).token``. Give tokens of zero width weight 0.
+        spans: the spans of the same tokens.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        pooled [N, d] and span_weight [N] = sum_j w_j: float64 for float64 hidden states, else float32.
+
+    Raises:
+        InputError: shape, dtype or device. DoubleBackwardError: a second derivative.
+    """
+    check_float("hidden", hidden, (2, 3))
+    check_float("weights", weights, (1, 2))
+    check_shape("weights", weights, hidden.shape[:-1], "hidden.shape[:-1]")
+    check_device(hidden.device, weights=weights)
+    check_spans(spans, hidden.shape[:-1], hidden.device)
+    backends.check_name(backend)
+    rows = [spans.rows.table, spans.rows.host]
+    pooled, span_weight = _pool_spans(flat(hidden), weights.detach().reshape(-1), spans.index_tensors(), rows, backend)
+    return pooled, span_weight.detach()
+
+
+# Below, ``spans`` are the tensors of ``reference.Spans`` in its order, ``rows`` the table on device and host.
+
+
+@torch.library.custom_op("mta_fast::span_weights", mutates_args=())
+def _span_weights(values: Tensor, spans: Sequence[Tensor], backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = backends.run("span_weights", backend, [values], values, Spans(*spans))
+    return result
+
+
+@_span_weights.register_fake
+def _(values: Tensor, spans: Sequence[Tensor], backend: str) -> tuple[Tensor, ...]:
+    dtype, index = compute_dtype(values), Spans(*spans)
+    sizes = (values.shape[0], index.ranges.shape[0], index.span_splits.shape[0] - 1)
+    return tuple(values.new_empty(size, dtype=dtype) for size in sizes)
+
+
+@torch.library.custom_op("mta_fast::pool_spans", mutates_args=())
+def _pool_spans(
+    hidden: Tensor, weights: Tensor, spans: Sequence[Tensor], rows: Sequence[Tensor], backend: str
+) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = backends.run(
+        "pool_spans", backend, [hidden, weights], hidden, weights, Spans(*spans), *rows
+    )
+    return result
+
+
+@_pool_spans.register_fake
+def _(
+    hidden: Tensor, weights: Tensor, spans: Sequence[Tensor], rows: Sequence[Tensor], backend: str
+) -> tuple[Tensor, Tensor]:
+    dtype, size = compute_dtype(hidden), Spans(*spans).ranges.shape[0]
+    return hidden.new_empty(size, hidden.shape[1], dtype=dtype), hidden.new_empty(size, dtype=dtype)
+
+
+@torch.library.custom_op("mta_fast::pool_spans_gradient", mutates_args=())
+def _pool_spans_gradient(
+    grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Sequence[Tensor], dtype: torch.dtype, backend: str
+) -> Tensor:
+    result: Tensor = backends.run(
+        "pool_spans_gradient", backend, [grad, weights], grad, span_weight, weights, Spans(*spans), dtype
+    )
+    return result
+
+
+@_pool_spans_gradient.register_fake
+def _(
+    grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Sequence[Tensor], dtype: torch.dtype, backend: str
+) -> Tensor:
+    return grad.new_empty(weights.shape[0], grad.shape[1], dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    hidden, weights, spans, _rows, ctx.backend = inputs
+    ctx.dtype = hidden.dtype
+    ctx.save_for_backward(output[1], weights, *spans)
+
+
+def _backward(ctx: Any, grad: Tensor, _grad_weight: Tensor) -> tuple[Any, ...]:
+    refuse_double_backward("pool_spans")
+    span_weight, weights, *spans = ctx.saved_tensors
+    grad_hidden = _pool_spans_gradient(grad, span_weight, weights, spans, ctx.dtype, ctx.backend)
+    return grad_hidden, None, [None] * len(spans), [None, None], None
+
+
+_pool_spans.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,152 @@
+"""DSA: the weighted squared difference of all span-pair cosine distances, student against teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mta_fast import backends
+from mta_fast.errors import InputError
+from mta_fast.ops._common import (
+    REDUCTIONS,
+    check_device,
+    check_float,
+    check_option,
+    check_shape,
+    refuse_double_backward,
+)
+from mta_fast.reference import compute_dtype, quotient, reduce_rows
+from mta_fast.spans.batch import SpanBatch
+
+METHODS = ("auto", "pairwise", "gram")
+
+
+def span_pair_loss(
+    student_spans: Tensor,
+    teacher_spans: Tensor,
+    span_weights: Tensor,
+    spans: SpanBatch,
+    *,
+    reduction: str = "mean",
+    method: str = "auto",
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """L_DSA of one layer pair (paper section "dynamic structural alignment").
+
+    numerator = sum over rows and pairs u != v of W_u W_v (cos(v^S_u, v^S_v) - cos(v^T_u, v^T_v))^2;
+    denominator = sum of W_u W_v over the same pairs. Pairs never cross rows; a cosine with a zero vector is 0.
+    Differentiable in ``student_spans`` (once); teacher and weights receive no gradient.
+
+    Args:
+        student_spans: [N, d_S] pooled spans (``pool_spans``); teacher_spans: [N, d_T].
+        span_weights: [N] salience W_u.
+        spans: which row each span is of. With two tokenizers either SpanBatch of the pair serves.
+        reduction: "mean": numerator / denominator over the batch; "sample": mean over the rows with a
+            denominator > 0 of the row's quotient; "none": (numerator, denominator). 0 where nothing counts.
+        method: "pairwise" (N^2 d); "gram" (the centred Gram form, N d^2, no N x N matrix); "auto": per row the
+            one with fewer products.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        A scalar, or two for "none": float64 if an input is, else float32.
+
+    Raises:
+        InputError: shape, dtype, device or option. DoubleBackwardError: a second derivative.
+    """
+    check_option("reduction", reduction, REDUCTIONS)
+    numerator, denominator = span_pair_terms(
+        student_spans, teacher_spans, span_weights, spans, reduction=reduction, method=method, backend=backend
+    )
+    return (numerator, denominator) if reduction == "none" else quotient(numerator, denominator)
+
+
+def span_pair_terms(
+    student_spans: Tensor,
+    teacher_spans: Tensor,
+    span_weights: Tensor,
+    spans: SpanBatch,
+    *,
+    reduction: str,
+    method: str = "auto",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The (numerator, denominator) whose quotient is ``span_pair_loss``; for "sample" (sum of quotients, rows)."""
+    for name, tensor in (("student_spans", student_spans), ("teacher_spans", teacher_spans)):
+        check_float(name, tensor, (2,))
+        if tensor.shape[0] != spans.num_spans:
+            raise InputError(f"{name}: expected {spans.num_spans} spans as in `spans`, got shape {tuple(tensor.shape)}")
+    check_float("span_weights", span_weights, (1,))
+    check_shape("span_weights", span_weights, (spans.num_spans,), "one weight a span")
+    check_device(
+        student_spans.device, teacher_spans=teacher_spans, span_weights=span_weights, spans=spans.span_splits
+    )
+    check_option("method", method, METHODS)
+    backends.check_name(backend)
+    index = [spans.span_rows, spans.span_splits, spans.host]
+    with_gradient = torch.is_grad_enabled() and student_spans.requires_grad
+    numerators, denominators, _ = _span_pairs(
+        student_spans, teacher_spans.detach(), span_weights.detach(), index, method, with_gradient, backend
+    )
+    return reduce_rows(numerators, denominators.detach(), reduction)
+
+
+@torch.library.custom_op("mta_fast::span_pairs", mutates_args=())
+def _span_pairs(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    index: Sequence[Tensor],
+    method: str,
+    with_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """index: span_rows, span_splits, host -> num [B], den [B], gradient of the summed num ([0, d_S] without)."""
+    _span_rows, span_splits, host = index
+    result: tuple[Tensor, Tensor, Tensor] = backends.run(
+        "span_pairs",
+        backend,
+        [student, teacher, weights],
+        student,
+        teacher,
+        weights,
+        span_splits,
+        host,
+        method,
+        with_gradient,
+    )
+    return result
+
+
+@_span_pairs.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    index: Sequence[Tensor],
+    method: str,
+    with_gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, rows = compute_dtype(student, teacher), index[1].shape[0] - 1
+    gradient = student.new_empty(student.shape[0] if with_gradient else 0, student.shape[1], dtype=dtype)
+    return student.new_empty(rows, dtype=dtype), student.new_empty(rows, dtype=dtype), gradient
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtype, ctx.with_gradient = inputs[0].dtype, inputs[5]
+    ctx.save_for_backward(output[2], inputs[3][0])
+
+
+def _backward(ctx: Any, grad: Tensor, _grad_den: Tensor, _grad_gradient: Tensor) -> tuple[Any, ...]:
+    refuse_double_backward("span_pair_loss")
+    gradient, span_rows = ctx.saved_tensors
+    if not ctx.with_gradient:
+        raise RuntimeError("span_pairs: expected with_gradient=True for a backward, got False")
+    scaled = (gradient * grad.index_select(0, span_rows)[:, None]).to(ctx.dtype)
+    return scaled, None, None, [None] * 3, None, None, None
+
+
+_span_pairs.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,406 @@
+"""The definition of every quantity of MTA in plain PyTorch: the oracle of all tests and benchmarks.
+
+Read it beside the paper (arXiv 2605.01374). Everything works per row on flat tokens [T, d]: nothing of size
+(spans of the batch)^2, [B, S, spans] or [all tokens, d_T] is made. The values are differentiable by autograd;
+the explicit gradients beside them (``with_gradient``) are what the ops' backward uses.
+
+Numerics: each input is read in its own dtype and computed in float32 (float64 for float64 input); sums that
+cancel, and sums over a row, are taken in float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STD_EPS = 1e-5  # added to the standard deviation of a hidden state (importance)
+QUERY_BLOCK = 1024  # rows of the score matrix held at once: memory is QUERY_BLOCK x row length
+SPAN_BLOCK = 2048  # rows of a row's span-pair matrix held at once
+TOKEN_CHUNK = 1024  # tokens whose projection is held at once
+LOGIT_BUDGET = 1 << 22  # logits turned to float32 at once by the entropy
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+class Spans(NamedTuple):
+    """The index tensors of a SpanBatch (see there), as the ops pass them."""
+
+    ranges: Tensor  # [N, 2] first token and one past the last, flat
+    span_rows: Tensor  # [N] row of each span
+    span_splits: Tensor  # [B + 1] spans of row b: span_splits[b] to span_splits[b + 1]
+    covered: Tensor  # [C] distinct covered tokens, ascending
+    covered_rows: Tensor  # [C] row of each covered token
+    cover_splits: Tensor  # [C + 1] spans of covered token c: cover_spans[cover_splits[c] : cover_splits[c + 1]]
+    cover_spans: Tensor  # [I] span of each incidence
+    host: Tensor  # [B + 1, 2] on the CPU: span_splits, and how many range tokens the spans before them hold
+
+
+# --- 1 token importance ------------------------------------------------------------------------------------------
+
+
+def token_importance(
+    hidden: Tensor, rows: Tensor, rows_host: Tensor, seq_len: int, causal: bool, count_padding: bool
+) -> Tensor:
+    """How much each token is attended by the others of its row: a_j = mean_i softmax_j(z_i . z_j / sqrt(d)).
+
+    z = h / (std(h) + 1e-5); no self-loop; 0 at padding; 1 in a row of one token. Section "token importance".
+
+    Args:
+        hidden: [T, d] flat hidden states.
+        rows, rows_host: [B, 2] (start, length) on the device and on the host.
+        seq_len: S of a padded batch (used by ``count_padding`` only).
+        causal: a query sees earlier keys only; the first query's empty softmax adds 0.
+        count_padding: the mean runs over all S positions of the padded row, padded queries included.
+
+    Returns:
+        [T] importances in the compute dtype.
+    """
+    importance = hidden.new_zeros(hidden.shape[0], dtype=compute_dtype(hidden))
+    for b, (start, length) in enumerate(rows_host.tolist()):
+        if length == 0:
+            continue
+        first, count = (b * seq_len, seq_len) if count_padding else (start, length)
+        keys = slice(start - first, start - first + length)
+        importance[start : start + length] = _row_importance(hidden[first : first + count], keys, causal)
+    return importance
+
+
+def _row_importance(hidden: Tensor, keys: slice, causal: bool) -> Tensor:
+    """a_j of the tokens ``keys`` of one row, with every position of ``hidden`` [Q, d] as a query."""
+    h = hidden.to(compute_dtype(hidden))
+    if keys.stop - keys.start == 1:
+        return h.new_ones(1)
+    z = h / ((h.std(-1, keepdim=True) + STD_EPS) * h.shape[-1] ** 0.25)
+    key_index = torch.arange(keys.start, keys.stop, device=h.device)
+    total = h.new_zeros(keys.stop - keys.start)
+    for block in torch.arange(h.shape[0], device=h.device).split(QUERY_BLOCK):
+        scores = z[block] @ z[keys].T
+        hidden_keys = key_index >= block[:, None] if causal else key_index == block[:, None]
+        attention = scores.masked_fill(hidden_keys, -torch.inf).softmax(-1)
+        total = total + attention.masked_fill(hidden_keys.all(-1, keepdim=True), 0).sum(0)
+    return total / h.shape[0]
+
+
+# --- 2 span weights ----------------------------------------------------------------------------------------------
+
+
+def span_weights(values: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
+    """Token values normalised over the span incidences of a row, and their sum over each span.
+
+    w_j = v_j / sum_j' n_j' v_j' with n_j the number of spans that cover token j; W_u = sum of w over span u.
+    Only covered tokens are read; w is 0 elsewhere, and everywhere in a row whose total is 0. Section "spans".
+
+    Args:
+        values: [T] importances or entropy weights.
+
+    Returns:
+        w [T], W [N] (span salience) and the row totals [B] before normalisation.
+    """
+    covered = spans.covered
+    value = values[covered].double()
+    counts = spans.cover_splits.diff()
+    total = _sums_by_index(counts * value, spans.covered_rows, spans.span_splits.numel() - 1)
+    per_token = total[spans.covered_rows]
+    token_weight = torch.where(per_token == 0, 0.0, value / per_token)
+    dense = values.new_zeros(values.shape[0], dtype=torch.float64).index_copy(0, covered.long(), token_weight)
+    incidence, lengths = span_incidences(spans.ranges, int(spans.host[-1, 1]))
+    by_span = _segment_sums(dense[incidence], lengths)
+    dtype = compute_dtype(values)
+    return dense.to(dtype), by_span.to(dtype), total.to(dtype)
+
+
+def span_incidences(ranges: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The tokens of every range [N, 2] one after the other [total], and the length of each range [N]."""
+    start, end = ranges.long().unbind(1)
+    lengths = end - start
+    offset = torch.repeat_interleave(start - (lengths.cumsum(0) - lengths), lengths, output_size=total)
+    return offset + torch.arange(total, device=offset.device), lengths
+
+
+def _sums_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Sums of ``values`` [K] by an ascending ``index`` [K]: deterministic on every device."""
+    lengths = torch.searchsorted(index.long(), torch.arange(size + 1, device=index.device)).diff()
+    return _segment_sums(values, lengths)
+
+
+def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of consecutive segments; unsafe=True skips the check of the lengths, which would synchronise."""
+    return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
+
+
+# --- 3 span pooling ----------------------------------------------------------------------------------------------
+
+
+def pool_spans(
+    hidden: Tensor, weights: Tensor, spans: Spans, rows: Tensor, rows_host: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weighted mean hidden state of each span: v_u = sum_j w_j h_j / sum_j w_j; 0 where the weights sum to 0.
+
+    Args:
+        hidden: [T, d]; weights: [T]; rows, rows_host: [B, 2] (start, length) on the device and the host.
+
+    Returns:
+        pooled [N, d] and span_weight [N] = sum_j w_j, in the compute dtype of ``hidden``.
+    """
+    dtype = compute_dtype(hidden)
+    weights = weights.to(dtype)
+    pooled = hidden.new_zeros(spans.ranges.shape[0], hidden.shape[1], dtype=dtype)
+    totals = weights.new_zeros(spans.ranges.shape[0])
+    splits = spans.host.tolist()
+    for (start, length), (first, before), (last, after) in zip(
+        rows_host.tolist(), splits[:-1], splits[1:], strict=True
+    ):
+        if first == last:
+            continue
+        incidence, lengths = span_incidences(spans.ranges[first:last] - start, after - before)
+        w = weights[start : start + length][incidence]
+        total = _segment_sums(w.double(), lengths).to(dtype)
+        sums = F.embedding_bag(
+            incidence,
+            hidden[start : start + length].to(dtype),
+            lengths.cumsum(0) - lengths,
+            mode="sum",
+            per_sample_weights=w,
+        )
+        pooled[first:last] = torch.where(total[:, None] == 0, 0.0, sums / total[:, None])
+        totals[first:last] = total
+    return pooled, totals
+
+
+def pool_spans_gradient(
+    grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Spans, dtype: torch.dtype
+) -> Tensor:
+    """Gradient of the hidden states: dh_j = w_j sum over the spans u of j of dv_u / sum(w over u).
+
+    Args:
+        grad: [N, d] gradient of the pooled spans; span_weight: [N]; weights: [T].
+
+    Returns:
+        [T, d] in ``dtype``; 0 where no span covers the token.
+    """
+    scaled = torch.where(span_weight[:, None] == 0, 0.0, grad / span_weight[:, None])
+    sums = F.embedding_bag(spans.cover_spans.long(), scaled, spans.cover_splits[:-1].long(), mode="sum")
+    covered = spans.covered.long()
+    sums = (sums * weights[covered].to(grad.dtype)[:, None]).to(dtype)
+    return grad.new_zeros(weights.shape[0], grad.shape[1], dtype=dtype).index_copy(0, covered, sums)
+
+
+# --- 4 DSA: span pairs -------------------------------------------------------------------------------------------
+
+
+def gram_is_cheaper(spans: int, student_dim: int, teacher_dim: int) -> bool:
+    """The cost model: products of the centred Gram form against those of the pairwise one, forward and backward.
+
+    Pairwise 2 N^2 (2 d_S + d_T); Gram 2 N (2 d_S^2 + 2 d_S d_T + d_T^2). Even at N = 1,977 for 768/1600.
+    """
+    pairwise = spans * (2 * student_dim + teacher_dim)
+    return pairwise > 2 * student_dim**2 + 2 * student_dim * teacher_dim + teacher_dim**2
+
+
+def span_pairs(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    span_splits: Tensor,
+    host: Tensor,
+    method: str,
+    with_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted squared difference of all span-pair cosines of each row (DSA).
+
+    num_b = sum_{u != v} W_u W_v (cos(v^S_u, v^S_v) - cos(v^T_u, v^T_v))^2 and den_b = sum_{u != v} W_u W_v.
+
+    Args:
+        student: [N, d_S] pooled spans; teacher: [N, d_T]; weights: [N].
+        span_splits: [B + 1] on the device; host: [B + 1, 2], the same in its first column, on the host.
+        method: "pairwise", "gram" or "auto" (per row, by ``gram_is_cheaper``).
+
+    Returns:
+        num [B], den [B], and d(sum of num) / d(student) [N, d_S] ([0, d_S] without).
+    """
+    dtype = compute_dtype(student, teacher)
+    numerators, denominators, gradients = [], [], []
+    for first, last in itertools.pairwise(host[:, 0].tolist()):
+        w = weights[first:last].to(dtype)
+        u, norm = _unit(student[first:last].to(dtype))
+        v, _ = _unit(teacher[first:last].to(dtype))
+        gram = method == "gram" or (method == "auto" and gram_is_cheaper(len(w), u.shape[1], v.shape[1]))
+        numerator, gradient = (_gram if gram else _pairwise)(u, v, w, with_gradient)
+        numerators.append(numerator)
+        denominators.append((w.double().sum() ** 2 - w.double().square().sum()).to(dtype))
+        if gradient is not None:
+            tangent = gradient - (gradient * u).sum(-1, keepdim=True) * u
+            gradients.append(torch.where(norm == 0, 0.0, tangent / norm))
+    return _stack(numerators, student, dtype), _stack(denominators, student, dtype), _concat(gradients, student, dtype)
+
+
+def _pairwise(u: Tensor, v: Tensor, w: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """num of unit rows u [N, d_S], v [N, d_T], and dnum/du = 4 W_u sum_v W_v (c^S - c^T)_uv u_v."""
+    total, gradients = u.new_zeros((), dtype=torch.float64), []
+    for index in torch.arange(len(w), device=w.device).split(SPAN_BLOCK):
+        error = u[index] @ u.T - v[index] @ v.T
+        error = error.masked_fill(index[:, None] == torch.arange(len(w), device=w.device), 0)
+        total = total + (w[index].double() * (error.square() @ w).double()).sum()
+        if with_gradient:
+            gradients.append(4 * w[index, None] * (error @ (w[:, None] * u)))
+    return total.to(u.dtype), _concat(gradients, u, u.dtype) if with_gradient else None
+
+
+def _gram(u: Tensor, v: Tensor, w: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """The same in the centred Gram form: linear in N, no N x N matrix. The last sums are float64.
+
+    With omega = sum W, m and n the weighted means of u and v, x = u - m, y = v - n, D = diag(W):
+    num = omega^2 delta^2 + 2 omega sum W b^2 + |x'Dx|^2 - 2 |x'Dy|^2 + |y'Dy|^2, less the diagonal u = v,
+    where delta = |m|^2 - |n|^2 and b = x.m - y.n.
+    """
+    omega = w.double().sum()
+    scale = torch.where(omega == 0, 1.0, omega).to(u.dtype)
+    m, n = (w @ u) / scale, (w @ v) / scale
+    x, y = u - m, v - n
+    wx = w[:, None] * x
+    xx, yx, yy = x.T @ wx, y.T @ wx, y.T @ (w[:, None] * y)
+    delta = m.double().square().sum() - n.double().square().sum()
+    b = x.double() @ m.double() - y.double() @ n.double()
+    lengths = u.double().square().sum(-1) - v.double().square().sum(-1)  # 0 unless a row is the zero vector
+    numerator = omega**2 * delta**2 + 2 * omega * (w * b.square()).sum()
+    numerator = numerator + xx.double().square().sum() - 2 * yx.double().square().sum() + yy.double().square().sum()
+    numerator = numerator - (w.double() * lengths).square().sum()
+    if not with_gradient:
+        return numerator.to(u.dtype), None
+    offset, pull = (omega * (delta + b)).to(u.dtype), b.to(u.dtype)
+    gradient = 4 * w[:, None] * (offset[:, None] * m + (w * pull) @ x + x @ xx - y @ yx)
+    # the subtracted diagonal acts along u only: the tangent part, which alone matters, has no term of it
+    return numerator.to(u.dtype), gradient
+
+
+def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows scaled to length 1 (zero rows stay zero), and their lengths [N, 1]."""
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / torch.where(norm == 0, 1.0, norm), norm
+
+
+def _stack(scalars: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.stack(scalars) if scalars else like.new_zeros(0, dtype=dtype)
+
+
+def _concat(parts: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.cat(parts) if parts else like.new_zeros(0, like.shape[1], dtype=dtype)
+
+
+# --- 5 Hid: hidden representation alignment ----------------------------------------------------------------------
+
+
+class AlignmentGradient(NamedTuple):
+    """Gradients of the Hid numerator, in the compute dtype."""
+
+    student: Tensor  # [C, d_S], one row per listed token
+    weight: Tensor  # [d_T, d_S]
+    bias: Tensor | None  # [d_T]
+
+
+def hidden_alignment(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    with_gradient: bool = False,
+) -> tuple[Tensor, AlignmentGradient | None]:
+    """Weighted cosine distance of projected student states and teacher states (Hid), chunk by chunk.
+
+    num = sum_c g_c (1 - cos(P h^S + bias, h^T)) over the listed tokens;
+    dnum/dp = -g (h^T / (|p| |h^T|) - cos p / |p|^2), 0 where a vector is zero.
+
+    Args:
+        student: [T, d_S]; teacher: [T, d_T]; tokens: [C] distinct indices; weights: [C];
+        proj_weight: [d_T, d_S]; proj_bias: [d_T] or None.
+
+    Returns:
+        num (scalar), and its gradients or None.
+    """
+    dtype = compute_dtype(student, teacher, proj_weight)
+    matrix = proj_weight.to(dtype)
+    bias = None if proj_bias is None else proj_bias.to(dtype)
+    total = student.new_zeros((), dtype=torch.float64)
+    gradient = None
+    if with_gradient:
+        gradient = AlignmentGradient(
+            student.new_empty(tokens.shape[0], student.shape[1], dtype=dtype),
+            torch.zeros_like(matrix),
+            None if bias is None else torch.zeros_like(bias),
+        )
+    for chunk in _chunks(tokens.shape[0], TOKEN_CHUNK):
+        h = student.index_select(0, tokens[chunk]).to(dtype)
+        t = teacher.index_select(0, tokens[chunk]).to(dtype)
+        g = weights[chunk].to(dtype)
+        p = F.linear(h, matrix, bias)
+        p_norm = torch.linalg.vector_norm(p, dim=-1)
+        norms = p_norm * torch.linalg.vector_norm(t, dim=-1)
+        safe = torch.where(norms == 0, 1.0, norms)
+        cosine = (p * t).sum(-1) / safe  # a zero vector makes the product, and so the cosine, 0
+        total = total + (g * (1 - cosine)).double().sum()
+        if gradient is not None:
+            along_t = torch.where(norms == 0, 0.0, g / safe)
+            along_p = torch.where(norms == 0, 0.0, g * cosine / torch.where(p_norm == 0, 1.0, p_norm).square())
+            dp = p.mul_(along_p[:, None]).sub_(t.mul_(along_t[:, None]))
+            torch.mm(dp, matrix, out=gradient.student[chunk])
+            gradient.weight.addmm_(dp.T, h)
+            if gradient.bias is not None:
+                gradient.bias.add_(dp.sum(0))
+    return total.to(dtype), gradient
+
+
+def _chunks(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+# --- 6 normalisation ---------------------------------------------------------------------------------------------
+
+
+def reduce_rows(numerators: Tensor, denominators: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """Row numerators and denominators [B] to the two scalars whose quotient is the loss.
+
+    "sample": (sum of num_b / den_b, rows with den_b > 0); otherwise the two sums. A NaN stays a NaN.
+    """
+    if reduction != "sample":
+        return numerators.sum(), denominators.sum()
+    empty = denominators <= 0
+    quotient = torch.where(empty, numerators * 0, numerators / torch.where(empty, 1.0, denominators))
+    return quotient.sum(), (~empty).sum().to(denominators.dtype)
+
+
+def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 (with the numerator's graph) where the denominator is 0."""
+    return numerator / torch.where(denominator == 0, 1.0, denominator)
+
+
+# --- 7 entropy weights -------------------------------------------------------------------------------------------
+
+
+def entropy_weights(logits: Tensor) -> Tensor:
+    """e = 1 - H(softmax(logits)) / ln V with H = -sum p log(p + 1e-8): 1 where the teacher is certain.
+
+    Args:
+        logits: [..., V]; a bounded part is turned to float32 at a time.
+
+    Returns:
+        [...] in the compute dtype.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    dtype = compute_dtype(logits)
+    weights = logits.new_empty(flat.shape[0], dtype=dtype)
+    scale = 1 / torch.log(torch.tensor(flat.shape[1], dtype=torch.float64)).item()
+    for chunk in _chunks(flat.shape[0], max(1, LOGIT_BUDGET // flat.shape[1])):
+        p = flat[chunk].to(dtype).softmax(-1)
+        weights[chunk] = 1 + (p * (p + 1e-8).log()).sum(-1) * scale
+    return weights.reshape(logits.shape[:-1])

@@ -1,0 +1,1 @@
+"""Text to character spans (extract), character spans to token ranges (align, batch), and the collator."""

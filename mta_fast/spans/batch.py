@@ -1,0 +1,232 @@
+"""SpanBatch: the spans of a batch as token ranges, ready for the ops. Made on the CPU, in the data loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mta_fast.errors import InputError
+from mta_fast.reference import Spans
+from mta_fast.rows import Rows
+from mta_fast.spans.align import (
+    CharSpans,
+    FlatSpans,
+    TokenRanges,
+    belongs_to_spans,
+    cover_lists,
+    flatten_spans,
+    token_ranges,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class SpanBatch:
+    """Token ranges of the N spans of a batch, row after row, in the order they were given; int32.
+
+    Spans may overlap and repeat. A token is *covered* when at least one span holds it. Tokens of zero width
+    (special tokens) inside a range are not covered: ``normalize_weights`` gives them weight 0.
+
+    Attributes:
+        ranges: [N, 2] first token and one past the last, on the flat token axis.
+        span_rows: [N] the row of each span; span_splits: [B + 1] spans of row b are splits[b] to splits[b + 1].
+        covered: [C] distinct covered tokens (flat), ascending; covered_rows: [C] the row of each.
+        cover_splits: [C + 1], cover_spans: [I]: the spans of covered token c are
+            ``cover_spans[cover_splits[c] : cover_splits[c + 1]]``; n_j = ``cover_splits.diff()``.
+        host: [B + 1, 2] on the CPU: span_splits, and the running number of tokens in the ranges.
+        rows: the real tokens of each row.
+    """
+
+    ranges: Tensor
+    span_rows: Tensor
+    span_splits: Tensor
+    covered: Tensor
+    covered_rows: Tensor
+    cover_splits: Tensor
+    cover_spans: Tensor
+    host: Tensor
+    rows: Rows
+
+    @classmethod
+    def from_char_spans(
+        cls,
+        char_spans: CharSpans,
+        offset_mapping: Tensor | Sequence[object],
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        texts: Sequence[str] | None = None,
+        drop_truncated: bool = True,
+    ) -> SpanBatch:
+        """Character spans to token ranges (the public rule of paper section "spans").
+
+        Args:
+            char_spans: per row, (start, end) characters of the row's text, in any order.
+            offset_mapping: [B, S, 2] character offsets of the tokens ([T, 2] with ``cu_seqlens``).
+            attention_mask: [B, S]; None: every token is real.
+            cu_seqlens: [B + 1] bounds of packed sequences.
+            texts: the row texts: then only white space is forgiven before a span, and ends are checked.
+            drop_truncated: drop a span that ends beyond the last kept character of its row.
+
+        Raises:
+            InputError: shapes that don't fit, a mask with holes, a span outside the text or with start >= end.
+        """
+        side = _Side.make(offset_mapping, attention_mask, cu_seqlens, texts)
+        spans = side.flatten(char_spans)
+        found = side.align(spans)
+        keep = (found.end > found.start) & ~(found.cut & drop_truncated)
+        return side.build(spans, found, keep)
+
+    @classmethod
+    def pair(
+        cls,
+        char_spans: CharSpans,
+        student: tuple[Tensor, Tensor | None],
+        teacher: tuple[Tensor, Tensor | None],
+        *,
+        texts: Sequence[str] | None = None,
+    ) -> tuple[SpanBatch, SpanBatch]:
+        """The same spans on the tokens of two tokenizers: (student's, teacher's), span by span the same.
+
+        A span that either side truncates, or has no token for, is dropped on both.
+
+        Args:
+            char_spans: per row, (start, end) characters.
+            student, teacher: (offset_mapping [B, S, 2], attention_mask [B, S] or None) of each side.
+            texts: as in ``from_char_spans``.
+        """
+        sides = [_Side.make(offsets, mask, None, texts) for offsets, mask in (student, teacher)]
+        spans = sides[0].flatten(char_spans)
+        sides[1].flatten(char_spans)
+        found = [side.align(spans) for side in sides]
+        keep = np.logical_and.reduce([(f.end > f.start) & ~f.cut for f in found])
+        first, second = (side.build(spans, f, keep) for side, f in zip(sides, found, strict=True))
+        return first, second
+
+    @property
+    def num_spans(self) -> int:
+        """N."""
+        return self.ranges.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return self.span_splits.shape[0] - 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, S) or (T,): the leading shape of the hidden states these spans belong to."""
+        return self.rows.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index tensors are."""
+        return self.ranges.device
+
+    def index_tensors(self) -> Spans:
+        """The index tensors as the ops take them."""
+        return Spans(*(getattr(self, name) for name in Spans._fields))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SpanBatch:
+        """The same spans with the index tensors on ``device``; ``host`` and ``rows.host`` stay on the CPU."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking), self.rows.to(device, non_blocking))
+
+    def pin_memory(self) -> SpanBatch:
+        """The same spans in pinned memory; called by ``DataLoader(pin_memory=True)``."""
+        return self._map(Tensor.pin_memory, self.rows.pin_memory())
+
+    def _map(self, move: Callable[[Tensor], Tensor], rows: Rows) -> SpanBatch:
+        moved = {name: move(getattr(self, name)) for name in Spans._fields if name != "host"}
+        return replace(self, rows=rows, **moved)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One tokenizer's view of the batch: [B, S] offsets, packed sequences spread over B padded rows."""
+
+    offsets: np.ndarray  # [B, S, 2]
+    usable: np.ndarray  # [B, S]
+    flat: np.ndarray  # [B] flat position of column 0 of each row
+    rows: Rows
+    texts: Sequence[str] | None
+
+    @classmethod
+    def make(
+        cls,
+        offset_mapping: Tensor | Sequence[object],
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        texts: Sequence[str] | None,
+    ) -> _Side:
+        offsets = torch.as_tensor(offset_mapping).detach().cpu().numpy().astype(np.int64, copy=False)
+        packed = cu_seqlens is not None
+        if packed and attention_mask is not None:
+            raise InputError("SpanBatch: expected attention_mask or cu_seqlens, got both; packed rows need no mask")
+        if offsets.ndim != (2 if packed else 3) or offsets.shape[-1] != 2:
+            expected = "[T, 2]" if packed else "[B, S, 2]"
+            raise InputError(f"offset_mapping: expected {expected}, got shape {offsets.shape}")
+        if packed:
+            rows = Rows.from_cu_seqlens(cu_seqlens, len(offsets))
+            offsets, mask = _unpack(offsets, rows.host.numpy())
+            return cls(offsets, belongs_to_spans(offsets, mask), rows.host[:, 0].numpy().astype(np.int64), rows, texts)
+        if attention_mask is None:
+            rows = Rows.full(*offsets.shape[:2])
+            mask = np.ones(offsets.shape[:2], np.bool_)
+        elif tuple(attention_mask.shape) != offsets.shape[:2]:
+            raise InputError(
+                f"attention_mask: expected {offsets.shape[:2]} as in offset_mapping, got {tuple(attention_mask.shape)}"
+            )
+        else:
+            host_mask = attention_mask.detach().cpu()
+            rows, mask = Rows.from_mask(host_mask), (host_mask != 0).numpy()
+        flat = np.arange(len(offsets), dtype=np.int64) * offsets.shape[1]
+        return cls(offsets, belongs_to_spans(offsets, mask), flat, rows, texts)
+
+    def flatten(self, char_spans: CharSpans) -> FlatSpans:
+        if len(char_spans) != len(self.offsets):
+            raise InputError(f"character spans: expected {len(self.offsets)} rows, got {len(char_spans)}")
+        if self.texts is not None and len(self.texts) != len(self.offsets):
+            raise InputError(f"texts: expected {len(self.offsets)} rows, got {len(self.texts)}")
+        return flatten_spans(char_spans, self.texts)
+
+    def align(self, spans: FlatSpans) -> TokenRanges:
+        return token_ranges(spans, self.offsets, self.usable, self.texts)
+
+    def build(self, spans: FlatSpans, found: TokenRanges, keep: np.ndarray) -> SpanBatch:
+        row = spans.row[keep]
+        start, end = found.start[keep] + self.flat[row], found.end[keep] + self.flat[row]
+        size = int(np.prod(self.rows.shape))
+        usable = np.zeros(size, np.bool_)
+        b, j = np.nonzero(self.usable)
+        usable[self.flat[b] + j] = True
+        cover = cover_lists(start, end, usable)
+        splits = np.searchsorted(row, np.arange(len(self.offsets) + 1))
+        tokens = np.concatenate([[0], np.cumsum(end - start)])[splits]
+        covered_rows = np.searchsorted(self.flat, cover.covered, side="right") - 1 if len(self.flat) else cover.covered
+        return SpanBatch(
+            ranges=_int32(np.stack([start, end], 1)),
+            span_rows=_int32(row),
+            span_splits=_int32(splits),
+            covered=_int32(cover.covered),
+            covered_rows=_int32(covered_rows),
+            cover_splits=_int32(cover.splits),
+            cover_spans=_int32(cover.spans),
+            host=_int32(np.stack([splits, tokens], 1)),
+            rows=self.rows.to("cpu"),
+        )
+
+
+def _unpack(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Packed offsets [T, 2] as [B, S, 2] right-padded rows, and their mask."""
+    start, length = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64)
+    mask = np.arange(length.max(initial=0)) < length[:, None]
+    padded = np.zeros((*mask.shape, 2), np.int64)
+    padded[mask] = offsets[: int(length.sum())]
+    return padded, mask
+
+
+def _int32(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))

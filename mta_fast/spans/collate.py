@@ -1,0 +1,144 @@
+"""SpanCollator: rows with spans to a padded batch with labels and SpanBatches, in the data loader's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mta_fast.errors import InputError
+from mta_fast.spans.batch import SpanBatch
+
+IGNORED_LABEL = -100
+
+
+class _Tokenized(NamedTuple):
+    ids: Tensor  # [B, S]
+    mask: Tensor  # [B, S]
+    labels: Tensor  # [B, S]
+    offsets: Tensor  # [B, S, 2]
+
+
+@dataclass
+class SpanCollator:
+    """Tokenise, truncate, pad and mask a list of rows, and turn their character spans to token ranges.
+
+    A row has "prompt" and "output" (or only "text"), and "word_spans" / "phrase_spans" over prompt + output as
+    SpanExtractor makes them. Labels are -100 at the prompt and at padding. Row, padding side and pad token are
+    the tokenizer's (its end token pads where it has no pad token).
+
+    Attributes:
+        tokenizer: a fast tokenizer of transformers.
+        teacher_tokenizer: the teacher's, where it differs; None: both models read the same tokens.
+        granularity: the span columns to read.
+        max_length: tokens a row is truncated to; spans that this cuts are dropped on both sides.
+        add_eos: end an untruncated row with the end token.
+        pad_to_multiple_of: round S up to a multiple.
+        prompt_column, response_column: the two text columns.
+
+    Raises:
+        InputError: a tokenizer without offsets, or a row without its columns.
+    """
+
+    tokenizer: Any
+    teacher_tokenizer: Any = None
+    granularity: Sequence[str] = ("word", "phrase")
+    max_length: int = 256
+    add_eos: bool = True
+    pad_to_multiple_of: int | None = None
+    prompt_column: str = "prompt"
+    response_column: str = "output"
+
+    def __post_init__(self) -> None:
+        for tokenizer in filter(None, (self.tokenizer, self.teacher_tokenizer)):
+            if not getattr(tokenizer, "is_fast", False):
+                raise InputError(
+                    f"tokenizer: expected a fast tokenizer (it gives character offsets), got "
+                    f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained(name, use_fast=True)"
+                )
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of these rows.
+
+        Returns:
+            input_ids, attention_mask, labels [B, S] int64 and spans {"word": SpanBatch, ...}; with a teacher
+            tokenizer also teacher_input_ids, teacher_attention_mask, teacher_labels and teacher_spans.
+        """
+        prompts, texts = zip(*(self._texts(i, row) for i, row in enumerate(rows)), strict=True)
+        char_spans = {kind: [_spans_of(i, row, kind) for i, row in enumerate(rows)] for kind in self.granularity}
+        own = self._tokenize(self.tokenizer, prompts, texts)
+        batch: dict[str, Any] = {"input_ids": own.ids, "attention_mask": own.mask, "labels": own.labels}
+        if self.teacher_tokenizer is None:
+            batch["spans"] = {
+                kind: SpanBatch.from_char_spans(spans, own.offsets, own.mask, texts=texts)
+                for kind, spans in char_spans.items()
+            }
+            return batch
+        teacher = self._tokenize(self.teacher_tokenizer, prompts, texts)
+        sides = (own.offsets, own.mask), (teacher.offsets, teacher.mask)
+        pairs = {kind: SpanBatch.pair(spans, *sides, texts=texts) for kind, spans in char_spans.items()}
+        return batch | {
+            "spans": {kind: pair[0] for kind, pair in pairs.items()},
+            "teacher_input_ids": teacher.ids,
+            "teacher_attention_mask": teacher.mask,
+            "teacher_labels": teacher.labels,
+            "teacher_spans": {kind: pair[1] for kind, pair in pairs.items()},
+        }
+
+    def _texts(self, i: int, row: Mapping[str, Any]) -> tuple[str, str]:
+        if self.response_column in row and self.prompt_column in row:
+            return row[self.prompt_column], row[self.prompt_column] + row[self.response_column]
+        if "text" in row:
+            return "", row["text"]
+        raise InputError(
+            f"row {i}: expected the columns {self.prompt_column!r} and {self.response_column!r}, or 'text', "
+            f"got {sorted(row)}"
+        )
+
+    def _tokenize(self, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> _Tokenized:
+        encoded = tokenizer(list(texts), truncation=True, max_length=self.max_length, return_offsets_mapping=True)
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        pad = end if pad is None else pad
+        if pad is None:
+            raise InputError(f"tokenizer: expected a pad or an end token, {type(tokenizer).__name__} has neither")
+        parts = [
+            self._row(ids, offsets, len(prompt), end)
+            for ids, offsets, prompt in zip(encoded["input_ids"], encoded["offset_mapping"], prompts, strict=True)
+        ]
+        size = max(len(ids) for ids, _, _ in parts)
+        if self.pad_to_multiple_of:
+            size = -(-size // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        made = _Tokenized(
+            torch.full((len(parts), size), pad),
+            torch.zeros(len(parts), size, dtype=torch.long),
+            torch.full((len(parts), size), IGNORED_LABEL),
+            torch.zeros(len(parts), size, 2, dtype=torch.long),
+        )
+        for b, (ids, labels, offsets) in enumerate(parts):
+            real = slice(size - len(ids), size) if tokenizer.padding_side == "left" else slice(0, len(ids))
+            made.ids[b, real] = torch.tensor(ids, dtype=torch.long)
+            made.mask[b, real] = 1
+            made.labels[b, real] = torch.tensor(labels, dtype=torch.long)
+            made.offsets[b, real] = torch.tensor(offsets, dtype=torch.long).reshape(-1, 2)
+        return made
+
+    def _row(
+        self, ids: list[int], offsets: list[tuple[int, int]], prompt: int, end: int | None
+    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """One row's ids, labels and offsets, with the end token where the row was not truncated."""
+        labels = [
+            token if start >= prompt and stop > start else IGNORED_LABEL
+            for token, (start, stop) in zip(ids, offsets, strict=True)
+        ]
+        if self.add_eos and end is not None and len(ids) < self.max_length and ids[-1:] != [end]:
+            return [*ids, end], [*labels, end], [*offsets, (0, 0)]
+        return ids, labels, offsets
+
+
+def _spans_of(i: int, row: Mapping[str, Any], kind: str) -> Any:
+    if f"{kind}_spans" not in row:
+        raise InputError(f"row {i}: expected the column '{kind}_spans', got {sorted(row)}; run SpanExtractor first")
+    return row[f"{kind}_spans"]
