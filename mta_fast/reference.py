@@ -76,17 +76,25 @@ def token_importance(
 def _row_importance(hidden: Tensor, keys: slice, causal: bool) -> Tensor:
     """a_j of the tokens ``keys`` of one row, with every position of ``hidden`` [Q, d] as a query."""
     h = hidden.to(compute_dtype(hidden))
+    queries, width = h.shape
     if keys.stop - keys.start == 1:
         return h.new_ones(1)
-    z = h / ((h.std(-1, keepdim=True) + STD_EPS) * h.shape[-1] ** 0.25)
-    key_index = torch.arange(keys.start, keys.stop, device=h.device)
+    # as torch.std, unbiased, which is several times slower on a CPU
+    std = torch.linalg.vector_norm(h - h.mean(-1, keepdim=True), dim=-1, keepdim=True) / (width - 1) ** 0.5
+    z = h / ((std + STD_EPS) * width**0.25)
     total = h.new_zeros(keys.stop - keys.start)
-    for block in torch.arange(h.shape[0], device=h.device).split(QUERY_BLOCK):
+    for block in _chunks(queries, QUERY_BLOCK):
         scores = z[block] @ z[keys].T
-        hidden_keys = key_index >= block[:, None] if causal else key_index == block[:, None]
-        attention = scores.masked_fill(hidden_keys, -torch.inf).softmax(-1)
-        total = total + attention.masked_fill(hidden_keys.all(-1, keepdim=True), 0).sum(0)
-    return total / h.shape[0]
+        if causal:
+            position = torch.arange(queries, device=h.device)
+            unseen = position[keys] >= position[block, None]
+            attention = scores.masked_fill_(unseen, -torch.inf).softmax(-1)
+            attention.masked_fill_(unseen.all(-1, keepdim=True), 0)  # an empty softmax adds 0
+        else:
+            scores.diagonal(block.start - keys.start).fill_(-torch.inf)  # no self-loop
+            attention = scores.softmax(-1)
+        total += attention.sum(0)
+    return total / queries
 
 
 # --- 2 span weights ----------------------------------------------------------------------------------------------
@@ -170,7 +178,7 @@ def pool_spans(
             mode="sum",
             per_sample_weights=w,
         )
-        pooled[first:last] = torch.where(total[:, None] == 0, 0.0, sums / total[:, None])
+        pooled[first:last] = sums * _reciprocal(total)[:, None]
         totals[first:last] = total
     return pooled, totals
 
@@ -186,11 +194,16 @@ def pool_spans_gradient(
     Returns:
         [T, d] in ``dtype``; 0 where no span covers the token.
     """
-    scaled = torch.where(span_weight[:, None] == 0, 0.0, grad / span_weight[:, None])
+    scaled = grad * _reciprocal(span_weight)[:, None]
     sums = F.embedding_bag(spans.cover_spans.long(), scaled, spans.cover_splits[:-1].long(), mode="sum")
     covered = spans.covered.long()
-    sums = (sums * weights[covered].to(grad.dtype)[:, None]).to(dtype)
-    return grad.new_zeros(weights.shape[0], grad.shape[1], dtype=dtype).index_copy(0, covered, sums)
+    sums = sums.mul_(weights[covered].to(grad.dtype)[:, None]).to(dtype)
+    return grad.new_zeros(weights.shape[0], grad.shape[1], dtype=dtype).index_copy_(0, covered, sums)
+
+
+def _reciprocal(values: Tensor) -> Tensor:
+    """1 / values, and 0 where a value is 0."""
+    return torch.where(values == 0, 0.0, 1 / values)
 
 
 # --- 4 DSA: span pairs -------------------------------------------------------------------------------------------
@@ -230,27 +243,27 @@ def span_pairs(
     numerators, denominators, gradients = [], [], []
     for first, last in itertools.pairwise(host[:, 0].tolist()):
         w = weights[first:last].to(dtype)
-        u, norm = _unit(student[first:last].to(dtype))
+        u, scale = _unit(student[first:last].to(dtype))
         v, _ = _unit(teacher[first:last].to(dtype))
         gram = method == "gram" or (method == "auto" and gram_is_cheaper(len(w), u.shape[1], v.shape[1]))
         numerator, gradient = (_gram if gram else _pairwise)(u, v, w, with_gradient)
         numerators.append(numerator)
         denominators.append((w.double().sum() ** 2 - w.double().square().sum()).to(dtype))
         if gradient is not None:
-            tangent = gradient - (gradient * u).sum(-1, keepdim=True) * u
-            gradients.append(torch.where(norm == 0, 0.0, tangent / norm))
+            # through the normalisation: the part orthogonal to u, over the length
+            gradients.append(torch.addcmul(gradient, (gradient * u).sum(-1, keepdim=True), u, value=-1).mul_(scale))
     return _stack(numerators, student, dtype), _stack(denominators, student, dtype), _concat(gradients, student, dtype)
 
 
 def _pairwise(u: Tensor, v: Tensor, w: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """num of unit rows u [N, d_S], v [N, d_T], and dnum/du = 4 W_u sum_v W_v (c^S - c^T)_uv u_v."""
     total, gradients = u.new_zeros((), dtype=torch.float64), []
-    for index in torch.arange(len(w), device=w.device).split(SPAN_BLOCK):
-        error = u[index] @ u.T - v[index] @ v.T
-        error = error.masked_fill(index[:, None] == torch.arange(len(w), device=w.device), 0)
-        total = total + (w[index].double() * (error.square() @ w).double()).sum()
+    for block in _chunks(len(w), SPAN_BLOCK):
+        error = torch.addmm(u[block] @ u.T, v[block], v.T, alpha=-1)
+        error.diagonal(block.start).fill_(0)  # u = v is no pair: with a zero vector its error is not 0
+        total = total + (w[block] * (error.square() @ w)).double().sum()
         if with_gradient:
-            gradients.append(4 * w[index, None] * (error @ (w[:, None] * u)))
+            gradients.append((error @ (w[:, None] * u)).mul_(4 * w[block, None]))
     return total.to(u.dtype), _concat(gradients, u, u.dtype) if with_gradient else None
 
 
@@ -282,9 +295,9 @@ def _gram(u: Tensor, v: Tensor, w: Tensor, with_gradient: bool) -> tuple[Tensor,
 
 
 def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows scaled to length 1 (zero rows stay zero), and their lengths [N, 1]."""
-    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors / torch.where(norm == 0, 1.0, norm), norm
+    """Rows scaled to length 1 (zero rows stay zero), and the scales [N, 1]."""
+    scale = _reciprocal(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True))
+    return vectors * scale, scale
 
 
 def _stack(scalars: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -343,15 +356,12 @@ def hidden_alignment(
         t = teacher.index_select(0, tokens[chunk]).to(dtype)
         g = weights[chunk].to(dtype)
         p = F.linear(h, matrix, bias)
-        p_norm = torch.linalg.vector_norm(p, dim=-1)
-        norms = p_norm * torch.linalg.vector_norm(t, dim=-1)
-        safe = torch.where(norms == 0, 1.0, norms)
-        cosine = (p * t).sum(-1) / safe  # a zero vector makes the product, and so the cosine, 0
+        p_scale = _reciprocal(torch.linalg.vector_norm(p, dim=-1))
+        scale = p_scale * _reciprocal(torch.linalg.vector_norm(t, dim=-1))
+        cosine = (p * t).sum(-1) * scale
         total = total + (g * (1 - cosine)).double().sum()
         if gradient is not None:
-            along_t = torch.where(norms == 0, 0.0, g / safe)
-            along_p = torch.where(norms == 0, 0.0, g * cosine / torch.where(p_norm == 0, 1.0, p_norm).square())
-            dp = p.mul_(along_p[:, None]).sub_(t.mul_(along_t[:, None]))
+            dp = p.mul_((g * cosine * p_scale.square())[:, None]).sub_(t.mul_((g * scale)[:, None]))
             torch.mm(dp, matrix, out=gradient.student[chunk])
             gradient.weight.addmm_(dp.T, h)
             if gradient.bias is not None:

@@ -190,7 +190,7 @@ def _backward(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Any, ...]:
     tokens, student, weight, bias = ctx.saved_tensors
     dtype, weight_dtype = ctx.dtypes
     dense = student.new_zeros(ctx.num_tokens, student.shape[1], dtype=dtype)
-    grad_student = dense.index_copy(0, tokens.long(), (student * grad).to(dtype))
+    grad_student = dense.index_copy_(0, tokens.long(), (student * grad).to(dtype))
     grad_bias = None if ctx.bias_dtype is None else (bias * grad).to(ctx.bias_dtype)
     return grad_student, None, None, None, (weight * grad).to(weight_dtype), grad_bias, None, None
 
