@@ -146,7 +146,8 @@ def hidden_widths(model: nn.Module, layers: Sequence[int]) -> dict[int, int]:
     model.eval()
     try:
         with torch.no_grad(), capture_layers(model, layers) as hidden:
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+            tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -200,14 +200,14 @@ def load_pipeline(model: str, granularity: Sequence[str] = GRANULARITIES) -> Lan
     if model == DEFAULT_MODEL and not spacy.util.is_package(model):
         name = DEFAULT_MODEL_ON_PYPI
     try:
-        config = spacy.util.load_config(spacy.util.get_model_path(name) / "config.cfg") if _is_package(name) else None
-        names = config["nlp"]["pipeline"] if config is not None else spacy.load(name).pipe_names
-        needed = PHRASE_COMPONENTS if "phrase" in granularity else frozenset()
-        nlp = spacy.load(name, exclude=[pipe for pipe in names if pipe not in needed])
+        nlp = spacy.load(name)
     except OSError:
         raise MissingPackageError(_install_hint(model)) from None
+    needed = PHRASE_COMPONENTS if "phrase" in granularity else frozenset()
+    for pipe in set(nlp.component_names) - needed:
+        nlp.remove_pipe(pipe)
     if "phrase" in granularity:
-        missing = [what for what in ("parser",) if what not in nlp.pipe_names]
+        missing = [] if "parser" in nlp.pipe_names else ["parser"]
         if not {"tagger", "morphologizer"} & set(nlp.pipe_names):
             missing.append("tagger or morphologizer")
         if missing:
@@ -216,12 +216,6 @@ def load_pipeline(model: str, granularity: Sequence[str] = GRANULARITIES) -> Lan
                 f"use another pipeline or granularity='word'"
             )
     return nlp
-
-
-def _is_package(name: str) -> bool:
-    import spacy
-
-    return bool(spacy.util.is_package(name))
 
 
 def _install_hint(model: str) -> str:

@@ -1,0 +1,329 @@
+"""The demo: a small teacher teaches the same student twice on bundled text, without MTA and with it.
+
+Everything is made on the spot: a byte-level BPE tokenizer, a GPT-2 teacher, and two students from one start that
+see the same batches in the same steps. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mta_fast.config import MTAConfig
+from mta_fast.distill.data import load_sample
+from mta_fast.distill.losses import skewed_reverse_kl
+from mta_fast.errors import MissingPackageError
+from mta_fast.layers import LayerMap, capture_layers
+from mta_fast.loss import MTALoss, MTAOutput
+from mta_fast.spans.collate import IGNORED_LABEL, SpanCollator
+from mta_fast.spans.extract import SpanExtractor
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from transformers import PreTrainedTokenizerFast
+
+VOCABULARY, MAX_LENGTH, BATCH, HELD_OUT = 1024, 160, 8, 32
+TEACHER_LAYERS, TEACHER_DIM, STUDENT_LAYERS, STUDENT_DIM, HEADS = 8, 128, 4, 64, 4
+TEACHER_LR, STUDENT_LR, PROJECTION_LR = 3e-3, 2e-3, 5e-4
+EVALUATE_EVERY = 10
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the command line sets."""
+
+    out: Path = Path("mta_demo")
+    teacher_steps: int = 250
+    steps: int = 200
+    seed: int = 42
+
+
+@dataclass
+class Run:
+    """One student on its way."""
+
+    name: str
+    student: nn.Module
+    mta: MTALoss
+    optimizer: torch.optim.Optimizer
+    with_mta: bool
+    step_seconds: list[float] = field(default_factory=list)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+
+
+def run_demo(settings: DemoSettings) -> dict[str, Any]:
+    """Run the demo, print its table, and write ``curves.png`` and ``results.json`` into ``settings.out``.
+
+    Raises:
+        MissingPackageError: a package of the extras [train] or [spacy] is not installed.
+    """
+    _require_packages()
+    from rich.console import Console
+    from rich.progress import Progress
+
+    settings.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    torch.manual_seed(settings.seed)
+    started = time.perf_counter()
+    with Progress(console=console) as progress:
+        train, held_out, tokenizer = _data(settings.seed, progress)
+        teacher = _train_teacher(tokenizer, train, settings, progress)
+        runs = _distil(teacher, tokenizer, train, held_out, settings, progress)
+    results = _results(teacher, runs, held_out, settings) | {"minutes": (time.perf_counter() - started) / 60}
+    (settings.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    _draw(runs, settings.out / "curves.png")
+    _print_table(results, settings.out, console)
+    return results
+
+
+def _require_packages() -> None:
+    import importlib.util
+
+    for package in ("transformers", "tokenizers", "rich", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackageError(
+                f"demo: expected the package {package}, it is not installed; pip install 'mta-fast[train,spacy]'"
+            )
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Endless batches of collated rows, shuffled every epoch; the same seed gives the same batches."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]], collator: SpanCollator, seed: int) -> None:
+        self.rows, self.collator, self.seed = rows, collator, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            order = torch.randperm(len(self.rows), generator=generator).tolist()
+            for start in range(0, len(order) - BATCH + 1, BATCH):
+                yield self.collator([self.rows[i] for i in order[start : start + BATCH]])
+
+
+def _data(seed: int, progress: Progress) -> tuple[Batches, Batch, PreTrainedTokenizerFast]:
+    task = progress.add_task("words and phrases of the text (spaCy)", total=None)
+    sample = load_sample()
+    texts = [row["prompt"] + row["output"] for row in sample]
+    tokenizer = _train_tokenizer(texts)
+    spans = SpanExtractor()(texts)
+    columns = zip(sample, spans["word_spans"], spans["phrase_spans"], strict=True)
+    rows = [dict(row) | {"word_spans": words, "phrase_spans": phrases} for row, words, phrases in columns]
+    collator = SpanCollator(tokenizer, max_length=MAX_LENGTH)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [rows[i] for i in order]
+    progress.update(task, total=1, completed=1)
+    return Batches(shuffled[HELD_OUT:], collator, seed), collator(shuffled[:HELD_OUT]), tokenizer
+
+
+def _train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=end, pad_token=end, bos_token=end)
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def _gpt2(tokenizer: PreTrainedTokenizerFast, layers: int, dim: int) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    end = tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=MAX_LENGTH,
+        n_layer=layers,
+        n_embd=dim,
+        n_head=HEADS,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        **no_dropout,
+    )
+    model: nn.Module = GPT2LMHeadModel(config)
+    return model
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+
+
+def _train_teacher(
+    tokenizer: PreTrainedTokenizerFast, train: Batches, settings: DemoSettings, progress: Progress
+) -> nn.Module:
+    teacher = _gpt2(tokenizer, TEACHER_LAYERS, TEACHER_DIM)
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=TEACHER_LR, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TEACHER_LR, total_steps=settings.teacher_steps, pct_start=0.1)
+    task = progress.add_task("teacher", total=settings.teacher_steps)
+    for _, batch in zip(range(settings.teacher_steps), train, strict=False):
+        everything = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+        loss = _cross_entropy(teacher(**_inputs(batch)).logits, everything)
+        _step(loss, teacher, optimizer)
+        schedule.step()
+        progress.update(task, advance=1, description=f"teacher: cross-entropy {loss.item():.2f}")
+    return teacher.eval().requires_grad_(False)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Next-token cross-entropy over the labels that count, logits [B, S, V], labels [B, S]."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL)
+
+
+def _step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# --- distillation ------------------------------------------------------------------------------------------------
+
+
+def _distil(
+    teacher: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    train: Batches,
+    held_out: Batch,
+    settings: DemoSettings,
+    progress: Progress,
+) -> list[Run]:
+    """Both students, step by step side by side, so that their times are taken under the same conditions."""
+    layers = LayerMap.proportional(STUDENT_LAYERS, TEACHER_LAYERS)
+    config = MTAConfig(layer_pairs=layers.pairs, granularity=("word", "phrase", "phrase"))
+    start = _gpt2(tokenizer, STUDENT_LAYERS, STUDENT_DIM)
+    mta = MTALoss.for_models(start, teacher, config)
+    runs = [_make_run(name, start, mta, name != "SRKL") for name in ("SRKL", "SRKL + MTA")]
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(run.optimizer, settings.steps) for run in runs]
+    task = progress.add_task("students", total=settings.steps)
+    for step, batch in zip(range(settings.steps), train, strict=False):
+        if step % EVALUATE_EVERY == 0:
+            _record(teacher, runs, held_out, step)
+        for run, schedule in zip(runs, schedules, strict=True):
+            begun = time.perf_counter()
+            base, output = _losses(run, teacher, batch, run.with_mta)
+            _step(base if output is None else base + output.loss, run.student, run.optimizer)
+            run.step_seconds.append(time.perf_counter() - begun)
+            schedule.step()
+        latest = ", ".join(f"{run.name} {run.curves['srkl'][-1]:.2f}" for run in runs)
+        progress.update(task, advance=1, description=f"students: held-out {latest}")
+    _record(teacher, runs, held_out, settings.steps)
+    return runs
+
+
+def _make_run(name: str, start: nn.Module, mta: MTALoss, with_mta: bool) -> Run:
+    student, loss = copy.deepcopy(start), copy.deepcopy(mta)
+    groups: list[dict[str, Any]] = [{"params": list(student.parameters()), "lr": STUDENT_LR}]
+    if with_mta:
+        groups.append({"params": list(loss.parameters()), "lr": PROJECTION_LR})
+    return Run(name, student.train(), loss, torch.optim.AdamW(groups, weight_decay=0.01), with_mta)
+
+
+def _losses(run: Run, teacher: nn.Module, batch: Batch, with_mta: bool) -> tuple[Tensor, MTAOutput | None]:
+    """The base loss, and MTA's output where asked for."""
+    config = run.mta.config
+    if not with_mta:
+        with torch.no_grad():
+            teacher_logits = teacher(**_inputs(batch)).logits
+        return skewed_reverse_kl(run.student(**_inputs(batch)).logits, teacher_logits, batch["labels"]), None
+    with torch.no_grad(), capture_layers(teacher, config.teacher_layers) as teacher_hidden:
+        teacher_logits = teacher(**_inputs(batch)).logits
+    with capture_layers(run.student, config.student_layers) as student_hidden:
+        student_logits = run.student(**_inputs(batch)).logits
+    base = skewed_reverse_kl(student_logits, teacher_logits, batch["labels"])
+    return base, run.mta(student_hidden, teacher_hidden, batch["spans"])
+
+
+@torch.no_grad()
+def _record(teacher: nn.Module, runs: Sequence[Run], held_out: Batch, step: int) -> None:
+    """Measure every student on the held-out rows."""
+    for run in runs:
+        base, output = _losses(run, teacher, held_out, with_mta=True)
+        assert output is not None
+        cross_entropy = _cross_entropy(run.student(**_inputs(held_out)).logits, held_out["labels"])
+        measured = {"step": float(step), "srkl": base.item(), "cross_entropy": cross_entropy.item()}
+        measured |= {"dsa": output.dsa.item(), "hid": output.hid.item()}
+        for name, value in measured.items():
+            run.curves.setdefault(name, []).append(value)
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+
+
+def _results(teacher: nn.Module, runs: Sequence[Run], held_out: Batch, settings: DemoSettings) -> dict[str, Any]:
+    base, with_mta = (run.step_seconds for run in runs)
+    share = statistics.median(1 - plain / full for plain, full in zip(base, with_mta, strict=True))
+    with torch.no_grad():
+        teacher_loss = _cross_entropy(teacher(**_inputs(held_out)).logits, held_out["labels"]).item()
+    return {
+        "settings": {"teacher_steps": settings.teacher_steps, "steps": settings.steps, "seed": settings.seed},
+        "teacher_cross_entropy": teacher_loss,
+        "runs": [
+            {
+                "name": run.name,
+                **{name: values[-1] for name, values in run.curves.items() if name != "step"},
+                "median_step_seconds": statistics.median(run.step_seconds),
+                "curves": run.curves,
+            }
+            for run in runs
+        ],
+        "mta_share_of_step": share,
+    }
+
+
+def _print_table(results: dict[str, Any], out: Path, console: Any) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"After {results['settings']['steps']} steps, on {HELD_OUT} held-out rows")
+    for column in ("student", "SRKL", "cross-entropy", "dsa", "hid", "step (median)"):
+        table.add_column(column, justify="left" if column == "student" else "right")
+    for run in results["runs"]:
+        seconds = f"{1000 * run['median_step_seconds']:.0f} ms"
+        hid = f"{run['hid']:.3f}" + ("" if "MTA" in run["name"] else " *")
+        numbers = (f"{run['srkl']:.3f}", f"{run['cross_entropy']:.3f}", f"{run['dsa']:.4f}", hid, seconds)
+        table.add_row(run["name"], *numbers)
+    console.print(table)
+    console.print("* through the random projections of the start: SRKL alone trains none")
+    console.print(f"teacher: cross-entropy {results['teacher_cross_entropy']:.3f} on the same rows")
+    console.print(f"share of MTA in the step: {100 * results['mta_share_of_step']:.0f} % (median of paired steps)")
+    console.print(f"{results['minutes']:.1f} minutes; curves in {out / 'curves.png'}, numbers in {out / 'results.json'}")
+
+
+def _draw(runs: Sequence[Run], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {
+        "srkl": "SRKL to the teacher",
+        "cross_entropy": "Cross-entropy of the responses",
+        "dsa": "DSA: difference of span-pair cosines",
+        "hid": "Hid: distance to the teacher's states",
+    }
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for run, style in zip(runs, ("--", "-"), strict=True):
+            axes.plot(run.curves["step"], run.curves[name], style, label=run.name, linewidth=2)
+        axes.set(title=title, xlabel="step")
+        axes.set_ylim(bottom=0 if name in ("dsa", "hid") else None)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.suptitle("The same student, the same batches: held-out rows", fontsize=13)
+    figure.savefig(path, dpi=110)

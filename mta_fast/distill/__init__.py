@@ -1,0 +1,1 @@
+"""Distillation around the MTA loss: base losses and prompts."""

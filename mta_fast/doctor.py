@@ -1,0 +1,88 @@
+"""What this installation can do: versions, devices, backends, and why something is missing.
+
+Runs without the command line's packages too: ``python -m mta_fast.doctor``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from mta_fast._version import __version__
+from mta_fast.backends import BACKENDS, OPS
+from mta_fast.spans.extract import DEFAULT_MODEL, DEFAULT_MODEL_ON_PYPI
+
+PLANNED_BACKENDS = {"triton": "fused GPU kernels", "cpp": "C++ kernels for CPUs"}
+# package -> the extra that brings it, and what needs it
+OPTIONAL = {
+    "transformers": ("train", "layer capture and tokenizers"),
+    "spacy": ("spacy", "span extraction"),
+    "datasets": ("train", "data sets"),
+    "accelerate": ("train", "training"),
+    "peft": ("train", "LoRA students"),
+    "yaml": ("train", "MTAConfig.from_yaml"),
+    "typer": ("train", "the command line"),
+    "matplotlib": ("train", "pictures of the demo"),
+    "triton": ("triton", "GPU kernels"),
+}
+_DISTRIBUTIONS = {"yaml": "pyyaml"}
+
+
+def report() -> str:
+    """The whole report, one fact a line."""
+    return "\n".join(_lines())
+
+
+def _lines() -> Iterator[str]:
+    yield f"mta_fast {__version__}"
+    yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield f"torch {torch.__version__}, numpy {np.__version__}, {torch.get_num_threads()} CPU threads"
+    yield from _devices()
+    yield "backends"
+    for name, backend in BACKENDS.items():
+        reasons = [reason for op in OPS for reason in backend.reasons_against(op, [torch.empty(0)])]
+        yield f"  {name}: {'; '.join(sorted(set(reasons))) or 'ready (any device)'}"
+    for name, what in PLANNED_BACKENDS.items():
+        if name not in BACKENDS:
+            yield f"  {name}: missing, mta_fast {__version__} ships without its {what}"
+    yield "packages"
+    for package, (extra, purpose) in OPTIONAL.items():
+        yield f"  {package}: {_version(package) or f'missing ({purpose}); {_install(extra)}'}"
+    yield f"  spaCy model: {_spacy_model()}"
+
+
+def _devices() -> Iterator[str]:
+    if torch.cuda.is_available():
+        kind = "ROCm" if torch.version.hip else "CUDA"
+        for index in range(torch.cuda.device_count()):
+            yield f"device {kind} {index}: {torch.cuda.get_device_name(index)}"
+    elif torch.version.cuda or torch.version.hip:
+        yield "device: CPU only (torch is built for GPUs, but no device or driver answers)"
+    else:
+        yield "device: CPU only (this torch is built without CUDA and ROCm)"
+
+
+def _version(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return None
+    return importlib.metadata.version(_DISTRIBUTIONS.get(package, package))
+
+
+def _install(extra: str) -> str:
+    return f"pip install 'mta-fast[{extra}]'"
+
+
+def _spacy_model() -> str:
+    for name in (DEFAULT_MODEL, DEFAULT_MODEL_ON_PYPI):
+        if importlib.util.find_spec(name) is not None:
+            return f"{name} {importlib.metadata.version(name)}"
+    return f"missing; python -m spacy download {DEFAULT_MODEL}, or {_install('spacy')}"
+
+
+if __name__ == "__main__":
+    print(report())
