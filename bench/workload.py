@@ -40,7 +40,9 @@ def standard_workload(
 ) -> Workload:
     """Make the inputs: random hidden states, float32, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    config = MTAConfig.public(layer_pairs=[(0, 0), (1, 1), (2, 2)], granularity=["word", "phrase", "phrase"], weight=1.0)
+    config = MTAConfig.public(
+        layer_pairs=[(0, 0), (1, 1), (2, 2)], granularity=["word", "phrase", "phrase"], weight=1.0
+    )
     loss = MTALoss(config, *dims)
     student, teacher = (
         {layer: torch.randn(batch, seq_len, dim, generator=generator) for layer in range(3)} for dim in dims

@@ -13,8 +13,6 @@ from mta_fast.spans.batch import SpanBatch
 from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor
 
-
-
 __all__ = [
     "LayerMap",
     "MTAConfig",

@@ -65,9 +65,15 @@ def compute_overall_span_loss(*positional: Any, **named: Any) -> Tensor:
     call = _bind(positional, named)
     args, mask = call["args"], call["attention_mask"]
     first, middle, last = (int(bound) for bound in args.split_layer_mapping[:3])
-    pairs = list(zip(args.student_layer_mapping, args.teacher_layer_mapping, strict=True))[first:last]
+    student_layers, teacher_layers = list(args.student_layer_mapping), list(args.teacher_layer_mapping)
+    if len(student_layers) != len(teacher_layers) or not 0 <= first <= middle <= last <= len(student_layers):
+        raise InputError(
+            f"args: expected as many teacher as student layers and 0 <= a0 <= a1 <= a2 <= that number in "
+            f"split_layer_mapping, got {student_layers}, {teacher_layers} and {list(args.split_layer_mapping)}"
+        )
+    pairs = list(zip(student_layers, teacher_layers, strict=True))[first:last]
     if not pairs:
-        return sum_of_nothing(call["s_hidden_states"])
+        return _zero(call["s_hidden_states"])
     entropy = bool(getattr(args, "entropy_weight", False))
     if entropy and call.get("t_logits") is None:
         raise InputError("args.entropy_weight: expected t_logits with it, got none; the second family has no logits")
@@ -78,20 +84,20 @@ def compute_overall_span_loss(*positional: Any, **named: Any) -> Tensor:
         weighting="entropy" if entropy else "importance",
     )
     offsets = torch.as_tensor(call["offsets_mapping"])[:, : mask.shape[1]].cpu()
-    device = call["s_hidden_states"][pairs[0][0]].device
+    device = call["s_hidden_states"][-1].device
     rows = (mask != 0).cpu()
     spans = {
         kind: SpanBatch.from_char_spans(call[name], offsets, rows, drop_truncated=False).to(device)
         for kind, name in (("word", "words_offsets"), ("phrase", "spans_offsets"))
     }
-    borrowed = nn.ModuleList(_BorrowedProjection(linear) for linear in list(call["projectors"])[first:last])
-    widths = [linear.linear.weight.shape for linear in borrowed]  # [d_T, d_S] each
+    projectors = list(call["projectors"])[first:last]
+    teacher_dims, student_dims = zip(*(tuple(linear.weight.shape) for linear in projectors), strict=True)
     with torch.device("meta"):  # the projections are the caller's: allocate none, draw no random numbers
-        loss = MTALoss(config, [int(shape[1]) for shape in widths], [int(shape[0]) for shape in widths])
-    loss.projections = borrowed
+        loss = MTALoss(config, student_dims, teacher_dims)
+    loss.projections = nn.ModuleList(map(_BorrowedProjection, projectors))
     weights = entropy_weights(call["t_logits"]) if entropy else None
     output = loss(call["s_hidden_states"], call["t_hidden_states"], spans, entropy_weights=weights)
-    return output.dsa + 0.1 * output.hid  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
+    return output.dsa + 0.1 * output.hid
 
 
 def get_spans_offsets(texts: Sequence[str], nlp: Language, matcher: Matcher) -> tuple[SpanLists, SpanLists]:
@@ -112,7 +118,7 @@ def get_phrases_spans_offsets(
     return [list(row) for row in spans], spans, words
 
 
-def sum_of_nothing(hidden_states: Any) -> Tensor:
+def _zero(hidden_states: Any) -> Tensor:
     """0 with the graph of the hidden states: the loss without a layer pair."""
     return hidden_states[0].reshape(-1)[:0].sum()
 

@@ -197,5 +197,7 @@ def _yaml() -> Any:
     try:
         import yaml
     except ImportError:
-        raise MissingPackageError("YAML: expected the package pyyaml, got none; pip install 'mta-fast[train]'") from None
+        raise MissingPackageError(
+            "YAML: expected the package pyyaml, got none; pip install 'mta-fast[train]'"
+        ) from None
     return yaml

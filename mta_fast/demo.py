@@ -171,7 +171,9 @@ def _train_teacher(
 ) -> nn.Module:
     teacher = _gpt2(tokenizer, TEACHER_LAYERS, TEACHER_DIM)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=TEACHER_LR, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TEACHER_LR, total_steps=settings.teacher_steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, TEACHER_LR, total_steps=settings.teacher_steps, pct_start=0.1
+    )
     task = progress.add_task("teacher", total=settings.teacher_steps)
     for _, batch in zip(range(settings.teacher_steps), train, strict=False):
         everything = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
@@ -303,7 +305,9 @@ def _print_table(results: dict[str, Any], out: Path, console: Any) -> None:
     console.print("* through the random projections of the start: SRKL alone trains none")
     console.print(f"teacher: cross-entropy {results['teacher_cross_entropy']:.3f} on the same rows")
     console.print(f"share of MTA in the step: {100 * results['mta_share_of_step']:.0f} % (median of paired steps)")
-    console.print(f"{results['minutes']:.1f} minutes; curves in {out / 'curves.png'}, numbers in {out / 'results.json'}")
+    console.print(
+        f"{results['minutes']:.1f} minutes; curves in {out / 'curves.png'}, numbers in {out / 'results.json'}"
+    )
 
 
 def _draw(runs: Sequence[Run], path: Path) -> None:

@@ -24,9 +24,7 @@ class LayerMap:
     pairs: tuple[tuple[int, int], ...]
 
     @classmethod
-    def proportional(
-        cls, student_layers: int, teacher_layers: int, layers: Sequence[int] | None = None
-    ) -> LayerMap:
+    def proportional(cls, student_layers: int, teacher_layers: int, layers: Sequence[int] | None = None) -> LayerMap:
         """phi(l) = round-half-up(l * N_T / N_S) (paper section "layers").
 
         Args:
@@ -114,15 +112,16 @@ def num_layers(model: nn.Module) -> int:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile, DDP and PEFT wrappers."""
+    inner: Any = model
     while True:
-        if hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "get_base_model"):  # PEFT
-            model = model.get_base_model()
+        if hasattr(inner, "_orig_mod"):  # torch.compile
+            inner = inner._orig_mod
+        elif isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
         else:
-            return model
+            return inner
 
 
 def selects_hidden_states(model: nn.Module) -> bool:
@@ -173,9 +172,7 @@ def _ask_for_states(model: nn.Module, wanted: list[int], captured: CapturedState
     hooks.enter_context(_removing(model.register_forward_hook(keep)))
 
 
-def _hook_blocks(
-    model: nn.Module, wanted: list[int], depth: int, captured: CapturedStates, hooks: ExitStack
-) -> None:
+def _hook_blocks(model: nn.Module, wanted: list[int], depth: int, captured: CapturedStates, hooks: ExitStack) -> None:
     inner = unwrap(model)
     backbone = getattr(inner, "base_model", inner)
     blocks = _blocks(backbone, depth)

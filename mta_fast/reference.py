@@ -147,9 +147,7 @@ def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
 # --- 3 span pooling ----------------------------------------------------------------------------------------------
 
 
-def pool_spans(
-    hidden: Tensor, weights: Tensor, spans: Spans, rows: Tensor, rows_host: Tensor
-) -> tuple[Tensor, Tensor]:
+def pool_spans(hidden: Tensor, weights: Tensor, spans: Spans, rows: Tensor, rows_host: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted mean hidden state of each span: v_u = sum_j w_j h_j / sum_j w_j; 0 where the weights sum to 0.
 
     Args:
@@ -183,9 +181,7 @@ def pool_spans(
     return pooled, totals
 
 
-def pool_spans_gradient(
-    grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Spans, dtype: torch.dtype
-) -> Tensor:
+def pool_spans_gradient(grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
     """Gradient of the hidden states: dh_j = w_j sum over the spans u of j of dv_u / sum(w over u).
 
     Args:

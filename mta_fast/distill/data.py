@@ -35,6 +35,4 @@ def load_sample() -> list[PromptRow]:
     """The bundled sample: instruction and response rows written for this project, as prompts."""
     lines = resources.files("mta_fast").joinpath("data/sample.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    return [
-        PromptRow(prompt=format_prompt(row["instruction"], row["input"]), output=row["output"]) for row in rows
-    ]
+    return [PromptRow(prompt=format_prompt(row["instruction"], row["input"]), output=row["output"]) for row in rows]

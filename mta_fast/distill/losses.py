@@ -16,9 +16,7 @@ from mta_fast.reference import compute_dtype
 from mta_fast.spans.collate import IGNORED_LABEL
 
 
-def skewed_reverse_kl(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, alpha: float = 0.1
-) -> Tensor:
+def skewed_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, alpha: float = 0.1) -> Tensor:
     """SRKL: mean over counted positions of KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898).
 
     The gradient goes through the mixture. The mixture is taken in log space.

@@ -47,8 +47,8 @@ def check_spans(spans: SpanBatch, leading: Sequence[int], device: torch.device, 
     """The spans were made for hidden states with this leading shape, and are on their device."""
     if tuple(spans.shape) != tuple(leading):
         raise InputError(
-            f"spans: made for tokens of shape {tuple(spans.shape)}, but {name} has {tuple(leading)}; make the SpanBatch "
-            f"from the same padded batch (two tokenizers: SpanBatch.pair and teacher_spans=)"
+            f"spans: made for tokens of shape {tuple(spans.shape)}, but {name} has {tuple(leading)}; make the "
+            f"SpanBatch from the same padded batch (two tokenizers: SpanBatch.pair and teacher_spans=)"
         )
     if spans.device != device:
         raise InputError(f"spans: expected on {device}, got {spans.device}; move them with spans.to({str(device)!r})")

@@ -80,9 +80,7 @@ def span_pair_terms(
             raise InputError(f"{name}: expected {spans.num_spans} spans as in `spans`, got shape {tuple(tensor.shape)}")
     check_float("span_weights", span_weights, (1,))
     check_shape("span_weights", span_weights, (spans.num_spans,), "one weight a span")
-    check_device(
-        student_spans.device, teacher_spans=teacher_spans, span_weights=span_weights, spans=spans.span_splits
-    )
+    check_device(student_spans.device, teacher_spans=teacher_spans, span_weights=span_weights, spans=spans.span_splits)
     check_option("method", method, METHODS)
     backends.check_name(backend)
     index = [spans.span_rows, spans.span_splits, spans.host]

@@ -162,13 +162,12 @@ class _Side:
         texts: Sequence[str] | None,
     ) -> _Side:
         offsets = torch.as_tensor(offset_mapping).detach().cpu().numpy().astype(np.int64, copy=False)
-        packed = cu_seqlens is not None
-        if packed and attention_mask is not None:
+        if cu_seqlens is not None and attention_mask is not None:
             raise InputError("SpanBatch: expected attention_mask or cu_seqlens, got both; packed rows need no mask")
-        if offsets.ndim != (2 if packed else 3) or offsets.shape[-1] != 2:
-            expected = "[T, 2]" if packed else "[B, S, 2]"
+        if offsets.ndim != (3 if cu_seqlens is None else 2) or offsets.shape[-1] != 2:
+            expected = "[B, S, 2]" if cu_seqlens is None else "[T, 2]"
             raise InputError(f"offset_mapping: expected {expected}, got shape {offsets.shape}")
-        if packed:
+        if cu_seqlens is not None:
             rows = Rows.from_cu_seqlens(cu_seqlens, len(offsets))
             offsets, mask = _unpack(offsets, rows.host.numpy())
             return cls(offsets, belongs_to_spans(offsets, mask), rows.host[:, 0].numpy().astype(np.int64), rows, texts)
@@ -221,7 +220,7 @@ class _Side:
 
 def _unpack(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Packed offsets [T, 2] as [B, S, 2] right-padded rows, and their mask."""
-    start, length = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64)
+    length = rows[:, 1].astype(np.int64)
     mask = np.arange(length.max(initial=0)) < length[:, None]
     padded = np.zeros((*mask.shape, 2), np.int64)
     padded[mask] = offsets[: int(length.sum())]
