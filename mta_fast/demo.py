@@ -118,7 +118,7 @@ def _data(seed: int, progress: Progress) -> tuple[Batches, Batch, PreTrainedToke
     task = progress.add_task("words and phrases of the text (spaCy)", total=None)
     sample = load_sample()
     texts = [row["prompt"] + row["output"] for row in sample]
-    tokenizer = _train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts, VOCABULARY)
     spans = SpanExtractor()(texts)
     columns = zip(sample, spans["word_spans"], spans["phrase_spans"], strict=True)
     rows = [dict(row) | {"word_spans": words, "phrase_spans": phrases} for row, words, phrases in columns]
@@ -129,12 +129,13 @@ def _data(seed: int, progress: Progress) -> tuple[Batches, Batch, PreTrainedToke
     return Batches(shuffled[HELD_OUT:], collator, seed), collator(shuffled[:HELD_OUT]), tokenizer
 
 
-def _train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of these texts, with one special token."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=["<|endoftext|>"], show_progress=False)
     end = "<|endoftext|>"
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=end, pad_token=end, bos_token=end)
 

@@ -173,9 +173,7 @@ def _ask_for_states(model: nn.Module, wanted: list[int], captured: CapturedState
 
 
 def _hook_blocks(model: nn.Module, wanted: list[int], depth: int, captured: CapturedStates, hooks: ExitStack) -> None:
-    inner = unwrap(model)
-    backbone = getattr(inner, "base_model", inner)
-    blocks = _blocks(backbone, depth)
+    stack, blocks = _blocks(unwrap(model), depth)
 
     def keep_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         captured[0] = args[0] if args else kwargs["hidden_states"]
@@ -190,15 +188,17 @@ def _hook_blocks(model: nn.Module, wanted: list[int], depth: int, captured: Capt
         hooks.enter_context(_removing(blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True)))
     for layer in wanted:
         if layer:
-            module = backbone if layer == depth else blocks[layer - 1]
+            module = stack if layer == depth else blocks[layer - 1]  # the stack's output has passed the final norm
             hooks.enter_context(_removing(module.register_forward_hook(keeper(layer))))
 
 
-def _blocks(backbone: nn.Module, depth: int) -> nn.ModuleList:
-    found = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not found:
-        raise InputError(f"model: expected a ModuleList of its {depth} blocks, found none in {type(backbone).__name__}")
-    return found[0]
+def _blocks(model: nn.Module, depth: int) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that runs the blocks, and the blocks."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == depth:
+                return module, child
+    raise InputError(f"model: expected a ModuleList of its {depth} blocks, found none in {type(model).__name__}")
 
 
 def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
