@@ -9,6 +9,8 @@ import sys
 
 from mta_fast.errors import MTAFastError
 
+INTERRUPTED = 130
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
@@ -30,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not hasattr(error, "format_message"):
             raise
         return _fail(f"{error.format_message()} See mta-fast --help.")
+    if code == INTERRUPTED:  # newer typers turn Ctrl-C into this exit code
+        return _interrupted()
     return code if isinstance(code, int) else 0
 
 
@@ -40,7 +44,7 @@ def _fail(message: str) -> int:
 
 def _interrupted() -> int:
     print("mta-fast: interrupted", file=sys.stderr)
-    return 130
+    return INTERRUPTED
 
 
 if __name__ == "__main__":

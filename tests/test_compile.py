@@ -10,7 +10,6 @@ import torch
 from batches import make_batch
 
 from mta_fast import MTAConfig, MTALoss, entropy_weights
-from mta_fast.errors import DoubleBackwardError
 
 PAIRS, KINDS, STUDENT_DIM, TEACHER_DIM, VOCABULARY = ((1, 2), (3, 4)), ("word", "phrase"), 6, 10, 11
 
@@ -53,7 +52,6 @@ def test_entropy_weights_compile() -> None:
     assert torch.equal(compiled(logits), entropy_weights(logits))
 
 
-@pytest.mark.slow
 def test_inductor() -> None:
     loss = MTALoss(MTAConfig(PAIRS, KINDS), STUDENT_DIM, TEACHER_DIM)
     student, teacher, spans = _inputs([5, 3], "right")
@@ -65,6 +63,6 @@ def test_double_backward_raises_under_compile() -> None:
     loss = MTALoss(MTAConfig(PAIRS, KINDS), STUDENT_DIM, TEACHER_DIM)
     student, teacher, spans = _inputs([5, 3], "right")
     output = torch.compile(loss, fullgraph=True, backend="aot_eager")(student, teacher, spans)
-    with pytest.raises((DoubleBackwardError, RuntimeError)):
+    with pytest.raises(RuntimeError, match="double backward|second one"):
         (gradient,) = torch.autograd.grad(output.loss, student[1], create_graph=True)
-        torch.autograd.grad(gradient.sum(), student[1])
+        gradient.square().sum().backward()

@@ -1,0 +1,63 @@
+"""Base losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mta_fast.distill.data import format_prompt
+from mta_fast.distill.losses import skewed_reverse_kl
+from mta_fast.errors import InputError
+
+
+def test_srkl_by_hand() -> None:
+    # one counted position: q = (3/4, 1/4), p = (1/2, 1/2), mixture 0.9 p + 0.1 q = (0.525, 0.475)
+    student = torch.tensor([[[3.0, 1.0], [7.0, 7.0]]]).double().log()
+    teacher = torch.tensor([[[1.0, 1.0], [1.0, 9.0]]]).double().log()
+    q, mixture = torch.tensor([0.75, 0.25]).double(), torch.tensor([0.525, 0.475]).double()
+    loss = skewed_reverse_kl(student, teacher, torch.tensor([[-100, 1]]))
+    torch.testing.assert_close(loss, (q * (q / mixture).log()).sum())
+
+
+def test_srkl_is_zero_at_the_teacher_and_skips_what_does_not_count() -> None:
+    logits = torch.randn(2, 4, 5).double()
+    labels = torch.tensor([[-100, 1, 2, -100], [-100, -100, -100, 3]])
+    assert skewed_reverse_kl(logits, logits, labels).abs() < 1e-12
+    other = logits.clone()
+    other[0, 2:] = torch.nan  # predicts labels that do not count
+    other[1, :2] = torch.nan
+    assert skewed_reverse_kl(other, logits, labels).abs() < 1e-12
+    nothing = skewed_reverse_kl(logits.requires_grad_(), logits, torch.full((2, 4), -100))
+    nothing.backward()
+    assert nothing.item() == 0
+
+
+def test_srkl_gradient_goes_through_the_mixture() -> None:
+    teacher, labels = torch.randn(1, 3, 4).double(), torch.tensor([[0, 1, 2]])
+    student = torch.randn(1, 3, 4).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: skewed_reverse_kl(s, teacher, labels), student)
+
+
+def test_errors_name_expected_and_received() -> None:
+    logits = torch.randn(1, 3, 4)
+    with pytest.raises(InputError, match="alpha: expected a number between 0 and 1, got 1"):
+        skewed_reverse_kl(logits, logits, torch.zeros(1, 3), alpha=1)
+    with pytest.raises(InputError, match="different vocabularies"):
+        skewed_reverse_kl(logits, logits[..., 1:], torch.zeros(1, 3))
+    with pytest.raises(InputError, match="labels: expected"):
+        skewed_reverse_kl(logits, logits, torch.zeros(1, 2))
+
+
+def test_prompt_template() -> None:
+    assert format_prompt("Sum up.").endswith("a task. Write a response that appropriately completes the request.\n\n### Instruction:\nSum up.\n\n### Response:\n")  # fmt: skip
+    assert "### Input:\nThe text.\n\n### Response:\n" in format_prompt("Sum up.", "The text.")
+
+
+def test_prompt_template_equals_the_data(shared: object) -> None:
+    import json
+    from pathlib import Path
+
+    assert isinstance(shared, Path)
+    for line in (shared / "data/dolly/dev.jsonl").read_text().splitlines()[:200]:
+        row = json.loads(line)
+        assert format_prompt(row["instruction"], row["input"]) == row["prompt"]
