@@ -15,9 +15,14 @@ from mta_fast.spans.collate import IGNORED_LABEL
 pytest.importorskip("transformers")
 
 ROWS: list[dict[str, Any]] = [
-    {"prompt": "Name a river.\n", "output": "The Danube — it flows.", "word_spans": [[0, 4], [14, 17], [18, 24]], "phrase_spans": [[5, 12], [14, 24]]},
+    {
+        "prompt": "Name a river.\n",
+        "output": "The Danube — it flows.",
+        "word_spans": [[0, 4], [14, 17], [18, 24]],
+        "phrase_spans": [[5, 12], [14, 24]],
+    },
     {"prompt": "Hi\n", "output": "Yo", "word_spans": [[3, 5]], "phrase_spans": []},
-]  # fmt: skip
+]
 
 
 def _texts(batch: dict[str, Any], spans: SpanBatch, prefix: str = "", vocabulary: int = 512) -> list[str]:

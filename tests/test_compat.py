@@ -98,8 +98,7 @@ def test_call_by_name_float_mask_and_longer_offsets(fixture: Fixture) -> None:
     expected = compat.compute_overall_span_loss(**call)
     call["attention_mask"] = call["attention_mask"].float()
     call["offsets_mapping"] = torch.cat([call["offsets_mapping"], torch.full((len(fixture.mask), 3, 2), 9999)], 1)
-    first, *rest = names
-    projectors = call.pop(first)
+    projectors = call.pop(names[0])
     assert torch.equal(compat.compute_overall_span_loss(projectors, **call), expected)
 
 

@@ -49,7 +49,9 @@ def test_errors_name_expected_and_received() -> None:
 
 
 def test_prompt_template() -> None:
-    assert format_prompt("Sum up.").endswith("a task. Write a response that appropriately completes the request.\n\n### Instruction:\nSum up.\n\n### Response:\n")  # fmt: skip
+    without = format_prompt("Sum up.")
+    assert without.startswith("Below is an instruction that describes a task. Write a response")
+    assert without.endswith("completes the request.\n\n### Instruction:\nSum up.\n\n### Response:\n")
     assert "### Input:\nThe text.\n\n### Response:\n" in format_prompt("Sum up.", "The text.")
 
 

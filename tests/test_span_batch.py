@@ -36,6 +36,15 @@ def test_with_the_text_only_white_space_is_forgiven() -> None:
     assert _ranges([(1, 5)], texts=[text]) == []
 
 
+def test_white_space_of_any_alphabet() -> None:
+    import sys
+
+    spaces = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
+    for space in [*spaces, "_", "☕", "𝒳"]:  # a token that holds the character before a word
+        made = SpanBatch.from_char_spans([[(1, 3)]], torch.tensor([[[0, 3]]]), texts=[f"{space}ab"])
+        assert made.num_spans == space.isspace(), space
+
+
 def test_truncation_drops_what_it_cuts() -> None:
     assert _ranges([(6, 20), (0, 5)]) == [[1, 2]]
     assert _ranges([(6, 20), (0, 5)], drop_truncated=False) == [[2, 5], [1, 2]]

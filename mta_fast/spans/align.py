@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,11 +78,7 @@ def token_ranges(
     token_row, token = np.nonzero(usable)
     start, end = offsets[token_row, token].T
     _check_ascending(token_row, start, end)
-    if texts is None:
-        forgiven: Integers = start + 1
-    else:
-        leads = (texts[b][s : s + 1].isspace() for b, s in zip(token_row.tolist(), start.tolist(), strict=True))
-        forgiven = start + np.fromiter(leads, np.bool_, len(start))
+    forgiven: Integers = start + (1 if texts is None else _starts_with_space(texts, token_row, start))
     # one ascending key over the batch, so that a single binary search serves all rows
     reach = int(max(end.max(initial=0), spans.end.max(initial=0))) + 2
     first = np.searchsorted(token_row * reach + forgiven, spans.row * reach + spans.start, side="left")
@@ -93,6 +90,22 @@ def token_ranges(
     begin = np.where(filled, np.append(token, 0)[np.where(filled, first, 0)], 0)
     stop = np.where(filled, np.append(token, 0)[np.where(filled, last - 1, 0)] + 1, 0)
     return TokenRanges(begin, stop, cut)
+
+
+def _starts_with_space(texts: Sequence[str], row: Integers, start: Integers) -> npt.NDArray[np.bool_]:
+    """[K] whether the character ``start`` of the row's text is white space (``str.isspace``)."""
+    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+    characters = np.frombuffer("".join([*texts, "\0"]).encode("utf-32-le", "surrogatepass"), np.uint32)
+    inside = start < lengths[row]
+    character = characters[np.where(inside, (np.cumsum(lengths) - lengths)[row] + start, -1)]
+    table = _space_table()
+    return table[np.minimum(character, len(table) - 1)]
+
+
+@functools.cache
+def _space_table() -> npt.NDArray[np.bool_]:
+    """isspace of every code point up to the last one that is white space (U+3000), and False for all others."""
+    return np.array([chr(code).isspace() for code in range(0x3001)] + [False])
 
 
 def _check_ascending(row: Integers, start: Integers, end: Integers) -> None:

@@ -1,0 +1,32 @@
+# The two commands of the README: make demo, make test.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TEXTS ?=
+
+.PHONY: install demo test lint bench clean
+
+install: $(VENV)/.installed  ## a virtual environment with everything
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install  ## a small teacher teaches a student, with and without MTA (about 3 minutes)
+	$(BIN)/mta-fast demo
+
+test: install  ## the whole suite but what is marked slow
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install  ## the committed figures; TEXTS=FILE.jsonl for the extraction's text
+	$(BIN)/python -m bench.run $(if $(TEXTS),--texts $(TEXTS)) --out bench/results/reference
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
