@@ -17,8 +17,8 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 demo: install  ## a small teacher teaches a student, with and without MTA (about 3 minutes)
 	$(BIN)/mta-fast demo
 
-test: install  ## the whole suite but what is marked slow
-	$(BIN)/python -m pytest -m 'not slow'
+test: install  ## the whole suite
+	$(BIN)/python -m pytest
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

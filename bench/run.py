@@ -2,7 +2,8 @@
 
 Measures the reference backend against the public algorithm on the standard workload, alignment in the collator,
 and span extraction against bare spaCy. Compared times are taken in turn within each round; what is printed is the
-median of the rounds' ratios. Nothing is timed before both sides agree on the loss and every gradient.
+median of the rounds' ratios (pytest-benchmark times one side at a time, which on a noisy machine compares two
+machines). Nothing is timed before both sides agree on the loss and every gradient.
 """
 
 from __future__ import annotations

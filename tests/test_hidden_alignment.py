@@ -25,6 +25,11 @@ def _projection(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return torch.randn(6, 4, dtype=dtype), torch.randn(6, dtype=dtype)
 
 
+def _projection_of(seed: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return _projection()
+
+
 def test_by_hand() -> None:
     student, teacher = torch.tensor([[[2.0], [0.0], [1.0]]]), torch.tensor([[[1.0, 0.0], [5.0, 5.0], [3.0, 4.0]]])
     weights = torch.tensor([[1.0, 0.0, 3.0]])  # the middle token does not count
@@ -70,6 +75,20 @@ def test_padding_and_packing_change_nothing(layout: str, reduction: str) -> None
         results.append((loss, made.unlay(grads[0]), *grads[1:]))
     for left, right in zip(*results, strict=True):
         torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sample"])
+def test_spans_only_say_which_tokens_to_read(reduction: str) -> None:
+    batch = make_batch("right")
+    counts = torch.zeros(len(LENGTHS) * batch.seq_len).double()
+    counts = counts.index_copy(0, batch.spans.covered.long(), batch.spans.cover_splits.diff().double())
+    weights = (counts * torch.rand(len(counts))).reshape(len(LENGTHS), -1)
+    hidden = [batch.lay(random_rows(LENGTHS, dim), padding=0) for dim in (4, 6)]
+    with_spans, without = (
+        hidden_alignment_loss(*hidden, weights, *_projection_of(0), spans=spans, reduction=reduction)
+        for spans in (batch.spans, None)
+    )
+    torch.testing.assert_close(with_spans, without)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -244,6 +245,35 @@ def test_two_tokenizers(changes: dict[str, Any]) -> None:
     made = loss.denominators(teacher, spans, teacher_spans=teacher_spans)
     again = loss(student, teacher, spans, teacher_spans=teacher_spans, denominators=made)
     torch.testing.assert_close(again.loss, output.loss)
+
+
+@pytest.mark.parametrize("weighting", ["importance", "uniform"])
+@pytest.mark.parametrize("tokenizers", [1, 2])
+def test_sample_is_the_mean_of_the_rows_alone(tokenizers: int, weighting: str) -> None:
+    rows = [row for row in zip(WORDS, EDGE_ROWS, strict=True) if row[0][0]]
+    whole = Case("packed", {"word": [w for w, _ in rows], "phrase": [p for _, p in rows]}, weighting=weighting)
+
+    def terms(case: Case, normalization: Any) -> tuple[Tensor, Tensor]:
+        config = dataclasses.replace(case.loss.config, normalization=normalization)
+        loss = MTALoss(config, STUDENT_DIM, TEACHER_DIM).double()
+        loss.load_state_dict(whole.loss.state_dict())
+        options = {"teacher_spans": case.spans} if tokenizers == 2 else {}
+        made = loss(case.student, case.teacher, case.spans, **options).per_layer
+        dsa, hid = made.dsa_numerator / made.dsa_denominator, made.hid_numerator / made.hid_denominator
+        return dsa, hid
+
+    alone: list[list[Tensor]] = [[], []]
+    first = 0
+    for word, phrase in rows:
+        part = Case("packed", {"word": [word], "phrase": [phrase]}, weighting=weighting)
+        cut = slice(first, first + word[0])
+        part.student = {layer: h[cut] for layer, h in whole.student.items()}
+        part.teacher = {layer: h[cut] for layer, h in whole.teacher.items()}
+        first += word[0]
+        for values, made in zip(alone, terms(part, "batch"), strict=True):
+            values.append(made)  # 0 / 0, a NaN, where the row has nothing to compare
+    for values, made in zip(alone, terms(whole, "sample"), strict=True):
+        torch.testing.assert_close(made, torch.stack(values).nanmean(0))
 
 
 def test_two_tokenizers_of_the_same_tokens_pool_with_own_importance() -> None:
