@@ -50,6 +50,8 @@ def main() -> int:
     parser.add_argument("--texts", type=Path, help="JSONL with prompt and output for the extraction; default: sample")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
     options = parser.parse_args()
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [*_loss_rows(options.rounds), _alignment_row(options.rounds), *_extraction_rows(options)]
     report = {"machine": _machine(), "rows": [asdict(row) for row in rows]}
     text = _markdown(report)

@@ -11,7 +11,7 @@ belongs to no span here, while the scripts put it into every span that starts at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,16 +64,10 @@ def compute_overall_span_loss(*positional: Any, **named: Any) -> Tensor:
     """
     call = _bind(positional, named)
     args, mask = call["args"], call["attention_mask"]
-    first, middle, last = (int(bound) for bound in args.split_layer_mapping[:3])
-    student_layers, teacher_layers = list(args.student_layer_mapping), list(args.teacher_layer_mapping)
-    if len(student_layers) != len(teacher_layers) or not 0 <= first <= middle <= last <= len(student_layers):
-        raise InputError(
-            f"args: expected as many teacher as student layers and 0 <= a0 <= a1 <= a2 <= that number in "
-            f"split_layer_mapping, got {student_layers}, {teacher_layers} and {list(args.split_layer_mapping)}"
-        )
-    pairs = list(zip(student_layers, teacher_layers, strict=True))[first:last]
+    first, middle, last, pairs = _layer_pairs(args)
+    example = _any_state(call["s_hidden_states"])
     if not pairs:
-        return _zero(call["s_hidden_states"])
+        return example.reshape(-1)[:0].sum()  # 0 with a graph
     entropy = bool(getattr(args, "entropy_weight", False))
     if entropy and call.get("t_logits") is None:
         raise InputError("args.entropy_weight: expected t_logits with it, got none; the second family has no logits")
@@ -84,13 +78,12 @@ def compute_overall_span_loss(*positional: Any, **named: Any) -> Tensor:
         weighting="entropy" if entropy else "importance",
     )
     offsets = torch.as_tensor(call["offsets_mapping"])[:, : mask.shape[1]].cpu()
-    device = call["s_hidden_states"][-1].device
     rows = (mask != 0).cpu()
     spans = {
-        kind: SpanBatch.from_char_spans(call[name], offsets, rows, drop_truncated=False).to(device)
+        kind: SpanBatch.from_char_spans(call[name], offsets, rows, drop_truncated=False).to(example.device)
         for kind, name in (("word", "words_offsets"), ("phrase", "spans_offsets"))
     }
-    projectors = list(call["projectors"])[first:last]
+    projectors = _projectors(call["projectors"], first, last)
     teacher_dims, student_dims = zip(*(tuple(linear.weight.shape) for linear in projectors), strict=True)
     with torch.device("meta"):  # the projections are the caller's: allocate none, draw no random numbers
         loss = MTALoss(config, student_dims, teacher_dims)
@@ -118,11 +111,6 @@ def get_phrases_spans_offsets(
     return [list(row) for row in spans], spans, words
 
 
-def _zero(hidden_states: Any) -> Tensor:
-    """0 with the graph of the hidden states: the loss without a layer pair."""
-    return hidden_states[0].reshape(-1)[:0].sum()
-
-
 class _BorrowedProjection(nn.Module):
     """The caller's nn.Linear behind the call of ``loss.Projection``."""
 
@@ -145,6 +133,40 @@ def _bind(positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
         f"compute_overall_span_loss: expected ({', '.join(_FIRST_FAMILY)}) or ({', '.join(_SECOND_FAMILY)}), "
         f"got {len(positional)} by position and {sorted(named)} by name"
     )
+
+
+def _layer_pairs(args: Any) -> tuple[int, int, int, list[tuple[int, int]]]:
+    """a0, a1, a2 of the split, and the layer pairs a0 to a2."""
+    names = ("student_layer_mapping", "teacher_layer_mapping", "split_layer_mapping")
+    missing = [name for name in names if not hasattr(args, name)]
+    if missing:
+        raise InputError(f"args: expected {', '.join(names)}, got none of {', '.join(missing)}")
+    student, teacher, split = (list(getattr(args, name)) for name in names)
+    bounds = [0, *split[:3], len(student)]
+    if len(student) != len(teacher) or len(split) < 3 or bounds != sorted(bounds):
+        raise InputError(
+            f"args: expected as many teacher as student layers and 0 <= a0 <= a1 <= a2 <= that number in "
+            f"split_layer_mapping, got {student}, {teacher} and {split}"
+        )
+    first, middle, last = (int(bound) for bound in split[:3])
+    return first, middle, last, list(zip(student, teacher, strict=True))[first:last]
+
+
+def _projectors(projectors: Any, first: int, last: int) -> list[nn.Linear]:
+    made = list(projectors)[first:last]
+    if len(made) != last - first or not all(isinstance(p, nn.Linear) for p in made):
+        kinds = [type(p).__name__ for p in made]
+        raise InputError(f"projectors: expected {last} nn.Linear, one for each layer pair, got {first} + {kinds}")
+    return made
+
+
+def _any_state(hidden_states: Any) -> Tensor:
+    """Some hidden state of a tuple (with None where it was not kept) or a dict."""
+    states = hidden_states.values() if isinstance(hidden_states, Mapping) else hidden_states
+    found = next((state for state in states if state is not None), None)
+    if found is None:
+        raise InputError("s_hidden_states: expected hidden states, got none; call the model with output_hidden_states")
+    return found
 
 
 def _phrases_and_words(doc: Any, matcher: Matcher) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

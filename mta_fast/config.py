@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -80,11 +81,14 @@ class MTAConfig:
 
     def __post_init__(self) -> None:
         pairs = _layer_pairs(self.layer_pairs)
-        given: str | Iterable[str] = self.granularity
-        kinds = (given,) if isinstance(given, str) else tuple(given)
+        given: object = self.granularity
+        kinds = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
         kinds = kinds * len(pairs) if len(kinds) == 1 else kinds
         if len(kinds) != len(pairs):
-            raise InputError(f"granularity: expected one for each of the {len(pairs)} layer pairs, got {len(kinds)}")
+            raise InputError(
+                f"granularity: expected one, or one for each of the {len(pairs)} layer pairs, got {len(kinds)}; with "
+                f"other layer_pairs than a preset's, give granularity too"
+            )
         for kind in kinds:
             if kind not in ("word", "phrase"):
                 raise InputError(f"granularity: expected 'word' or 'phrase', got {kind!r}")
@@ -97,6 +101,7 @@ class MTAConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise InputError(f"{name}: expected a finite number >= 0, got {value!r}")
+            object.__setattr__(self, name, float(value))
         for name in ("causal", "count_padding", "projection_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected true or false, got {getattr(self, name)!r}")
@@ -165,7 +170,11 @@ class MTAConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> MTAConfig:
         """Read the fields from a YAML file."""
-        loaded = _yaml().safe_load(Path(path).read_text(encoding="utf-8"))
+        yaml = _yaml()
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: expected YAML, got a file that is none: {error}") from None
         if not isinstance(loaded, dict):
             raise InputError(f"{path}: expected a mapping of MTAConfig fields, got {type(loaded).__name__}")
         return cls.from_dict(loaded)
@@ -177,7 +186,7 @@ class MTAConfig:
 
 def _layer_pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
     try:
-        made = tuple((int(student), int(teacher)) for student, teacher in pairs)
+        made = tuple((operator.index(student), operator.index(teacher)) for student, teacher in pairs)
     except (TypeError, ValueError):
         raise InputError(f"layer_pairs: expected (student layer, teacher layer) pairs, got {pairs!r}") from None
     if not made:
@@ -188,8 +197,8 @@ def _layer_pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
     return made
 
 
-def _nearest(name: str, options: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(options), n=1)
+def _nearest(name: object, options: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(options), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
 
 

@@ -6,6 +6,7 @@ and N that stream after the final norm.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,9 +45,7 @@ class LayerMap:
             )
         if layers is None:
             layers = sorted({_round_half_up(student_layers * part, 4) for part in (2, 3, 4)})
-        for layer in layers:
-            if not 0 <= layer <= student_layers:
-                raise InputError(f"layers: expected 0 to {student_layers}, got {layer}")
+        layers = _indices(layers, student_layers)
         return cls(tuple((layer, _round_half_up(layer * teacher_layers, student_layers)) for layer in layers))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -86,19 +85,34 @@ def capture_layers(model: nn.Module, layers: Sequence[int]) -> Iterator[Captured
         InputError: an index out of range, reentrant gradient checkpointing (its first pass keeps no graph), or
             a model whose output or blocks can't be read.
     """
-    wanted = sorted(set(layers))
     depth = num_layers(model)
-    for layer in wanted:
-        if not isinstance(layer, int) or not 0 <= layer <= depth:
-            raise InputError(f"layers: expected hidden-state indices 0 to {depth} (the model's depth), got {layer!r}")
+    wanted = sorted(set(_indices(layers, depth)))
     _refuse_reentrant_checkpointing(model)
     captured = CapturedStates()
     with ExitStack() as hooks:
-        if selects_hidden_states(model) or hasattr(model, "_orig_mod"):  # hooks on compiled blocks don't fire
+        if selects_hidden_states(model) or _is_compiled(model):  # hooks on compiled blocks don't fire
             _ask_for_states(model, wanted, captured, hooks)
         else:
             _hook_blocks(model, wanted, depth, captured, hooks)
         yield captured
+
+
+def _indices(layers: Sequence[int], depth: int) -> list[int]:
+    """Checked hidden-state indices, 0 to ``depth``."""
+    made = []
+    for layer in layers:
+        try:
+            made.append(operator.index(layer))
+        except TypeError:
+            made.append(-1)
+        if isinstance(layer, bool) or not 0 <= made[-1] <= depth:
+            raise InputError(f"layers: expected hidden-state indices 0 to {depth} (the model's depth), got {layer!r}")
+    return made
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """By torch.compile(model), or in place by model.compile()."""
+    return hasattr(model, "_orig_mod") or getattr(unwrap(model), "_compiled_call_impl", None) is not None
 
 
 def num_layers(model: nn.Module) -> int:
@@ -155,19 +169,26 @@ def hidden_widths(model: nn.Module, layers: Sequence[int]) -> dict[int, int]:
 
 def _ask_for_states(model: nn.Module, wanted: list[int], captured: CapturedStates, hooks: ExitStack) -> None:
     def ask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        # a caller that asked for all states gets them
-        asked = kwargs.get("output_hidden_states") is True
-        return args, kwargs if asked else kwargs | {"output_hidden_states": wanted}
+        # a caller that asked for all states gets them, one that asked for some (a nested capture) gets those too
+        asked = kwargs.get("output_hidden_states")
+        if asked is None:
+            asked = getattr(unwrap(model).config, "output_hidden_states", False)
+        if asked is True:
+            return args, kwargs
+        others = [asked] if isinstance(asked, int) and asked is not False else asked or []
+        return args, kwargs | {"output_hidden_states": sorted({*wanted, *others})}
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         states = getattr(output, "hidden_states", None)
-        if states is None:
+        if states is None or any(states[layer] is None for layer in wanted):
             raise InputError(
                 f"capture_layers: expected an output with hidden_states, got {type(output).__name__}; "
                 f"call the model with return_dict=True"
             )
         captured.update({layer: states[layer] for layer in wanted})
 
+    if not wanted:
+        return
     hooks.enter_context(_removing(model.register_forward_pre_hook(ask, with_kwargs=True)))
     hooks.enter_context(_removing(model.register_forward_hook(keep)))
 
@@ -194,11 +215,18 @@ def _hook_blocks(model: nn.Module, wanted: list[int], depth: int, captured: Capt
 
 def _blocks(model: nn.Module, depth: int) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the blocks, and the blocks."""
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == depth:
-                return module, child
-    raise InputError(f"model: expected a ModuleList of its {depth} blocks, found none in {type(model).__name__}")
+    found = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth
+    ]
+    if len(found) != 1:
+        raise InputError(
+            f"model: expected one ModuleList of its {depth} blocks, {type(model).__name__} has {len(found)} "
+            f"{[name for _, name, _ in found]}; call it with output_hidden_states=True and pass the tuple to MTALoss"
+        )
+    return found[0][0], found[0][2]
 
 
 def _refuse_reentrant_checkpointing(model: nn.Module) -> None:

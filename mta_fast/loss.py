@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,10 @@ class Projection(nn.Linear):
 
 class MTALoss(nn.Module):
     """The MTA loss of a student and a teacher; holds the trained projections of Hid.
+
+    ``torch.compile(fullgraph=True)`` takes it whole, and new lengths need no new graph. torch makes a graph of its
+    own for each size of 0 or 1 (a batch of one row, or of one span): where such batches are common, raise
+    ``torch._dynamo.config.recompile_limit``.
 
     Args:
         config: what to compute.
@@ -124,7 +129,8 @@ class MTALoss(nn.Module):
 
         Returns:
             MTAOutput. The loss is 0 with a graph when the batch has no spans, NaN when a hidden state that it
-            reads is NaN or infinite.
+            reads is NaN or infinite: the teacher's real tokens in rows with spans, the student's covered ones
+            (with its own importance, all its real tokens).
 
         Raises:
             InputError: layers, widths, shapes, dtypes or devices that don't match.
@@ -146,7 +152,8 @@ class MTALoss(nn.Module):
         if denominators is not None:
             check_shape("denominators", denominators, (len(terms), 2), "one (DSA, Hid) pair per layer pair")
             check_device(per_layer.dsa_numerator.device, denominators=denominators)
-            dsa_denominator, hid_denominator = denominators.detach().unbind(1)
+            made = denominators.detach().to(per_layer.dsa_numerator.dtype)
+            dsa_denominator, hid_denominator = made.unbind(1)
             per_layer = per_layer._replace(dsa_denominator=dsa_denominator, hid_denominator=hid_denominator)
         dsa = quotient(per_layer.dsa_numerator, per_layer.dsa_denominator).mean()
         hid = quotient(per_layer.hid_numerator, per_layer.hid_denominator).mean()
@@ -197,11 +204,7 @@ class MTALoss(nn.Module):
         for (_, layer), kind in zip(config.layer_pairs, config.granularity, strict=True):
             own = _span_batch("spans", spans, kind)
             other = own if teacher_spans is None else _span_batch("teacher_spans", teacher_spans, kind)
-            if own.num_spans != other.num_spans:
-                raise InputError(
-                    f"teacher_spans: expected the {own.num_spans} spans of `spans`, got {other.num_spans}; "
-                    f"make both with SpanBatch.pair"
-                )
+            _check_paired(own, other)
             hidden = _hidden_state(teacher_hidden, layer, "teacher").detach()
             check_spans(other, hidden.shape[:-1], hidden.device, "teacher_hidden")
             if layer not in importances:
@@ -290,8 +293,11 @@ class _TeacherSide(NamedTuple):
         return self.hid_weights(config).sum()
 
 
-def _per_pair(name: str, dim: int | Sequence[int], pairs: int) -> list[int]:
-    dims = [dim] * pairs if isinstance(dim, int) else [int(d) for d in dim]
+def _per_pair(name: str, dim: Any, pairs: int) -> list[int]:
+    try:
+        dims = [operator.index(d) for d in dim] if isinstance(dim, Iterable) else [operator.index(dim)] * pairs
+    except TypeError:
+        dims = []
     if len(dims) != pairs or min(dims) < 1:
         raise InputError(f"{name}: expected a width or one for each of the {pairs} layer pairs, got {dim!r}")
     return dims
@@ -302,6 +308,19 @@ def _span_batch(name: str, spans: Mapping[str, SpanBatch], kind: str) -> SpanBat
         got = sorted(spans) if isinstance(spans, Mapping) else type(spans).__name__
         raise InputError(f"{name}: expected a dict with the key {kind!r}, got {got}")
     return spans[kind]
+
+
+def _check_paired(own: SpanBatch, other: SpanBatch) -> None:
+    if own is other:
+        return
+    same = (own.num_spans, own.num_rows) == (other.num_spans, other.num_rows)
+    if same and not torch.compiler.is_compiling():
+        same = torch.equal(own.host[:, 0], other.host[:, 0])
+    if not same:
+        raise InputError(
+            f"teacher_spans: expected the spans of `spans`, {own.num_spans} in {own.num_rows} rows, row by row; got "
+            f"{other.num_spans} in {other.num_rows} rows, or other numbers per row; make both with SpanBatch.pair"
+        )
 
 
 def _hidden_state(hidden: HiddenStates, layer: int, side: str, width: int | None = None) -> Tensor:
@@ -333,5 +352,5 @@ def _check_mask(name: str, mask: Tensor | None, rows: Rows) -> None:
     check_shape(name, mask, rows.shape, "the tokens of the spans")
     if torch.compiler.is_compiling() or mask.device.type != "cpu":
         return
-    if not torch.equal(Rows.from_mask(mask).host[:, 1], rows.host[:, 1]):
-        raise InputError(f"{name}: expected the mask the spans were made with, got other row lengths")
+    if not Rows.from_mask(mask).same_tokens(rows):
+        raise InputError(f"{name}: expected the mask the spans were made with, got one with other real tokens")

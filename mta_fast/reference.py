@@ -119,7 +119,7 @@ def span_weights(values: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
     per_token = total[spans.covered_rows]
     token_weight = torch.where(per_token == 0, 0.0, value / per_token)
     dense = values.new_zeros(values.shape[0], dtype=torch.float64).index_copy(0, covered.long(), token_weight)
-    incidence, lengths = span_incidences(spans.ranges, int(spans.host[-1, 1]))
+    incidence, lengths = span_incidences(spans.ranges, spans.host.tolist()[-1][1])
     by_span = _segment_sums(dense[incidence], lengths)
     dtype = compute_dtype(values)
     return dense.to(dtype), by_span.to(dtype), total.to(dtype)

@@ -6,11 +6,22 @@ Right padding, left padding and packed sequences are three ways to make the same
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mta_fast.errors import InputError
+
+
+def as_tensor(name: str, values: Any, expected: str) -> Tensor:
+    """``values`` (a tensor, an array or nested lists) as a tensor."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}: expected {expected}, got {type(values).__name__} ({error})") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,16 +39,17 @@ class Rows:
     shape: tuple[int, ...]
 
     @classmethod
-    def from_mask(cls, attention_mask: Tensor) -> Rows:
+    def from_mask(cls, attention_mask: Any) -> Rows:
         """Rows of a padded batch.
 
         Args:
-            attention_mask: [B, S], non-zero at real tokens; any dtype. Each row's real tokens are
-                contiguous (left or right padding); a mask on a GPU costs one synchronisation.
+            attention_mask: [B, S], non-zero at real tokens; a tensor of any dtype or nested lists. Each row's real
+                tokens are contiguous (left or right padding); a mask on a GPU costs one synchronisation.
 
         Raises:
             InputError: the mask is not [B, S] or a row has a hole.
         """
+        attention_mask = as_tensor("attention_mask", attention_mask, "[B, S]")
         if attention_mask.ndim != 2:
             raise InputError(f"attention_mask: expected [B, S], got shape {tuple(attention_mask.shape)}")
         mask = attention_mask.detach().cpu() != 0
@@ -64,13 +76,14 @@ class Rows:
         return cls(host, host, (batch, length))
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, num_tokens: int) -> Rows:
+    def from_cu_seqlens(cls, cu_seqlens: Any, num_tokens: int) -> Rows:
         """Rows of packed sequences.
 
         Args:
             cu_seqlens: [B + 1] integers, 0 first, never decreasing; a GPU tensor costs one synchronisation.
             num_tokens: T, the length of the flat token axis.
         """
+        cu_seqlens = as_tensor("cu_seqlens", cu_seqlens, "[B + 1] integers")
         if cu_seqlens.ndim != 1 or not cu_seqlens.numel() or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise InputError(
                 f"cu_seqlens: expected [B + 1] of int32 or int64, got shape {tuple(cu_seqlens.shape)} "
@@ -84,6 +97,12 @@ class Rows:
             )
         host = torch.stack([bounds[:-1], length], 1).int()
         return cls(host.to(cu_seqlens.device), host, (num_tokens,))
+
+    def same_tokens(self, other: Rows) -> bool:
+        """Whether both hold the same real tokens; compared on the host."""
+        same = self.host == other.host
+        empty = (self.host[:, 1] == 0) & (other.host[:, 1] == 0)  # where an empty row starts means nothing
+        return self.shape == other.shape and bool((same.all(1) | empty).all())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Rows:
         """The same rows with ``table`` on ``device``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -61,6 +62,21 @@ def test_truncation_drops_spans_and_the_end_token() -> None:
     assert SpanCollator(tokenizer, max_length=4)(ROWS[:1])["spans"]["phrase"].num_spans == 0
 
 
+def test_end_token_that_the_tokenizer_adds_itself() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    plain, ending = make_tokenizer(), copy.deepcopy(make_tokenizer())
+    end = plain.eos_token
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, plain.eos_token_id)]
+    )
+    assert ending("a")["input_ids"][-1] == plain.eos_token_id
+    expected, made = (SpanCollator(tokenizer)(ROWS) for tokenizer in (plain, ending))
+    for name in ("input_ids", "labels"):
+        assert torch.equal(made[name], expected[name])
+    assert plain.eos_token_id not in SpanCollator(ending, max_length=8)(ROWS[:1])["input_ids"]
+
+
 def test_two_tokenizers_hold_the_same_spans() -> None:
     batch = SpanCollator(make_tokenizer(), teacher_tokenizer=make_tokenizer(300))(ROWS)
     assert batch["teacher_input_ids"].shape != batch["input_ids"].shape
@@ -72,7 +88,7 @@ def test_two_tokenizers_hold_the_same_spans() -> None:
 
 def test_text_rows_and_multiples() -> None:
     row = {"text": "Name a river.", "word_spans": [[0, 4]]}
-    batch = SpanCollator(make_tokenizer(), granularity=["word"], pad_to_multiple_of=16, add_eos=False)([row])
+    batch = SpanCollator(make_tokenizer(), granularity="word", pad_to_multiple_of=16, add_eos=False)([row])
     assert batch["input_ids"].shape == (1, 16)
     assert (batch["labels"] != IGNORED_LABEL).sum() == batch["attention_mask"].sum()
 
@@ -85,7 +101,19 @@ def test_errors_name_expected_and_received() -> None:
         SpanCollator(Slow())
     with pytest.raises(InputError, match="row 0: expected the column 'phrase_spans'.*run SpanExtractor first"):
         SpanCollator(make_tokenizer())([{"text": "a", "word_spans": []}])
-    with pytest.raises(InputError, match="row 0: expected the columns 'prompt' and 'output', or 'text', got"):
+    with pytest.raises(
+        InputError, match="row 0: expected strings in the columns 'prompt' and 'output', or in 'text', got"
+    ):
         SpanCollator(make_tokenizer())([{"question": "a"}])
+    with pytest.raises(InputError, match="got {'prompt': 'str', 'output': 'NoneType'}"):
+        SpanCollator(make_tokenizer())([{"prompt": "a", "output": None}])
+    with pytest.raises(InputError, match="rows: expected at least one row, got none"):
+        SpanCollator(make_tokenizer())([])
+    with pytest.raises(InputError, match="max_length: expected an integer >= 1, got None"):
+        SpanCollator(make_tokenizer(), max_length=None)  # type: ignore[arg-type]
+    tokenizer = copy.deepcopy(make_tokenizer())
+    tokenizer.truncation_side = "left"
+    with pytest.raises(InputError, match="expected truncation_side='right', got 'left'"):
+        SpanCollator(tokenizer)
     with pytest.raises(InputError, match=r"span \(0, 90\) of row 0"):
         SpanCollator(make_tokenizer(), granularity=["word"])([{"text": "a", "word_spans": [(0, 90)]}])

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench.public_algorithm import public_loss
+from bench.workload import standard_workload
 from mta_fast import compat, token_importance
 from mta_fast.errors import InputError
 
@@ -102,10 +104,38 @@ def test_call_by_name_float_mask_and_longer_offsets(fixture: Fixture) -> None:
     assert torch.equal(compat.compute_overall_span_loss(projectors, **call), expected)
 
 
-def test_where_the_scripts_crash(shared: Path) -> None:
-    fixture = Fixture(shared / "fixtures/small.npz")
-    names = compat._FIRST_FAMILY
-    call = dict(zip(names, fixture.first_family(), strict=True))
+def _made_up(batch: int = 3, seq_len: int = 20, dims: tuple[int, int] = (12, 20)) -> dict[str, Any]:
+    """A call of the first family, on random states and ragged rows."""
+    workload = standard_workload(batch, seq_len, dims)
+    mask = torch.ones(batch, seq_len)
+    for b in range(batch):
+        mask[b, seq_len - 3 * b :] = 0
+    args = SimpleNamespace(
+        student_layer_mapping=[0, 1, 2], teacher_layer_mapping=[0, 1, 2], split_layer_mapping=[0, 1, 3, 3]
+    )
+    # not the standard workload's own projections: the scripts hold plain linear layers
+    projectors = nn.ModuleList(nn.Linear(*dims) for _ in range(3))
+    states = (tuple(workload.student_hidden.values()), tuple(workload.teacher_hidden.values()))
+    spans = (workload.char_spans["phrase"], workload.char_spans["word"])
+    arguments = (projectors, mask, None, None, *states, workload.offset_mapping, *spans, args)
+    return dict(zip(compat._FIRST_FAMILY, arguments, strict=True))
+
+
+def test_equals_the_public_algorithm_of_the_benchmark() -> None:
+    # an independent, dense implementation: this holds without the expected numbers beside the checkout
+    call = _made_up()
+    learnt = [*call["s_hidden_states"], *call["projectors"].parameters()]
+    loss = compat.compute_overall_span_loss(**call)
+    hidden = [dict(enumerate(call[name])) for name in ("s_hidden_states", "t_hidden_states")]
+    spans = [call["words_offsets"], call["spans_offsets"], call["spans_offsets"]]
+    expected = public_loss(call["projectors"], call["attention_mask"].long(), *hidden, call["offsets_mapping"], spans)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, learnt), torch.autograd.grad(expected, learnt))
+
+
+def test_where_the_scripts_crash() -> None:
+    call = _made_up()
+    args = call["args"]
     generator_state = torch.get_rng_state()
 
     def loss(**changes: Any) -> Tensor:
@@ -114,21 +144,27 @@ def test_where_the_scripts_crash(shared: Path) -> None:
         made.backward()
         return made
 
-    rows = len(fixture.mask)
-    one_row_empty = [[], *fixture.spans("word")[1:]]
-    loss(words_offsets=one_row_empty)  # a row without spans
+    rows = len(call["attention_mask"])
+    loss(words_offsets=[[], *call["words_offsets"][1:]])  # a row without spans
     assert loss(words_offsets=[[]] * rows, spans_offsets=[[]] * rows) == 0  # a batch without spans
-    split = fixture.args.split_layer_mapping
-    for bounds in ((0, 0, 2, 2), (0, 2, 2, 2)):  # an empty split on either side
-        fixture.args.split_layer_mapping = bounds
+    for bounds in ((0, 0, 3, 3), (0, 3, 3, 3)):  # an empty split on either side
+        args.split_layer_mapping = bounds
         loss()
-    fixture.args.split_layer_mapping = (0, 0, 0, 0)
+    args.split_layer_mapping = (0, 0, 0, 0)
     assert loss() == 0
-    fixture.args.split_layer_mapping = split
-    mask = fixture.mask.clone()
+    args.split_layer_mapping = (0, 1, 3, 3)
+    mask = call["attention_mask"].clone()
     mask[0, 1:] = 0
     loss(attention_mask=mask)  # a row of one real token
     assert torch.equal(torch.get_rng_state(), generator_state)  # and no random number was drawn
+
+
+def test_states_as_tuple_with_gaps_or_dict() -> None:
+    call = _made_up()
+    expected = compat.compute_overall_span_loss(**call)
+    for make in (lambda states: (*states, None), lambda states: dict(enumerate(states))):
+        states = {name: make(call[name]) for name in ("s_hidden_states", "t_hidden_states")}
+        assert torch.equal(compat.compute_overall_span_loss(**(call | states)), expected)
 
 
 def test_public_spans(shared: Path) -> None:
@@ -150,10 +186,18 @@ def test_public_spans(shared: Path) -> None:
     assert compat.get_phrases_spans_offsets(texts[:2], nlp, matcher) == (spans[:2], spans[:2], words[:2])
 
 
-def test_errors_name_expected_and_received(shared: Path) -> None:
-    fixture = Fixture(shared / "fixtures/small.npz")
+def test_errors_name_expected_and_received() -> None:
+    call = _made_up()
     with pytest.raises(InputError, match="got 3 by position"):
         compat.compute_overall_span_loss(1, 2, 3)
-    fixture.args.split_layer_mapping = (0, 3, 4, 4)
-    with pytest.raises(InputError, match="0 <= a0 <= a1 <= a2 <= that number"):
-        compat.compute_overall_span_loss(*fixture.first_family())
+    with pytest.raises(InputError, match="projectors: expected 3 nn.Linear, one for each layer pair, got 0"):
+        compat.compute_overall_span_loss(**(call | {"projectors": call["projectors"][:2]}))
+    with pytest.raises(InputError, match="s_hidden_states: expected hidden states, got none"):
+        compat.compute_overall_span_loss(**(call | {"s_hidden_states": (None,)}))
+    for split in ((0, 4, 5, 5), (0, 1)):
+        call["args"].split_layer_mapping = split
+        with pytest.raises(InputError, match="0 <= a0 <= a1 <= a2 <= that number"):
+            compat.compute_overall_span_loss(**call)
+    del call["args"].split_layer_mapping
+    with pytest.raises(InputError, match="args: expected student_layer_mapping, .* got none of split_layer_mapping"):
+        compat.compute_overall_span_loss(**call)

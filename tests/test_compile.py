@@ -46,6 +46,18 @@ def test_one_graph_for_all_lengths(layout: str, changes: dict[str, Any]) -> None
         torch.testing.assert_close(grads, plain)
 
 
+def test_batches_of_nothing_and_of_one() -> None:
+    loss = MTALoss(MTAConfig(PAIRS, KINDS), STUDENT_DIM, TEACHER_DIM)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=16):  # torch makes a graph for each size of 0 or 1
+        for lengths, phrases in (([5, 3], []), ([4], [(0, 2)]), ([1], [(0, 1)]), ([6, 7], [(1, 2)])):
+            words = make_batch("right", [(n, [(j, j + 1) for j in range(n)]) for n in lengths])
+            spans = {"word": words.spans, "phrase": make_batch("right", [(n, phrases) for n in lengths]).spans}
+            student = {s: words.lay([torch.randn(n, STUDENT_DIM) for n in lengths]).requires_grad_() for s, _ in PAIRS}
+            teacher = {t: words.lay([torch.randn(n, TEACHER_DIM) for n in lengths]) for _, t in PAIRS}
+            torch.testing.assert_close(compiled(student, teacher, spans), loss(student, teacher, spans))
+
+
 def test_entropy_weights_compile() -> None:
     logits = torch.randn(2, 5, VOCABULARY)
     compiled = torch.compile(entropy_weights, fullgraph=True, backend="aot_eager")

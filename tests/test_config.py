@@ -61,7 +61,7 @@ def test_errors_name_expected_and_received(tmp_path: Path) -> None:
         MTAConfig.from_dict({"layer_pairs": [(1, 1)], "lamda_dsa": 1.0})
     with pytest.raises(InputError, match="expected layer_pairs, got none"):
         MTAConfig.from_dict({})
-    with pytest.raises(InputError, match="granularity: expected one for each of the 2 layer pairs, got 3"):
+    with pytest.raises(InputError, match="one for each of the 2 layer pairs, got 3"):
         MTAConfig([(1, 1), (2, 2)], ["word"] * 3)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="granularity: expected 'word' or 'phrase', got 'sentence'"):
         MTAConfig([(1, 1)], "sentence")  # type: ignore[arg-type]
@@ -77,6 +77,17 @@ def test_errors_name_expected_and_received(tmp_path: Path) -> None:
         MTAConfig([(1, 1)], lambda_dsa=-1)
     with pytest.raises(InputError, match="causal: expected true or false, got 'yes'"):
         MTAConfig([(1, 1)], causal="yes")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected .student layer, teacher layer. pairs"):
+        MTAConfig([(6.7, 24.2)])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="unknown key 1"):
+        MTAConfig.from_dict({1: 2})  # type: ignore[dict-item]
+    with pytest.raises(InputError, match="granularity: expected 'word' or 'phrase', got None"):
+        MTAConfig([(1, 1)], None)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="give granularity too"):
+        MTAConfig.paper("gpt2", layer_pairs=[(1, 1)])
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(InputError, match="expected YAML, got a file that is none"):
+        MTAConfig.from_yaml(tmp_path / "broken.yaml")
     with pytest.raises(InputError, match="did you mean 'gpt2'"):
         MTAConfig.paper("gpt-2")
     (tmp_path / "list.yaml").write_text("- 1\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import make_model, make_tokenizer
 
 from mta_fast.backends import BACKENDS
@@ -30,13 +31,20 @@ def test_examples_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "tokenizer": tokenizer,
         "rows": [dict(row) for row in load_sample()[:4]],
     }
+    before = [parameter.detach().clone() for parameter in names["student"].parameters()]
     examples = _examples(page)
     assert examples
     for example in examples:
         exec(compile(example, page, "exec"), names)
     if page == "README.md":
         assert names["loss"].isfinite()
-        assert next(names["mta"].parameters()).grad is not None
+        moved = [not torch.equal(a, b) for a, b in zip(before, names["student"].parameters(), strict=True)]
+        assert any(moved)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_placeholder_is_left(page: str) -> None:
+    assert not re.findall(r"^[A-Z_]{5,}$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def test_options_named_in_the_docs_exist() -> None:

@@ -100,7 +100,17 @@ def test_arrow_batches(extractor: SpanExtractor) -> None:
         made = extractor(table)
         assert made.column_names == ["id", "text", "word_spans", "phrase_spans"]
         assert made.column("word_spans").to_pylist() == extractor(TEXTS)["word_spans"]
-    assert type(extractor(batch)) is pa.RecordBatch
+    made = extractor(batch)
+    assert type(made) is pa.RecordBatch
+    assert extractor(made).equals(made)  # a second time replaces the columns
+
+
+def test_strings_of_numpy(extractor: SpanExtractor) -> None:
+    import numpy as np
+
+    assert extractor(np.array(TEXTS)) == extractor(TEXTS)
+    assert extractor(iter(TEXTS)) == extractor(TEXTS)
+    assert extractor([]) == {"word_spans": [], "phrase_spans": []}
 
 
 def test_a_function_replaces_spacy() -> None:
@@ -143,6 +153,19 @@ def test_errors_name_expected_and_received(extractor: SpanExtractor, tmp_path: P
         SpanExtractor(granularity="sentence")
     with pytest.raises(InputError, match="text of row 1: expected a string, got NoneType"):
         extractor(["a", None])
+    for wrong, message in {
+        "got one string; put it into a list": "a",
+        "got a single row; use datasets.map": {"text": "a"},
+        "text of row 1: expected Unicode text": ["a", "b\ud800"],
+    }.items():
+        with pytest.raises(InputError, match=wrong):
+            extractor(message)
+    for name in ("batch_size", "n_process"):
+        with pytest.raises(InputError, match=f"{name}: expected an integer >= 1, got 0"):
+            SpanExtractor(lambda text: {}, **{name: 0})
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(InputError, match="got DataFrame; pass its text column"):
+        extractor(pandas.DataFrame({"text": ["a"]}))
     with pytest.raises(InputError, match="text_column: expected one of body, got 'text'"):
         extractor({"body": ["a"]})
     assert extractor._nlp is not None

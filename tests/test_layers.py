@@ -42,7 +42,7 @@ def test_proportional_mapping() -> None:
 def test_mapping_errors() -> None:
     with pytest.raises(InputError, match="expected at most the teacher's 6, got 12.*give layer_pairs by hand"):
         LayerMap.proportional(12, 6)
-    with pytest.raises(InputError, match="layers: expected 0 to 4, got 5"):
+    with pytest.raises(InputError, match="layers: expected hidden-state indices 0 to 4 .*got 5"):
         LayerMap.proportional(4, 8, [5])
     with pytest.raises(InputError, match=r"student_layers: expected the model's number of layers"):
         LayerMap.proportional([6, 9], 48)  # type: ignore[arg-type]
@@ -136,6 +136,52 @@ def test_a_caller_may_want_all_states() -> None:
         output = model(**_inputs(), output_hidden_states=True)
     assert len([s for s in output.hidden_states if s is not None]) == LAYERS + 1
     assert torch.equal(hidden[1], output.hidden_states[1])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_nested_captures(family: str) -> None:
+    model, inputs = make_model(family).eval(), _inputs()
+    expected = _all_states(model, inputs)
+    with capture_layers(model, [1, 2]) as outer, capture_layers(model, [2, 4]) as inner:
+        model(**inputs)
+    for hidden, layers in ((outer, [1, 2]), (inner, [2, 4])):
+        assert all(torch.equal(hidden[layer], expected[layer]) for layer in layers)
+    model.config.output_hidden_states = True
+    with capture_layers(model, [1]) as hidden:
+        output = model(**inputs)
+    assert all(state is not None for state in output.hidden_states)
+    assert torch.equal(hidden[1], expected[1])
+    with capture_layers(model, []) as hidden:
+        model(**inputs)
+    assert not hidden
+
+
+def test_an_error_inside_leaves_no_hook() -> None:
+    for family in ("gpt2", "gptj"):
+        model = make_model(family)
+        with pytest.raises(ZeroDivisionError), capture_layers(model, CHOSEN):
+            raise ZeroDivisionError
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_hooks_refuse_an_ambiguous_model() -> None:
+    model = make_model("gptj")
+    model.adapters = torch.nn.ModuleList(torch.nn.Identity() for _ in range(LAYERS))
+    with pytest.raises(InputError, match=r"GPTJForCausalLM has 2 \['adapters', 'h'\]"):
+        with capture_layers(model, CHOSEN):
+            pass
+
+
+def test_capture_after_compiling_in_place() -> None:
+    model, inputs = make_model("gptj").eval(), _inputs()
+    expected = _all_states(model, inputs)
+    model.compile(backend="aot_eager")
+    with torch.no_grad():
+        model(**inputs)
+        with capture_layers(model, CHOSEN) as hidden:
+            model(**inputs)
+    for layer in CHOSEN:
+        torch.testing.assert_close(hidden[layer], expected[layer])
 
 
 def test_capture_errors() -> None:

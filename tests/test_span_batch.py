@@ -150,7 +150,7 @@ def test_errors_name_row_and_span() -> None:
         SpanBatch.from_char_spans([[]], torch.tensor([[[4, 6], [0, 2]]]))
     with pytest.raises(InputError, match="attention_mask or cu_seqlens, got both"):
         SpanBatch.from_char_spans([[]], OFFSETS[0], torch.ones(1, 6), torch.tensor([0, 6]))
-    with pytest.raises(InputError, match="entries of another length"):
+    with pytest.raises(InputError, match=r"spans of row 0: expected \(start, end\) pairs of integers"):
         _ranges([(0, 5, 1)])  # type: ignore[list-item]
     with pytest.raises(InputError, match="texts: expected 1 rows, got 0"):
         _ranges([(0, 5)], texts=[])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mta_fast.errors import DoubleBackwardError, InputError
-from mta_fast.rows import Rows
+from mta_fast.rows import Rows, as_tensor
 from mta_fast.spans.batch import SpanBatch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -16,7 +17,7 @@ REDUCTIONS = ("mean", "sample", "none")
 
 
 def check_float(name: str, tensor: Tensor, ndim: Sequence[int]) -> None:
-    """``tensor`` is floating point, has one of these numbers of dimensions, and is not empty in its last one."""
+    """``tensor`` is floating point and has one of these numbers of dimensions."""
     if tensor.dtype not in FLOATS:
         raise InputError(f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}")
     if tensor.ndim not in ndim:
@@ -54,15 +55,14 @@ def check_spans(spans: SpanBatch, leading: Sequence[int], device: torch.device, 
         raise InputError(f"spans: expected on {device}, got {spans.device}; move them with spans.to({str(device)!r})")
 
 
-def make_rows(
-    hidden: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, rows: Rows | None = None
-) -> Rows:
+def make_rows(hidden: Tensor, attention_mask: Any, cu_seqlens: Any, rows: Rows | None = None) -> Rows:
     """The rows of ``hidden`` [B, S, d] or [T, d] from at most one description of them, on its device."""
     given = [x is not None for x in (attention_mask, cu_seqlens, rows)]
     if sum(given) > 1:
         raise InputError("rows: expected at most one of attention_mask, cu_seqlens and rows, got several")
     leading = tuple(hidden.shape[:-1])
     if attention_mask is not None:
+        attention_mask = as_tensor("attention_mask", attention_mask, "[B, S]")
         check_shape("attention_mask", attention_mask, leading, "hidden.shape[:-1]")
         rows = Rows.from_mask(attention_mask)
     elif cu_seqlens is not None:

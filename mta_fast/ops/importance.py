@@ -31,7 +31,7 @@ def token_importance(
     Args:
         hidden: [B, S, d] padded (left or right) or [T, d] packed; d >= 2; any floating dtype.
         attention_mask: [B, S], non-zero at real tokens; None: all are. On a GPU it costs one synchronisation:
-            pass ``rows`` of a SpanBatch to avoid it.
+            pass ``rows`` of a SpanBatch to avoid it (and under ``torch.compile(fullgraph=True)``).
         cu_seqlens: [B + 1] bounds of packed rows.
         rows: ready-made ``Rows`` instead of either.
         causal: only earlier tokens are attended.

@@ -37,12 +37,9 @@ def flatten_spans(char_spans: CharSpans, texts: Sequence[str] | None = None) -> 
     Raises:
         InputError: start < 0, start >= end, or end beyond the text, with row and span.
     """
-    lengths = np.fromiter((len(row) for row in char_spans), np.int64, len(char_spans))
-    rows = np.repeat(np.arange(len(char_spans)), lengths)
-    filled = [np.asarray(row, np.int64).reshape(len(row), -1) for row in char_spans if len(row)]
-    if any(part.shape[1] != 2 for part in filled):
-        raise InputError("character spans: expected (start, end) pairs per row, got entries of another length")
-    table = np.concatenate(filled) if filled else np.zeros((0, 2), np.int64)
+    parts = [_pairs(b, row) for b, row in enumerate(char_spans)]
+    rows = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    table = np.concatenate([*parts, np.zeros((0, 2), np.int64)])
     start, end = table[:, 0], table[:, 1]
     limit = np.iinfo(np.int64).max if texts is None else np.fromiter(map(len, texts), np.int64, len(texts))[rows]
     wrong = (start < 0) | (start >= end) | (end > limit)
@@ -54,6 +51,17 @@ def flatten_spans(char_spans: CharSpans, texts: Sequence[str] | None = None) -> 
             f"were the spans extracted from another text?"
         )
     return FlatSpans(rows, start, end)
+
+
+def _pairs(b: int, row: Sequence[Sequence[int]]) -> Integers:
+    """One row's spans as [n, 2]."""
+    try:
+        pairs = np.asarray(row, np.int64)
+        if pairs.size == 0 or (pairs.ndim == 2 and pairs.shape[1] == 2):
+            return pairs.reshape(-1, 2)
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"character spans of row {b}: expected (start, end) pairs of integers, got {row!r:.80}")
 
 
 def belongs_to_spans(offsets: Integers, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mta_fast.errors import InputError
 from mta_fast.reference import Spans
-from mta_fast.rows import Rows
+from mta_fast.rows import Rows, as_tensor
 from mta_fast.spans.align import (
     CharSpans,
     FlatSpans,
@@ -54,9 +55,9 @@ class SpanBatch:
     def from_char_spans(
         cls,
         char_spans: CharSpans,
-        offset_mapping: Tensor | Sequence[object],
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        offset_mapping: Any,
+        attention_mask: Any = None,
+        cu_seqlens: Any = None,
         *,
         texts: Sequence[str] | None = None,
         drop_truncated: bool = True,
@@ -65,7 +66,8 @@ class SpanBatch:
 
         Args:
             char_spans: per row, (start, end) characters of the row's text, in any order.
-            offset_mapping: [B, S, 2] character offsets of the tokens ([T, 2] with ``cu_seqlens``).
+            offset_mapping: [B, S, 2] character offsets of the tokens ([T, 2] with ``cu_seqlens``). This and the
+                next two may be tensors, arrays or nested lists, as tokenizers return them.
             attention_mask: [B, S]; None: every token is real.
             cu_seqlens: [B + 1] bounds of packed sequences.
             texts: the row texts: then only white space is forgiven before a span, and ends are checked.
@@ -84,8 +86,8 @@ class SpanBatch:
     def pair(
         cls,
         char_spans: CharSpans,
-        student: tuple[Tensor, Tensor | None],
-        teacher: tuple[Tensor, Tensor | None],
+        student: tuple[Any, Any],
+        teacher: tuple[Any, Any],
         *,
         texts: Sequence[str] | None = None,
     ) -> tuple[SpanBatch, SpanBatch]:
@@ -156,16 +158,17 @@ class _Side:
     @classmethod
     def make(
         cls,
-        offset_mapping: Tensor | Sequence[object],
-        attention_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
+        offset_mapping: Any,
+        attention_mask: Any,
+        cu_seqlens: Any,
         texts: Sequence[str] | None,
     ) -> _Side:
-        offsets = torch.as_tensor(offset_mapping).detach().cpu().numpy().astype(np.int64, copy=False)
+        expected = "[B, S, 2]" if cu_seqlens is None else "[T, 2]"
+        made = as_tensor("offset_mapping", offset_mapping, f"padded {expected}")
+        offsets = made.detach().cpu().numpy().astype(np.int64, copy=False)
         if cu_seqlens is not None and attention_mask is not None:
             raise InputError("SpanBatch: expected attention_mask or cu_seqlens, got both; packed rows need no mask")
         if offsets.ndim != (3 if cu_seqlens is None else 2) or offsets.shape[-1] != 2:
-            expected = "[B, S, 2]" if cu_seqlens is None else "[T, 2]"
             raise InputError(f"offset_mapping: expected {expected}, got shape {offsets.shape}")
         if cu_seqlens is not None:
             rows = Rows.from_cu_seqlens(cu_seqlens, len(offsets))
@@ -174,12 +177,12 @@ class _Side:
         if attention_mask is None:
             rows = Rows.full(*offsets.shape[:2])
             mask = np.ones(offsets.shape[:2], np.bool_)
-        elif tuple(attention_mask.shape) != offsets.shape[:2]:
-            raise InputError(
-                f"attention_mask: expected {offsets.shape[:2]} as in offset_mapping, got {tuple(attention_mask.shape)}"
-            )
         else:
-            host_mask = attention_mask.detach().cpu()
+            host_mask = as_tensor("attention_mask", attention_mask, "[B, S]").detach().cpu()
+            if tuple(host_mask.shape) != offsets.shape[:2]:
+                raise InputError(
+                    f"attention_mask: expected {offsets.shape[:2]} as in offset_mapping, got {tuple(host_mask.shape)}"
+                )
             rows, mask = Rows.from_mask(host_mask), (host_mask != 0).numpy()
         flat = np.arange(len(offsets), dtype=np.int64) * offsets.shape[1]
         return cls(offsets, belongs_to_spans(offsets, mask), flat, rows, texts)
@@ -228,4 +231,5 @@ def _unpack(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _int32(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
+    # through empty: an empty array has strides of its own, for which torch.compile would make another graph
+    return torch.empty(values.shape, dtype=torch.int32).copy_(torch.from_numpy(np.ascontiguousarray(values)))

@@ -53,7 +53,16 @@ class SpanCollator:
     response_column: str = "output"
 
     def __post_init__(self) -> None:
+        if isinstance(self.granularity, str):
+            self.granularity = (self.granularity,)
+        if not isinstance(self.max_length, int) or self.max_length < 1:
+            raise InputError(f"max_length: expected an integer >= 1, got {self.max_length!r}")
         for tokenizer in filter(None, (self.tokenizer, self.teacher_tokenizer)):
+            if getattr(tokenizer, "truncation_side", "right") != "right":
+                raise InputError(
+                    "tokenizer: expected truncation_side='right', got 'left', which cuts spans at their start; set "
+                    "tokenizer.truncation_side = 'right'"
+                )
             if not getattr(tokenizer, "is_fast", False):
                 raise InputError(
                     f"tokenizer: expected a fast tokenizer (it gives character offsets), got "
@@ -67,6 +76,8 @@ class SpanCollator:
             input_ids, attention_mask, labels [B, S] int64 and spans {"word": SpanBatch, ...}; with a teacher
             tokenizer also teacher_input_ids, teacher_attention_mask, teacher_labels and teacher_spans.
         """
+        if not rows:
+            raise InputError("rows: expected at least one row, got none")
         prompts, texts = zip(*(self._texts(i, row) for i, row in enumerate(rows)), strict=True)
         char_spans = {kind: [_spans_of(i, row, kind) for i, row in enumerate(rows)] for kind in self.granularity}
         own = self._tokenize(self.tokenizer, prompts, texts)
@@ -89,13 +100,14 @@ class SpanCollator:
         }
 
     def _texts(self, i: int, row: Mapping[str, Any]) -> tuple[str, str]:
-        if self.response_column in row and self.prompt_column in row:
-            return row[self.prompt_column], row[self.prompt_column] + row[self.response_column]
-        if "text" in row:
-            return "", row["text"]
+        prompt, response = "", row.get("text")
+        if self.prompt_column in row and self.response_column in row:
+            prompt, response = row[self.prompt_column], row[self.response_column]
+        if isinstance(prompt, str) and isinstance(response, str):
+            return prompt, prompt + response
         raise InputError(
-            f"row {i}: expected the columns {self.prompt_column!r} and {self.response_column!r}, or 'text', "
-            f"got {sorted(row)}"
+            f"row {i}: expected strings in the columns {self.prompt_column!r} and {self.response_column!r}, or in "
+            f"'text', got { ({name: type(value).__name__ for name, value in row.items()}) }"
         )
 
     def _tokenize(self, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> _Tokenized:
@@ -129,11 +141,14 @@ class SpanCollator:
         self, ids: list[int], offsets: list[tuple[int, int]], prompt: int, end: int | None
     ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         """One row's ids, labels and offsets, with the end token where the row was not truncated."""
+        whole = len(ids) < self.max_length
+        if end is not None and ids[-1:] == [end]:  # the tokenizer's own: where it goes is decided below
+            ids, offsets = ids[:-1], offsets[:-1]
         labels = [
             token if start >= prompt and stop > start else IGNORED_LABEL
             for token, (start, stop) in zip(ids, offsets, strict=True)
         ]
-        if self.add_eos and end is not None and len(ids) < self.max_length and ids[-1:] != [end]:
+        if self.add_eos and end is not None and whole:
             return [*ids, end], [*labels, end], [*offsets, (0, 0)]
         return ids, labels, offsets
 

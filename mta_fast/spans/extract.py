@@ -56,9 +56,13 @@ class SpanExtractor:
         progress: bool = False,
         text_column: str = "text",
     ) -> None:
-        self.granularity = (granularity,) if isinstance(granularity, str) else tuple(granularity)
+        kinds = (granularity,) if isinstance(granularity, str) else granularity
+        self.granularity = tuple(dict.fromkeys(kinds))
         if not self.granularity or not set(self.granularity) <= set(GRANULARITIES):
             raise InputError(f"granularity: expected some of {', '.join(GRANULARITIES)}, got {granularity!r}")
+        for name, value in (("batch_size", batch_size), ("n_process", n_process)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}: expected an integer >= 1, got {value!r}")
         self.model = model
         self.batch_size, self.n_process = batch_size, n_process
         self.progress, self.text_column = progress, text_column
@@ -82,6 +86,11 @@ class SpanExtractor:
             return self._extend_arrow(texts)
         if isinstance(texts, Mapping):
             return self(self._column(texts, list(texts)))
+        if hasattr(texts, "columns"):
+            raise InputError(
+                f"texts: expected strings, a mapping or a pyarrow table, got {type(texts).__name__}; "
+                f"pass its text column"
+            )
         columns: dict[str, list[list[list[int]]]] = {f"{kind}_spans": [] for kind in self.granularity}
         for spans in self._rows(_checked(texts)):
             for kind in self.granularity:
@@ -94,7 +103,10 @@ class SpanExtractor:
     def _column(self, batch: Any, names: list[str]) -> list[str]:
         if self.text_column not in names:
             raise InputError(f"text_column: expected one of {', '.join(names)}, got {self.text_column!r}")
-        return list(batch[self.text_column])
+        column = batch[self.text_column]
+        if isinstance(column, str):
+            raise InputError("texts: expected a batch of rows, got a single row; use datasets.map(..., batched=True)")
+        return list(column)
 
     def _extend_arrow(self, table: pa.Table) -> pa.Table:
         import pyarrow as pa
@@ -103,7 +115,11 @@ class SpanExtractor:
         spans = self(table.column(self.text_column).to_pylist())
         kind = pa.list_(pa.list_(pa.int32()))
         for name, rows in spans.items():
-            table = table.append_column(name, pa.array(rows, kind))
+            column = pa.array(rows, kind)
+            if name in table.column_names:  # extracted before
+                table = table.set_column(table.column_names.index(name), name, column)
+            else:
+                table = table.append_column(name, column)
         return table
 
     def _rows(self, texts: list[str]) -> Iterator[Mapping[str, Iterable[CharSpan]]]:
@@ -228,8 +244,14 @@ def _install_hint(model: str) -> str:
 
 
 def _checked(texts: Iterable[Any]) -> list[str]:
+    if isinstance(texts, str):
+        raise InputError("texts: expected a list of strings, got one string; put it into a list")
     rows = list(texts)
     for row, text in enumerate(rows):
         if not isinstance(text, str):
             raise InputError(f"text of row {row}: expected a string, got {type(text).__name__}")
-    return rows
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"text of row {row}: expected Unicode text, got a lone surrogate ({error})") from None
+    return list(map(str, rows))  # NumPy's strings are str, but not to spaCy
