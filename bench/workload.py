@@ -7,6 +7,7 @@ tokens (real Dolly text has 1.2 tokens a word and 2.3 a phrase). No padding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,13 @@ COVERED_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Workload:
-    """Inputs of one loss call; ``config`` is the public scripts' variant, so that both sides compute the same."""
+    """Inputs of one loss call, and the loss in the paper's and in the public scripts' settings.
 
-    config: MTAConfig
+    Both hold the same projections; ``public_loss`` computes what the public algorithm computes.
+    """
+
     loss: MTALoss
+    public_loss: MTALoss
     student_hidden: dict[int, Tensor]
     teacher_hidden: dict[int, Tensor]
     attention_mask: Tensor
@@ -34,16 +38,24 @@ class Workload:
         """The tensors that receive a gradient."""
         return [*self.student_hidden.values(), *self.loss.parameters()]
 
+    def pair_spans(self) -> list[list[list[tuple[int, int]]]]:
+        """The character spans of each layer pair."""
+        return [self.char_spans[kind] for kind in self.loss.config.granularity]
+
 
 def standard_workload(
     batch: int, seq_len: int, dims: tuple[int, int] = (STUDENT_DIM, TEACHER_DIM), seed: int = 0
 ) -> Workload:
     """Make the inputs: random hidden states, float32, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    config = MTAConfig.public(
-        layer_pairs=[(0, 0), (1, 1), (2, 2)], granularity=["word", "phrase", "phrase"], weight=1.0
-    )
-    loss = MTALoss(config, *dims)
+    settings: dict[str, Any] = {
+        "layer_pairs": [(0, 0), (1, 1), (2, 2)],
+        "granularity": ["word", "phrase", "phrase"],
+        "lambda_dsa": 1.0,
+        "lambda_hid": 0.1,
+    }
+    loss, public_loss = (MTALoss(make(**settings), *dims) for make in (MTAConfig.paper, MTAConfig.public))
+    public_loss.projections = loss.projections
     student, teacher = (
         {layer: torch.randn(batch, seq_len, dim, generator=generator) for layer in range(3)} for dim in dims
     )
@@ -60,4 +72,4 @@ def standard_workload(
     }
     mask = torch.ones(batch, seq_len, dtype=torch.long)
     spans = {kind: SpanBatch.from_char_spans(rows, offsets, mask) for kind, rows in char_spans.items()}
-    return Workload(config, loss, student, teacher, mask, offsets, char_spans, spans)
+    return Workload(loss, public_loss, student, teacher, mask, offsets, char_spans, spans)

@@ -158,27 +158,22 @@ def pool_spans(hidden: Tensor, weights: Tensor, spans: Spans, rows: Tensor, rows
     """
     dtype = compute_dtype(hidden)
     weights = weights.to(dtype)
-    pooled = hidden.new_zeros(spans.ranges.shape[0], hidden.shape[1], dtype=dtype)
-    totals = weights.new_zeros(spans.ranges.shape[0])
-    splits = spans.host.tolist()
-    for (start, length), (first, before), (last, after) in zip(
-        rows_host.tolist(), splits[:-1], splits[1:], strict=True
-    ):
-        if first == last:
-            continue
-        incidence, lengths = span_incidences(spans.ranges[first:last] - start, after - before)
+    parts = [(0, hidden.shape[0], *spans.host.tolist()[-1])]
+    if hidden.dtype != dtype:  # row by row, so that no copy of the whole batch is made
+        sizes = spans.host.diff(dim=0).tolist()
+        parts = [(*row, *size) for row, size in zip(rows_host.tolist(), sizes, strict=True)]
+    pooled, totals, first = [], [], 0
+    for start, length, count, num_tokens in parts:
+        incidence, lengths = span_incidences(spans.ranges[first : first + count] - start, num_tokens)
         w = weights[start : start + length][incidence]
         total = _segment_sums(w.double(), lengths).to(dtype)
-        sums = F.embedding_bag(
-            incidence,
-            hidden[start : start + length].to(dtype),
-            lengths.cumsum(0) - lengths,
-            mode="sum",
-            per_sample_weights=w,
-        )
-        pooled[first:last] = sums * _reciprocal(total)[:, None]
-        totals[first:last] = total
-    return pooled, totals
+        states = hidden[start : start + length].to(dtype)
+        offsets = lengths.cumsum(0) - lengths
+        sums = F.embedding_bag(incidence, states, offsets, mode="sum", per_sample_weights=w)
+        pooled.append(sums * _reciprocal(total)[:, None])
+        totals.append(total)
+        first += count
+    return _concat(pooled, hidden, dtype), torch.cat([*totals, weights[:0]])
 
 
 def pool_spans_gradient(grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
@@ -247,7 +242,8 @@ def span_pairs(
         denominators.append((w.double().sum() ** 2 - w.double().square().sum()).to(dtype))
         if gradient is not None:
             # through the normalisation: the part orthogonal to u, over the length
-            gradients.append(torch.addcmul(gradient, (gradient * u).sum(-1, keepdim=True), u, value=-1).mul_(scale))
+            radial = torch.linalg.vecdot(gradient, u)[:, None]
+            gradients.append(gradient.addcmul_(radial, u, value=-1).mul_(scale))
     return _stack(numerators, student, dtype), _stack(denominators, student, dtype), _concat(gradients, student, dtype)
 
 
@@ -354,7 +350,7 @@ def hidden_alignment(
         p = F.linear(h, matrix, bias)
         p_scale = _reciprocal(torch.linalg.vector_norm(p, dim=-1))
         scale = p_scale * _reciprocal(torch.linalg.vector_norm(t, dim=-1))
-        cosine = (p * t).sum(-1) * scale
+        cosine = torch.linalg.vecdot(p, t) * scale
         total = total + (g * (1 - cosine)).double().sum()
         if gradient is not None:
             dp = p.mul_((g * cosine * p_scale.square())[:, None]).sub_(t.mul_((g * scale)[:, None]))
