@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         if error.name != "typer":
             raise
-        return _fail("the command line needs typer, which is not installed; pip install 'mta-fast[train]'")
+        return _fail("the command line needs typer, which is not installed; pip install '.[train]' in the checkout")
     try:
         code = app(args=arguments, standalone_mode=False)
     except KeyboardInterrupt:

@@ -40,6 +40,13 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def register(backend: Backend) -> None:
+    """Add a backend, preferred to all that are registered; one of the same name is replaced."""
+    others = {name: other for name, other in BACKENDS.items() if name != backend.name}
+    BACKENDS.clear()
+    BACKENDS.update({backend.name: backend, **others})
+
+
 @dataclass(frozen=True)
 class Choice:
     """What runs a call: the backend's name, and the reasons of those that were preferred but refused."""
@@ -73,7 +80,8 @@ def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> Choice:
         refused[name] = reasons
     inputs = ", ".join(f"{t.dtype}{list(t.shape)} on {t.device}" for t in tensors)
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
-    raise BackendUnavailableError(f"{op} ({inputs}): no backend can run it. {why}")
+    mend = "use backend='auto'" if backend != "auto" else "see `mta-fast doctor`"
+    raise BackendUnavailableError(f"{op} ({inputs}): expected a backend that can run it, got {why}; {mend}")
 
 
 def run(op: str, backend: str, tensors: Sequence[Tensor], /, *args: Any, **options: Any) -> Any:

@@ -4,7 +4,7 @@
     from mta_fast.compat import compute_overall_span_loss
     from mta_fast.compat import get_phrases_spans_offsets as get_spans_offsets                  # second family
 
-The results are the scripts' to rounding, where the scripts have one. Beyond that: a row or a batch without spans
+The results are the scripts' to rounding, where the scripts give a number. Beyond that: a row or a batch without spans
 adds 0, a row of one token is finite, and an empty split is fine. A real token with offsets (0, 0) (a special token)
 belongs to no span here, while the scripts put it into every span that starts at character 0 or 1.
 """
@@ -89,8 +89,7 @@ def compute_overall_span_loss(*positional: Any, **named: Any) -> Tensor:
         loss = MTALoss(config, student_dims, teacher_dims)
     loss.projections = nn.ModuleList(map(_BorrowedProjection, projectors))
     weights = entropy_weights(call["t_logits"]) if entropy else None
-    output = loss(call["s_hidden_states"], call["t_hidden_states"], spans, entropy_weights=weights)
-    return output.dsa + 0.1 * output.hid
+    return loss(call["s_hidden_states"], call["t_hidden_states"], spans, entropy_weights=weights).loss
 
 
 def get_spans_offsets(texts: Sequence[str], nlp: Language, matcher: Matcher) -> tuple[SpanLists, SpanLists]:

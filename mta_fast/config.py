@@ -207,6 +207,6 @@ def _yaml() -> Any:
         import yaml
     except ImportError:
         raise MissingPackageError(
-            "YAML: expected the package pyyaml, got none; pip install 'mta-fast[train]'"
+            "YAML: expected the package pyyaml, got none; pip install '.[train]' in the checkout"
         ) from None
     return yaml

@@ -93,7 +93,8 @@ def _require_packages() -> None:
     for package in ("transformers", "tokenizers", "rich", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise MissingPackageError(
-                f"demo: expected the package {package}, it is not installed; pip install 'mta-fast[train,spacy]'"
+                f"demo: expected the package {package}, it is not installed; "
+                f"pip install '.[train,spacy]' in the checkout"
             )
 
 
@@ -213,7 +214,7 @@ def _distil(
     config = MTAConfig(layer_pairs=layers.pairs, granularity=("word", "phrase", "phrase"))
     start = _gpt2(tokenizer, STUDENT_LAYERS, STUDENT_DIM)
     mta = MTALoss.for_models(start, teacher, config)
-    runs = [_make_run(name, start, mta, name != "SRKL") for name in ("SRKL", "SRKL + MTA")]
+    runs = [_make_run("SRKL", start, mta, with_mta=False), _make_run("SRKL + MTA", start, mta, with_mta=True)]
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(run.optimizer, settings.steps) for run in runs]
     task = progress.add_task("students", total=settings.steps)
     for step, batch in zip(range(settings.steps), train, strict=False):
@@ -281,6 +282,7 @@ def _results(teacher: nn.Module, runs: Sequence[Run], held_out: Batch, settings:
         "runs": [
             {
                 "name": run.name,
+                "with_mta": run.with_mta,
                 **{name: values[-1] for name, values in run.curves.items() if name != "step"},
                 "median_step_seconds": statistics.median(run.step_seconds),
                 "curves": run.curves,
@@ -299,7 +301,7 @@ def _print_table(results: dict[str, Any], out: Path, console: Any) -> None:
         table.add_column(column, justify="left" if column == "student" else "right")
     for run in results["runs"]:
         seconds = f"{1000 * run['median_step_seconds']:.0f} ms"
-        hid = f"{run['hid']:.3f}" + ("" if "MTA" in run["name"] else " *")
+        hid = f"{run['hid']:.3f}" + ("" if run["with_mta"] else " *")
         numbers = (f"{run['srkl']:.3f}", f"{run['cross_entropy']:.3f}", f"{run['dsa']:.4f}", hid, seconds)
         table.add_row(run["name"], *numbers)
     console.print(table)

@@ -23,12 +23,10 @@ OPTIONAL = {
     "transformers": ("train", "layer capture and tokenizers"),
     "spacy": ("spacy", "span extraction"),
     "datasets": ("train", "data sets"),
-    "accelerate": ("train", "training"),
     "peft": ("train", "LoRA students"),
     "yaml": ("train", "MTAConfig.from_yaml"),
     "typer": ("train", "the command line"),
     "matplotlib": ("train", "pictures of the demo"),
-    "triton": ("triton", "GPU kernels"),
 }
 _DISTRIBUTIONS = {"yaml": "pyyaml"}
 
@@ -74,7 +72,7 @@ def _version(package: str) -> str | None:
 
 
 def _install(extra: str) -> str:
-    return f"pip install 'mta-fast[{extra}]'"
+    return f"pip install '.[{extra}]' in the checkout"
 
 
 def _spacy_model() -> str:

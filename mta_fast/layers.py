@@ -26,7 +26,7 @@ class LayerMap:
 
     @classmethod
     def proportional(cls, student_layers: int, teacher_layers: int, layers: Sequence[int] | None = None) -> LayerMap:
-        """phi(l) = round-half-up(l * N_T / N_S) (paper section "layers").
+        """phi(l) = round-half-up(l * N_T / N_S) (the paper's proportional mapping, arXiv 2605.01374).
 
         Args:
             student_layers: N_S, the student's depth; teacher_layers: N_T.

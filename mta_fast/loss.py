@@ -136,13 +136,9 @@ class MTALoss(nn.Module):
             InputError: layers, widths, shapes, dtypes or devices that don't match.
         """
         pairs = self._pairs(spans, teacher_spans, teacher_hidden, entropy_weights)
-        dims = zip(self.student_dims, self.teacher_dims, strict=True)
         terms = []
-        for i, ((student_layer, _), pair, (student_dim, teacher_dim)) in enumerate(
-            zip(self.config.layer_pairs, pairs, dims, strict=True)
-        ):
-            student = _hidden_state(student_hidden, student_layer, "student", student_dim)
-            _check_width(pair.teacher, "teacher", teacher_dim)
+        for i, ((layer, _), pair) in enumerate(zip(self.config.layer_pairs, pairs, strict=True)):
+            student = _hidden_state(student_hidden, layer, "student", self.student_dims[i])
             check_device(student.device, teacher_hidden=pair.teacher)
             check_spans(pair.spans, student.shape[:-1], student.device, "student_hidden")
             _check_mask("attention_mask", attention_mask, pair.spans.rows)
@@ -191,8 +187,8 @@ class MTALoss(nn.Module):
         teacher_spans: Mapping[str, SpanBatch] | None,
         teacher_hidden: HiddenStates,
         entropy_weights: Tensor | None,
-    ) -> list[_TeacherSide]:
-        """The teacher's side of every layer pair. Importance is computed once for a layer used twice."""
+    ) -> list[_LayerPair]:
+        """What every layer pair has before the student is read. Importance is computed once for a layer used twice."""
         config = self.config
         if (entropy_weights is None) == (config.weighting == "entropy"):
             raise InputError(
@@ -201,11 +197,11 @@ class MTALoss(nn.Module):
             )
         importances: dict[int, Tensor] = {}
         pairs = []
-        for (_, layer), kind in zip(config.layer_pairs, config.granularity, strict=True):
+        for i, ((_, layer), kind) in enumerate(zip(config.layer_pairs, config.granularity, strict=True)):
             own = _span_batch("spans", spans, kind)
             other = own if teacher_spans is None else _span_batch("teacher_spans", teacher_spans, kind)
             _check_paired(own, other)
-            hidden = _hidden_state(teacher_hidden, layer, "teacher").detach()
+            hidden = _hidden_state(teacher_hidden, layer, "teacher", self.teacher_dims[i]).detach()
             check_spans(other, hidden.shape[:-1], hidden.device, "teacher_hidden")
             if layer not in importances:
                 importances[layer] = self._importance(hidden, other.rows)
@@ -214,8 +210,9 @@ class MTALoss(nn.Module):
             if config.weighting != "importance":
                 values = torch.ones_like(importances[layer]) if entropy_weights is None else entropy_weights
                 check_device(hidden.device, entropy_weights=values)
+                check_shape("entropy_weights", values, hidden.shape[:-1], "the teacher's tokens")
                 weights = normalize_weights(values, other, backend=config.backend)
-            pairs.append(_TeacherSide(hidden, own, other, teacher_spans is not None, token.token, weights))
+            pairs.append(_LayerPair(hidden, own, other, teacher_spans is not None, token.token, weights))
         return pairs
 
     def _importance(self, hidden: Tensor, rows: Rows) -> Tensor:
@@ -223,33 +220,36 @@ class MTALoss(nn.Module):
         options = {"causal": config.causal, "count_padding": config.count_padding, "backend": config.backend}
         return token_importance(hidden, rows=rows, **options)  # type: ignore[arg-type]  # a dict of mixed values
 
-    def _terms(self, i: int, student: Tensor, pair: _TeacherSide) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _terms(self, i: int, student: Tensor, pair: _LayerPair) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Numerator and denominator of DSA, then of Hid; a term left out is 0 / 0 with the student's graph."""
         config, backend = self.config, self.config.backend
-        zero = flat(student)[:0].sum(dtype=pair.weights.span.dtype)  # 0 with the student's graph
+        zero = flat(student)[:0].sum(dtype=pair.weights.span.dtype)
         dsa = hid = (zero, zero.detach())
-        student_spans = teacher_spans = zero[None, None]
+        spans: tuple[Tensor, Tensor] | None = None
         if config.lambda_dsa > 0 or pair.two_tokenizers:
-            student_token_weights = pair.token_weights
-            if pair.two_tokenizers or config.student_pooling == "own":
-                importance = self._importance(student, pair.spans.rows)
-                student_token_weights = normalize_weights(importance, pair.spans, backend=backend).token
-            student_spans, _ = pool_spans(student, student_token_weights, pair.spans, backend=backend)
-            teacher_spans, _ = pool_spans(pair.teacher, pair.token_weights, pair.teacher_spans, backend=backend)
-        if config.lambda_dsa > 0:
-            dsa = self._span_pair_terms(student_spans, teacher_spans, pair, config.dsa_method)
+            spans = self._pooled(student, pair)
+        if config.lambda_dsa > 0 and spans is not None:
+            dsa = self._span_pair_terms(*spans, pair, config.dsa_method)
         if config.lambda_hid > 0:
             weights = pair.hid_weights(config)
-            if pair.two_tokenizers:
-                tokens = torch.arange(weights.shape[0], device=weights.device)
-                numerator = self.projections[i](student_spans, teacher_spans, tokens, weights, backend)
-            else:
-                states = flat(student), flat(pair.teacher)
-                numerator = self.projections[i](*states, pair.spans.covered, weights, backend)
-            hid = (numerator, pair.hid_denominator(config))
+            states, tokens = (flat(student), flat(pair.teacher)), pair.spans.covered
+            if pair.two_tokenizers and spans is not None:  # token by token means nothing: compare the spans
+                states, tokens = spans, torch.arange(weights.shape[0], device=weights.device)
+            hid = (self.projections[i](*states, tokens, weights, backend), pair.hid_denominator(config))
         return *dsa, *hid
 
+    def _pooled(self, student: Tensor, pair: _LayerPair) -> tuple[Tensor, Tensor]:
+        """Pooled spans of student and teacher, [N, d_S] and [N, d_T]."""
+        backend, student_weights = self.config.backend, pair.token_weights
+        if pair.two_tokenizers or self.config.student_pooling == "own":
+            importance = self._importance(student, pair.spans.rows)
+            student_weights = normalize_weights(importance, pair.spans, backend=backend).token
+        student_spans, _ = pool_spans(student, student_weights, pair.spans, backend=backend)
+        teacher_spans, _ = pool_spans(pair.teacher, pair.token_weights, pair.teacher_spans, backend=backend)
+        return student_spans, teacher_spans
+
     def _span_pair_terms(
-        self, student: Tensor, teacher: Tensor, pair: _TeacherSide, method: str
+        self, student: Tensor, teacher: Tensor, pair: _LayerPair, method: str
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         uniform = config.weighting == "uniform"
@@ -264,8 +264,8 @@ class MTALoss(nn.Module):
         )
 
 
-class _TeacherSide(NamedTuple):
-    """What one layer pair takes from the teacher."""
+class _LayerPair(NamedTuple):
+    """What one layer pair has before the student's states are read."""
 
     teacher: Tensor  # hidden states, detached
     spans: SpanBatch  # on the student's tokens
@@ -323,7 +323,7 @@ def _check_paired(own: SpanBatch, other: SpanBatch) -> None:
         )
 
 
-def _hidden_state(hidden: HiddenStates, layer: int, side: str, width: int | None = None) -> Tensor:
+def _hidden_state(hidden: HiddenStates, layer: int, side: str, width: int) -> Tensor:
     if isinstance(hidden, Mapping):
         state = hidden.get(layer)
         available = sorted(hidden)
@@ -333,17 +333,12 @@ def _hidden_state(hidden: HiddenStates, layer: int, side: str, width: int | None
     if state is None:
         raise InputError(f"{side}_hidden: expected the hidden state of layer {layer}, got layers {available}")
     check_float(f"{side}_hidden[{layer}]", state, (2, 3))
-    if width is not None:
-        _check_width(state, f"{side}_hidden[{layer}]", width)
-    return state
-
-
-def _check_width(state: Tensor, name: str, width: int) -> None:
     if state.shape[-1] != width:
         raise InputError(
-            f"{name}: expected width {width} as MTALoss was made for, got {state.shape[-1]}; "
+            f"{side}_hidden[{layer}]: expected width {width} as MTALoss was made for, got {state.shape[-1]}; "
             f"MTALoss.for_models reads the widths from the models"
         )
+    return state
 
 
 def _check_mask(name: str, mask: Tensor | None, rows: Rows) -> None:

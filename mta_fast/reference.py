@@ -1,11 +1,11 @@
 """The definition of every quantity of MTA in plain PyTorch: the oracle of all tests and benchmarks.
 
 Read it beside the paper (arXiv 2605.01374). Everything works per row on flat tokens [T, d]: nothing of size
-(spans of the batch)^2, [B, S, spans] or [all tokens, d_T] is made. The values are differentiable by autograd;
-the explicit gradients beside them (``with_gradient``) are what the ops' backward uses.
+(spans of the batch)^2, [B, S, spans] or [all tokens, d_T] is made. What receives a gradient (pooling, span pairs,
+hidden alignment) is differentiable by autograd; the explicit gradients beside it are what the ops' backward uses.
 
-Numerics: each input is read in its own dtype and computed in float32 (float64 for float64 input); sums that
-cancel, and sums over a row, are taken in float64.
+Numerics: each input is read in its own dtype and computed in float32 (float64 for float64 input); weight totals,
+numerators and the last sums of the Gram form, which cancel, are taken in float64.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STD_EPS = 1e-5  # added to the standard deviation of a hidden state (importance)
-QUERY_BLOCK = 1024  # rows of the score matrix held at once: memory is QUERY_BLOCK x row length
-SPAN_BLOCK = 2048  # rows of a row's span-pair matrix held at once
-TOKEN_CHUNK = 1024  # tokens whose projection is held at once
-LOGIT_BUDGET = 1 << 22  # logits turned to float32 at once by the entropy
+# What is held at once: bounds on memory, not tuned for speed
+QUERY_BLOCK = 1024  # queries of the score matrix: [1024, row length], 32 MB of float32 at 8,192 tokens
+SPAN_BLOCK = 2048  # spans of the error matrix: [2048, spans of the row], 16 MB at 2,048 spans
+TOKEN_CHUNK = 1024  # tokens of the projected states: [1024, d_T], 7 MB at d_T = 1,600
+LOGIT_BUDGET = 1 << 22  # logits of the entropy: 16 MB
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -51,7 +52,7 @@ def token_importance(
 ) -> Tensor:
     """How much each token is attended by the others of its row: a_j = mean_i softmax_j(z_i . z_j / sqrt(d)).
 
-    z = h / (std(h) + 1e-5); no self-loop; 0 at padding; 1 in a row of one token. Section "token importance".
+    z = h / (std(h) + 1e-5); no self-loop; 0 at padding; 1 in a row of one token.
 
     Args:
         hidden: [T, d] flat hidden states.
@@ -79,7 +80,6 @@ def _row_importance(hidden: Tensor, keys: slice, causal: bool) -> Tensor:
     queries, width = h.shape
     if keys.stop - keys.start == 1:
         return h.new_ones(1)
-    # as torch.std, unbiased, which is several times slower on a CPU
     std = torch.linalg.vector_norm(h - h.mean(-1, keepdim=True), dim=-1, keepdim=True) / (width - 1) ** 0.5
     z = h / ((std + STD_EPS) * width**0.25)
     total = h.new_zeros(keys.stop - keys.start)
@@ -104,7 +104,7 @@ def span_weights(values: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
     """Token values normalised over the span incidences of a row, and their sum over each span.
 
     w_j = v_j / sum_j' n_j' v_j' with n_j the number of spans that cover token j; W_u = sum of w over span u.
-    Only covered tokens are read; w is 0 elsewhere, and everywhere in a row whose total is 0. Section "spans".
+    Only covered tokens are read; w is 0 elsewhere, and everywhere in a row whose total is 0.
 
     Args:
         values: [T] importances or entropy weights.

@@ -30,8 +30,8 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     original = doctor.importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda n: None if n in ("peft", "spacy") else original(n))
     report = doctor.report()
-    assert "peft: missing (LoRA students); pip install 'mta-fast[train]'" in report
-    assert "spacy: missing (span extraction); pip install 'mta-fast[spacy]'" in report
+    assert "peft: missing (LoRA students); pip install '.[train]' in the checkout" in report
+    assert "spacy: missing (span extraction); pip install '.[spacy]' in the checkout" in report
 
 
 @pytest.mark.parametrize(

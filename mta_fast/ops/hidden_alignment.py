@@ -35,7 +35,7 @@ def hidden_alignment_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """L_Hid of one layer pair (paper section "hidden representation alignment").
+    """L_Hid of one layer pair (arXiv 2605.01374; formula: ``mta_fast/reference.py``, part 5).
 
     numerator = sum_j g_j (1 - cos(P h^S_j + bias, h^T_j)), denominator = sum_j g_j, with g_j = n_j w_j.
     Differentiable in the student and the projection (once); teacher and weights receive no gradient.
@@ -45,13 +45,13 @@ def hidden_alignment_loss(
         token_weights: [B, S] or [T] g_j, not negative. Tokens of weight 0 are not read.
         proj_weight: [d_T, d_S]; proj_bias: [d_T] or None. Student, teacher and projection may differ in dtype;
             each gradient returns in its input's.
-        spans: which tokens to read (its covered ones, tokens elsewhere must weigh 0) and the rows of packed
+        spans: which tokens to read (its covered ones; what others weigh is not read) and the rows of packed
             tokens. Without it the tokens with weight are looked up: one synchronisation on a GPU.
         reduction: as in ``span_pair_loss``.
         backend: "auto" or a backend's name.
 
     Returns:
-        A scalar, or two for "none": float64 if an input is, else float32.
+        A scalar, or two for "none": float64 if student, teacher or projection is, else float32.
 
     Raises:
         InputError: shape, dtype, device or option. DoubleBackwardError: a second derivative.
@@ -63,6 +63,7 @@ def hidden_alignment_loss(
     check_shape("teacher_hidden", teacher_hidden, (*leading, teacher_hidden.shape[-1]), "the student's tokens")
     check_float("token_weights", token_weights, (1, 2))
     check_shape("token_weights", token_weights, leading, "student_hidden.shape[:-1]")
+    check_device(student_hidden.device, teacher_hidden=teacher_hidden, token_weights=token_weights)
     if spans is not None:
         check_spans(spans, leading, student_hidden.device, "student_hidden")
         tokens = spans.covered

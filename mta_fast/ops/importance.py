@@ -22,11 +22,11 @@ def token_importance(
     count_padding: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Importance of each token (paper section "token importance"); detached.
+    """Importance of each token (arXiv 2605.01374; formula: ``mta_fast/reference.py``, part 1); detached.
 
     a_j = mean over the row's tokens i of softmax_j(z_i . z_j / sqrt(d)), with z = h / (std(h) + 1e-5), no
-    self-loop and no padding. It is 0 at padding and 1 in a row of one token, and sums to 1 over a row (the
-    causal form to (n - 1) / n).
+    self-loop and no padding. It is 0 at padding and sums to 1 over a row (the causal form to (n - 1) / n); in a row
+    of one token it is 1.
 
     Args:
         hidden: [B, S, d] padded (left or right) or [T, d] packed; d >= 2; any floating dtype.
@@ -43,7 +43,7 @@ def token_importance(
         [B, S] or [T]: float64 for float64 input, else float32.
 
     Raises:
-        InputError: shape, dtype or device; a mask with holes; ``count_padding`` with packed rows.
+        InputError: shape or dtype; a mask with holes; ``count_padding`` with packed rows.
     """
     check_float("hidden", hidden, (2, 3))
     if hidden.shape[-1] < 2:

@@ -25,7 +25,7 @@ class SpanWeights(NamedTuple):
 def normalize_weights(values: Tensor, spans: SpanBatch, *, backend: str = "auto") -> SpanWeights:
     """w_j = v_j / sum_j' n_j' v_j' per row, n_j the number of spans over token j; W_u = sum of w over span u.
 
-    Paper section "spans". Only covered tokens are read, so padding may hold anything. Detached.
+    Formula: ``mta_fast/reference.py``, part 2. Only covered tokens are read, so padding may hold anything. Detached.
 
     Args:
         values: [B, S] or [T] importances (``token_importance``) or entropy weights, not negative.
@@ -43,7 +43,8 @@ def normalize_weights(values: Tensor, spans: SpanBatch, *, backend: str = "auto"
 
 
 def pool_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Weighted mean state of each span: v_u = sum_j w_j h_j / sum_j w_j (paper section "span pooling").
+    """Weighted mean state of each span: v_u = sum_j w_j h_j / sum_j w_j (arXiv 2605.01374;
+    formula: ``mta_fast/reference.py``, part 3).
 
     The scale of ``weights`` does not matter to the mean; a span whose weights sum to 0 pools to the zero vector.
     Differentiable in ``hidden`` (once); the weights receive no gradient.

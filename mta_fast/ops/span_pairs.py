@@ -34,7 +34,7 @@ def span_pair_loss(
     method: str = "auto",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """L_DSA of one layer pair (paper section "dynamic structural alignment").
+    """L_DSA of one layer pair (arXiv 2605.01374; formula: ``mta_fast/reference.py``, part 4).
 
     numerator = sum over rows and pairs u != v of W_u W_v (cos(v^S_u, v^S_v) - cos(v^T_u, v^T_v))^2;
     denominator = sum of W_u W_v over the same pairs. Pairs never cross rows; a cosine with a zero vector is 0.
@@ -51,7 +51,7 @@ def span_pair_loss(
         backend: "auto" or a backend's name.
 
     Returns:
-        A scalar, or two for "none": float64 if an input is, else float32.
+        A scalar, or two for "none": float64 if student or teacher is, else float32.
 
     Raises:
         InputError: shape, dtype, device or option. DoubleBackwardError: a second derivative.

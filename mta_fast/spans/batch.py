@@ -62,7 +62,7 @@ class SpanBatch:
         texts: Sequence[str] | None = None,
         drop_truncated: bool = True,
     ) -> SpanBatch:
-        """Character spans to token ranges (the public rule of paper section "spans").
+        """Character spans to token ranges; the rule is ``align.token_ranges``.
 
         Args:
             char_spans: per row, (start, end) characters of the row's text, in any order.

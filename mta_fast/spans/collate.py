@@ -27,17 +27,16 @@ class SpanCollator:
     """Tokenise, truncate, pad and mask a list of rows, and turn their character spans to token ranges.
 
     A row has "prompt" and "output" (or only "text"), and "word_spans" / "phrase_spans" over prompt + output as
-    SpanExtractor makes them. Labels are -100 at the prompt and at padding. Row, padding side and pad token are
-    the tokenizer's (its end token pads where it has no pad token).
+    SpanExtractor makes them. Labels are -100 at the prompt and at padding. Padding side and pad token are the
+    tokenizer's (its end token pads where it has no pad token).
 
     Attributes:
         tokenizer: a fast tokenizer of transformers.
         teacher_tokenizer: the teacher's, where it differs; None: both models read the same tokens.
         granularity: the span columns to read.
         max_length: tokens a row is truncated to; spans that this cuts are dropped on both sides.
-        add_eos: end an untruncated row with the end token.
+        add_eos: end a row with the end token where it fits.
         pad_to_multiple_of: round S up to a multiple.
-        prompt_column, response_column: the two text columns.
 
     Raises:
         InputError: a tokenizer without offsets, or a row without its columns.
@@ -49,8 +48,6 @@ class SpanCollator:
     max_length: int = 256
     add_eos: bool = True
     pad_to_multiple_of: int | None = None
-    prompt_column: str = "prompt"
-    response_column: str = "output"
 
     def __post_init__(self) -> None:
         if isinstance(self.granularity, str):
@@ -101,13 +98,13 @@ class SpanCollator:
 
     def _texts(self, i: int, row: Mapping[str, Any]) -> tuple[str, str]:
         prompt, response = "", row.get("text")
-        if self.prompt_column in row and self.response_column in row:
-            prompt, response = row[self.prompt_column], row[self.response_column]
+        if "prompt" in row and "output" in row:
+            prompt, response = row["prompt"], row["output"]
         if isinstance(prompt, str) and isinstance(response, str):
             return prompt, prompt + response
         raise InputError(
-            f"row {i}: expected strings in the columns {self.prompt_column!r} and {self.response_column!r}, or in "
-            f"'text', got { ({name: type(value).__name__ for name, value in row.items()}) }"
+            f"row {i}: expected strings in the columns 'prompt' and 'output', or in 'text', "
+            f"got { ({name: type(value).__name__ for name, value in row.items()}) }"
         )
 
     def _tokenize(self, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> _Tokenized:

@@ -26,7 +26,7 @@ PHRASE_COMPONENTS = frozenset(
 
 
 class SpanExtractor:
-    """Words and phrases of texts as character spans (paper section "spans").
+    """Words and phrases of texts as character spans (arXiv 2605.01374).
 
     Words are the spaCy tokens that are neither white space nor punctuation. Phrases are noun chunks and verb
     phrases (AUX* ADV* VERB+ ADV*); among nested ones the longest stays. Words alone need no parser and are more
@@ -209,7 +209,7 @@ def load_pipeline(model: str, granularity: Sequence[str] = GRANULARITIES) -> Lan
         MissingPackageError: spaCy or the model is not installed. InputError: no parser or parts of speech.
     """
     if importlib.util.find_spec("spacy") is None:
-        raise MissingPackageError("spaCy: expected it installed, it is not; pip install 'mta-fast[spacy]'")
+        raise MissingPackageError("spaCy: expected it installed, it is not; pip install '.[spacy]' in the checkout")
     import spacy
 
     name = model

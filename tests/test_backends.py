@@ -1,0 +1,63 @@
+"""Which backend runs a call."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mta_fast import backends, reference, token_importance
+from mta_fast.errors import BackendUnavailableError, InputError
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A backend that computes as the reference does, refuses float64, and notes its calls."""
+    calls: list[str] = []
+    module = ModuleType("spy_backend")
+    for op in backends.OPS:
+
+        def run(*args: Any, op: str = op, **options: Any) -> Any:
+            calls.append(op)
+            return getattr(reference, op)(*args, **options)
+
+        setattr(module, op, run)
+
+    def reasons_against(op: str, tensors: Sequence[Tensor]) -> list[str]:
+        return ["it has no float64"] if any(t.dtype == torch.float64 for t in tensors) else []
+
+    monkeypatch.setitem(sys.modules, "spy_backend", module)
+    monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
+    backends.register(backends.Backend("spy", "spy_backend", reasons_against))
+    return calls
+
+
+def test_auto_prefers_what_was_registered_last(spy: list[str]) -> None:
+    hidden = torch.randn(1, 3, 4)
+    token_importance(hidden)
+    assert spy == ["token_importance"]
+    token_importance(hidden, backend="reference")
+    token_importance(hidden.double())  # refused: the next one runs
+    assert spy == ["token_importance"]
+    choice = backends.choose("token_importance", [hidden.double()])
+    assert (choice.name, choice.refused) == ("reference", {"spy": ["it has no float64"]})
+
+
+def test_an_explicit_choice_never_falls_back(spy: list[str]) -> None:
+    with pytest.raises(BackendUnavailableError, match="got spy: it has no float64; use backend='auto'"):
+        token_importance(torch.randn(1, 3, 4).double(), backend="spy")
+    assert spy == []
+
+
+def test_every_op_has_every_function() -> None:
+    assert all(callable(getattr(reference, op)) for op in backends.OPS)
+
+
+def test_unknown_names_are_refused_before_anything_runs() -> None:
+    with pytest.raises(InputError, match=r"expected one of auto, reference, got 'triton'; .mta-fast doctor. lists"):
+        token_importance(torch.randn(1, 3, 4), backend="triton")
