@@ -47,6 +47,13 @@ def test_no_placeholder_is_left(page: str) -> None:
     assert not re.findall(r"^[A-Z_]{5,}$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
 
 
+def test_figures_are_those_of_the_results_file() -> None:
+    rows = [line for line in (ROOT / "bench/results/reference.md").read_text().splitlines() if line.startswith("|")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(rows) > 3
+    assert all(row in readme for row in rows)
+
+
 def test_options_named_in_the_docs_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
