@@ -1,7 +1,7 @@
 """The standard workload of every benchmark: three layer pairs, GPT-2 120M <- 1.5B widths.
 
 Pair 1 aligns one-token spans on the first 80% of each row's tokens, pairs 2 and 3 two-token spans on the same
-tokens (real Dolly text has 1.2 tokens a word and 2.3 a phrase). No padding.
+tokens. No padding.
 """
 
 from __future__ import annotations

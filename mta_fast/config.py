@@ -124,6 +124,9 @@ class MTAConfig:
             pair: "gpt2" (120M <- 1.5B), "qwen1.5" (0.5B <- 1.8B), "opt" (1.3B <- 6.7B), or one of "gpt2-fdd",
                 "qwen1.5-fdd", "qwen1.5-distillm2", "opt-distillm2" for that base loss.
             changes: fields to set otherwise.
+
+        Raises:
+            InputError: an unknown pair or field.
         """
         if pair not in PRESETS:
             raise InputError(f"pair: expected one of {', '.join(PRESETS)}, got {pair!r}{_nearest(pair, PRESETS)}")
@@ -169,7 +172,11 @@ class MTAConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> MTAConfig:
-        """Read the fields from a YAML file."""
+        """Read the fields from a YAML file.
+
+        Raises:
+            InputError: no YAML, no mapping, or an unknown key. MissingPackageError: pyyaml is not installed.
+        """
         yaml = _yaml()
         try:
             loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -116,7 +116,11 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def num_layers(model: nn.Module) -> int:
-    """N, the number of transformer blocks of a (wrapped) transformers model."""
+    """N, the number of transformer blocks of a (wrapped) transformers model.
+
+    Raises:
+        InputError: the model has no config.
+    """
     config = getattr(unwrap(model), "config", None)
     if config is None:
         raise InputError(f"model: expected a transformers model with a config, got {type(model).__name__}")
@@ -139,7 +143,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def selects_hidden_states(model: nn.Module) -> bool:
-    """Whether this architecture honours ``output_hidden_states=[indices]`` (transformers 5.2 and later).
+    """Whether this architecture honours ``output_hidden_states=[indices]`` in the installed transformers.
 
     Some architectures (GPT-J) ignore the list and return every state.
     """
@@ -182,8 +186,8 @@ def _ask_for_states(model: nn.Module, wanted: list[int], captured: CapturedState
         states = getattr(output, "hidden_states", None)
         if states is None or any(states[layer] is None for layer in wanted):
             raise InputError(
-                f"capture_layers: expected an output with hidden_states, got {type(output).__name__}; "
-                f"call the model with return_dict=True"
+                f"capture_layers: expected an output with the hidden states {wanted}, got {type(output).__name__} "
+                f"without them; call the model with return_dict=True"
             )
         captured.update({layer: states[layer] for layer in wanted})
 
