@@ -1,4 +1,4 @@
-"""The commands: mta-fast doctor | demo."""
+"""The commands: mta-fast doctor | demo | spans | cut | train | export | inspect."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+spans_app = typer.Typer(help="Words and phrases of a text: extract them once, and see what is cached.")
+app.add_typer(spans_app, name="spans")
+
+_MODEL_HELP = "Folder, hub name, or package:NAME for model files inside an installed Python package."
 
 
 @app.command()
@@ -34,3 +38,102 @@ def demo(
     from mta_fast.demo import DemoSettings, run_demo
 
     run_demo(DemoSettings(out=out, teacher_steps=teacher_steps, steps=steps, seed=seed))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; docs/training.md lists its keys.")],
+    override: Annotated[list[str] | None, typer.Option(help="key=value with dotted keys; may be repeated.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them.")] = False,
+) -> None:
+    """Distil a student as a YAML file says; also under torchrun and accelerate launch."""
+    from mta_fast.distill.run import train as run
+    from mta_fast.distill.settings import TrainSettings
+
+    changes = [*(override or []), *(["data.skip_bad_rows=true"] if skip_bad_rows else [])]
+    raise typer.Exit(run(TrainSettings.from_yaml(config, changes), resume=resume))
+
+
+@app.command()
+def cut(
+    teacher: Annotated[str, typer.Argument(help=_MODEL_HELP)],
+    out: Annotated[Path, typer.Argument(help="Folder of the student.")],
+    layers: Annotated[str, typer.Option(help="How many blocks, spread evenly; or which ones, such as 0,4,9.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Make a student from some of a teacher's blocks."""
+    from mta_fast.distill.checkpoints import export_student
+    from mta_fast.distill.models import cut_layers, load_model, load_tokenizer, parse_layers
+
+    student = cut_layers(load_model(teacher, dtype=dtype), parse_layers(layers))
+    export_student(student, load_tokenizer(teacher), out)
+    size = sum(parameter.numel() for parameter in student.parameters()) / 1e6
+    typer.echo(f"{out}: {student.config.num_hidden_layers} blocks, {size:.1f} million parameters")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint-N folder of a run.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the plain student.")],
+) -> None:
+    """The plain student of a checkpoint, adapters merged, without anything of MTA."""
+    from mta_fast.distill.checkpoints import export_checkpoint
+
+    export_checkpoint(checkpoint, out)
+    typer.echo(f"student in {out}")
+
+
+@app.command()
+def inspect(
+    teacher: Annotated[str, typer.Option(help=_MODEL_HELP)],
+    student: Annotated[str, typer.Option(help=_MODEL_HELP)],
+    text: Annotated[str, typer.Option(help="The text to look at.")],
+    config: Annotated[Path | None, typer.Option(help="YAML of MTAConfig; else layers are proportional.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write this page.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also write this picture.")] = None,
+) -> None:
+    """What MTA sees in a text: important tokens, words, phrases, and both models' span distances."""
+    from mta_fast.inspection.run import inspect_models
+
+    inspect_models(text, teacher, student, config=config, html=html, png=png)
+
+
+@spans_app.command("make")
+def spans_make(
+    data: Annotated[list[str], typer.Argument(help="JSONL files, data sets, or sample.")],
+    model: Annotated[str, typer.Option(help="A spaCy pipeline.")] = "en_core_web_sm",
+    cache: Annotated[Path | None, typer.Option(help="Folder; else $MTA_FAST_CACHE or ~/.cache/mta_fast/spans.")] = None,
+    n_process: Annotated[int, typer.Option(min=1, help="Processes that parse.")] = 1,
+    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
+    template: Annotated[str, typer.Option(help="paper, plain, or a text with {instruction} and {input}.")] = "paper",
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them.")] = False,
+) -> None:
+    """Extract the spans of all rows into the cache; a run that was interrupted goes on where it was."""
+    from mta_fast.distill.data import describe_rows, load_rows, texts_of
+    from mta_fast.spans.cache import SpanCache
+    from mta_fast.spans.extract import SpanExtractor
+
+    cached = SpanCache(SpanExtractor(model, n_process=n_process), cache)
+    for source in data:
+        loaded = load_rows(source, split=split, template=template, skip_bad_rows=skip_bad_rows)
+        typer.echo(f"{source}: {describe_rows(loaded)}")
+        cached.fill(texts_of(loaded.rows), progress=True)
+    typer.echo(f"{len(cached)} texts in {cached.path}")
+
+
+@spans_app.command("show")
+def spans_show(
+    cache: Annotated[Path, typer.Argument(help="A cache file.")],
+    text: Annotated[str | None, typer.Option(help="Also show the spans of this text.")] = None,
+) -> None:
+    """What a span cache holds."""
+    from mta_fast.spans.cache import describe_cache, look_up
+
+    typer.echo(describe_cache(cache))
+    if text is None:
+        return
+    found = look_up(cache, text)
+    typer.echo("this text is not in it" if found is None else "")
+    for name, spans in (found or {}).items():
+        typer.echo(f"{name.replace('_', ' ')}: " + " | ".join(text[start:end] for start, end in spans))

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mta_fast.errors import InputError, MissingPackageError
+from mta_fast import _yaml
+from mta_fast.errors import InputError
 
 Granularity = Literal["word", "phrase"]
 
@@ -129,7 +130,7 @@ class MTAConfig:
             InputError: an unknown pair or field.
         """
         if pair not in PRESETS:
-            raise InputError(f"pair: expected one of {', '.join(PRESETS)}, got {pair!r}{_nearest(pair, PRESETS)}")
+            raise InputError(f"pair: expected one of {', '.join(PRESETS)}, got {pair!r}{nearest(pair, PRESETS)}")
         preset = PRESETS[pair]
         settings: dict[str, Any] = {
             "layer_pairs": tuple(zip(preset.student, preset.teacher, strict=True)),
@@ -158,7 +159,7 @@ class MTAConfig:
         known = [f.name for f in fields(cls)]
         for key in settings:
             if key not in known:
-                raise InputError(f"MTAConfig: unknown key {key!r}{_nearest(key, known)}; expected {', '.join(known)}")
+                raise InputError(f"MTAConfig: unknown key {key!r}{nearest(key, known)}; expected {', '.join(known)}")
         if "layer_pairs" not in settings:
             raise InputError("MTAConfig: expected layer_pairs, got none; MTAConfig.paper() has presets")
         return cls(**settings)
@@ -177,18 +178,11 @@ class MTAConfig:
         Raises:
             InputError: no YAML, no mapping, or an unknown key. MissingPackageError: pyyaml is not installed.
         """
-        yaml = _yaml()
-        try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise InputError(f"{path}: expected YAML, got a file that is none: {error}") from None
-        if not isinstance(loaded, dict):
-            raise InputError(f"{path}: expected a mapping of MTAConfig fields, got {type(loaded).__name__}")
-        return cls.from_dict(loaded)
+        return cls.from_dict(_yaml.read(path))
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the fields to a YAML file."""
-        Path(path).write_text(_yaml().safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        Path(path).write_text(_yaml.dumps(self.to_dict()), encoding="utf-8")
 
 
 def _layer_pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
@@ -204,16 +198,7 @@ def _layer_pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
     return made
 
 
-def _nearest(name: object, options: Iterable[str]) -> str:
+def nearest(name: object, options: Iterable[str]) -> str:
+    """ ", did you mean ...?", or nothing where no option is close."""
     close = difflib.get_close_matches(str(name), list(options), n=1)
     return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise MissingPackageError(
-            "YAML: expected the package pyyaml, got none; pip install '.[train]' in the checkout"
-        ) from None
-    return yaml

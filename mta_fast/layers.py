@@ -219,18 +219,27 @@ def _hook_blocks(model: nn.Module, wanted: list[int], depth: int, captured: Capt
 
 def _blocks(model: nn.Module, depth: int) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the blocks, and the blocks."""
+    path, _, name = block_list(model, depth).rpartition(".")
+    stack = model.get_submodule(path)
+    return stack, getattr(stack, name)
+
+
+def block_list(model: nn.Module, depth: int | None = None) -> str:
+    """The dotted name of the ModuleList that holds a model's blocks, such as "transformer.h".
+
+    Raises:
+        InputError: there is not exactly one ModuleList of the model's depth.
+    """
+    depth = num_layers(model) if depth is None else depth
     found = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == depth
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
     if len(found) != 1:
         raise InputError(
             f"model: expected one ModuleList of its {depth} blocks, {type(model).__name__} has {len(found)} "
-            f"{[name for _, name, _ in found]}; call it with output_hidden_states=True and pass the tuple to MTALoss"
+            f"{found}; call it with output_hidden_states=True and pass the tuple to MTALoss"
         )
-    return found[0][0], found[0][2]
+    return found[0]
 
 
 def _refuse_reentrant_checkpointing(model: nn.Module) -> None:

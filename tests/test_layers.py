@@ -167,7 +167,7 @@ def test_an_error_inside_leaves_no_hook() -> None:
 def test_hooks_refuse_an_ambiguous_model() -> None:
     model = make_model("gptj")
     model.adapters = torch.nn.ModuleList(torch.nn.Identity() for _ in range(LAYERS))
-    with pytest.raises(InputError, match=r"GPTJForCausalLM has 2 \['adapters', 'h'\]"):
+    with pytest.raises(InputError, match=r"GPTJForCausalLM has 2 \['transformer.h', 'adapters'\]"):
         with capture_layers(model, CHOSEN):
             pass
 

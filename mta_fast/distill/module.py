@@ -1,0 +1,204 @@
+"""Student and MTALoss as one module: what DDP, FSDP and DeepSpeed wrap and the optimiser trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mta_fast.distill.losses import BaseLoss
+from mta_fast.distill.stopwatch import Stopwatch
+from mta_fast.layers import capture_layers
+from mta_fast.loss import MTALoss
+from mta_fast.reference import quotient
+
+
+@dataclass(eq=False)
+class TeacherOutput:
+    """What the teacher says about a batch, detached.
+
+    Attributes:
+        logits: [B, S, V] over the common vocabulary; None where the base loss reads none.
+        hidden: {layer: [B, S, d_T]} of the configured layers.
+        entropy_weights: [B, S], or None where the config does not ask for them.
+    """
+
+    logits: Tensor | None
+    hidden: Mapping[int, Tensor]
+    entropy_weights: Tensor | None = None
+
+
+@dataclass(eq=False)
+class StepTotals:
+    """What a loss is divided by, over all micro-batches and ranks of an optimisation step.
+
+    A plain object, so that no wrapper casts it on its way into the module.
+
+    Attributes:
+        base: counted positions.
+        mta: [L, 2] denominators, or None: the micro-batch's own, after ``reduce``.
+        reduce: sums a tensor over the ranks; None with a single process.
+        mta_scale: factor of DSA and Hid; 1 / micro-batches where each is normalised by itself.
+        scale: factor of the loss; the number of ranks where gradients are averaged over them.
+    """
+
+    base: Tensor
+    mta: Tensor | None = None
+    reduce: Callable[[Tensor], Tensor] | None = None
+    mta_scale: float = 1.0
+    scale: float = 1.0
+
+
+class DistillationOutput(NamedTuple):
+    """The micro-batch's share of the step's losses.
+
+    ``loss`` is what to call backward on: scale * (base + lambda_dsa * dsa + lambda_hid * hid); ``base``, ``dsa``
+    and ``hid`` are unscaled and unweighted. Over all micro-batches and ranks each sums to the step's value.
+    ``per_layer``: [4, L] as in LayerPairTerms, detached; None without MTA.
+    """
+
+    loss: Tensor
+    base: Tensor
+    dsa: Tensor
+    hid: Tensor
+    per_layer: Tensor | None
+
+
+class DistillationModel(nn.Module):
+    """A student with the loss it is trained by. ``student`` is what is exported; ``mta`` holds the projections.
+
+    Args:
+        student: a causal language model of transformers, or one wrapped by PEFT.
+        mta: its MTALoss; None trains on the base loss alone.
+        base_loss: called with student logits, teacher logits and labels; None trains on MTA alone.
+        vocabulary: how many ids of the student's logits the base loss reads; None: all.
+
+    The teacher is not a part of it: it is not trained, not sharded and not saved.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        mta: MTALoss | None = None,
+        base_loss: BaseLoss | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.student, self.mta = student, mta
+        self.base_loss, self.vocabulary = base_loss, vocabulary
+        self.stopwatch: Stopwatch | None = None
+
+    def forward(self, batch: Mapping[str, Any], teacher: TeacherOutput, totals: StepTotals) -> DistillationOutput:
+        """The losses of one micro-batch.
+
+        Args:
+            batch: from SpanCollator, on the student's device.
+            teacher: the teacher's output on the same rows.
+            totals: what to divide by.
+        """
+        layers = [] if self.mta is None else self.mta.config.student_layers
+        with capture_layers(self.student, layers) as hidden:
+            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            logits = self.student(**inputs, use_cache=False).logits
+        base = logits[:0].sum(dtype=torch.float32)  # zero, with a graph
+        if self.base_loss is not None:
+            logits = logits[..., : self.vocabulary]
+            total = self.base_loss(logits, teacher.logits, batch["labels"], reduction="sum")
+            base = total / totals.base.clamp(min=1)
+        if self.mta is None:
+            zero = base.new_zeros(())
+            return DistillationOutput(totals.scale * base, base, zero, zero, None)
+        dsa, hid, per_layer = self._alignment(batch, hidden, teacher, totals)
+        config = self.mta.config
+        loss = base + config.lambda_dsa * dsa + config.lambda_hid * hid
+        return DistillationOutput(totals.scale * loss, base, dsa, hid, per_layer)
+
+    def _alignment(
+        self, batch: Mapping[str, Any], hidden: Mapping[int, Tensor], teacher: TeacherOutput, totals: StepTotals
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """DSA, Hid and their terms per layer.
+
+        Called after the base loss, so that its backward is one stretch that can be timed.
+        """
+        assert self.mta is not None
+        watch = self.stopwatch
+        if watch is not None:
+            watch.start()
+            hidden = {layer: watch.ends_backward(state) for layer, state in hidden.items()}
+        per_layer = self.mta(
+            hidden,
+            teacher.hidden,
+            batch["spans"],
+            teacher_spans=batch.get("teacher_spans"),
+            entropy_weights=teacher.entropy_weights,
+        ).per_layer
+        denominators = totals.mta
+        if denominators is None:
+            denominators = torch.stack([per_layer.dsa_denominator, per_layer.hid_denominator], 1).detach()
+            denominators = denominators if totals.reduce is None else totals.reduce(denominators)
+        dsa = totals.mta_scale * quotient(per_layer.dsa_numerator, denominators[:, 0]).mean()
+        hid = totals.mta_scale * quotient(per_layer.hid_numerator, denominators[:, 1]).mean()
+        if watch is not None:
+            watch.stop()
+            dsa, hid = watch.begins_backward(dsa), watch.begins_backward(hid)
+        return dsa, hid, torch.stack(per_layer).detach()
+
+    # what Trainer and accelerate ask of the model they wrap is the student's
+
+    @property
+    def config(self) -> Any:
+        """The student's config."""
+        return self.student.config
+
+    @property
+    def _no_split_modules(self) -> Any:
+        return getattr(self.student, "_no_split_modules", None)
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:
+        """Whether the student does."""
+        return bool(getattr(self.student, "supports_gradient_checkpointing", False))
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """True: the losses are already those of the whole optimisation step."""
+        return True
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """transformers' newer name of ``gradient_checkpointing_enable``."""
+        kwargs = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        self.student.activation_checkpointing_enable(  # type: ignore[operator]  # transformers' method
+            activation_checkpointing_kwargs=kwargs, **options
+        )
+        self._give_inputs_a_graph()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute the student's blocks in the backward; without reentry, which keeps no graph of hidden states."""
+        kwargs = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]  # transformers' method
+        self._give_inputs_a_graph()
+
+    def _give_inputs_a_graph(self) -> None:
+        if any(not p.requires_grad for p in self.student.parameters()):  # adapters: the embeddings have none
+            self.student.enable_input_require_grads()  # type: ignore[operator]  # transformers' method
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo ``gradient_checkpointing_enable``."""
+        self.student.gradient_checkpointing_disable()  # type: ignore[operator]  # transformers' method
+
+    def get_input_embeddings(self) -> Any:
+        """The student's."""
+        return self.student.get_input_embeddings()  # type: ignore[operator]  # transformers' method
+
+    def get_output_embeddings(self) -> Any:
+        """The student's."""
+        return self.student.get_output_embeddings()  # type: ignore[operator]  # transformers' method
+
+    def tie_weights(self) -> None:
+        """Tie the student's embeddings again, after a wrapper replaced its parameters."""
+        self.student.tie_weights()  # type: ignore[operator]  # transformers' method

@@ -1,0 +1,255 @@
+"""``mta-fast train``: settings -> rows -> cached spans -> models -> MTATrainer -> exported student and picture."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mta_fast import _yaml
+from mta_fast.distill.data import LoadedRows, describe_rows, drop_long_rows, load_rows, texts_of
+from mta_fast.distill.models import load_model, load_tokenizer
+from mta_fast.distill.settings import LoraSettings, TrainSettings
+from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.layers import num_layers
+from mta_fast.spans.cache import SpanCache
+from mta_fast.spans.extract import SpanExtractor
+
+if TYPE_CHECKING:
+    from mta_fast.distill.arguments import MTATrainingArguments
+    from mta_fast.distill.trainer import MTATrainer
+
+CONFIG_FILE, STUDENT_FOLDER, PICTURE = "config.yaml", "student", "training.png"
+INTERRUPTED = 130
+
+
+def train(settings: TrainSettings, *, resume: bool = False) -> int:
+    """Run the settings; on one process, or on each rank of torchrun or accelerate launch.
+
+    Args:
+        settings: from ``TrainSettings.from_yaml``.
+        resume: go on from the last checkpoint in ``output_dir``; without one, start.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C (the step is finished and a checkpoint saved first).
+
+    Raises:
+        InputError: settings, rows or models that don't fit, or an ``output_dir`` with checkpoints and no ``resume``.
+        CheckpointError: no room to write. MissingPackageError: a package is missing.
+    """
+    out = Path(settings.output_dir)
+    checkpoint = _last_checkpoint(out)
+    if checkpoint is not None and not resume:
+        raise InputError(
+            f"{out}: expected a new output_dir, it holds {checkpoint.name}; go on with --resume, or move it"
+        )
+    trainer = build_trainer(settings)
+    if trainer.is_world_process_zero():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / CONFIG_FILE).write_text(_yaml.dumps(settings.to_dict()), encoding="utf-8")
+    with _FinishStepOnInterrupt(trainer) as interrupt:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    if interrupt.happened:
+        _say(trainer, f"stopped after step {trainer.state.global_step}; go on with --resume")
+        return INTERRUPTED
+    trainer.export_student(out / STUDENT_FOLDER)
+    if trainer.is_world_process_zero():
+        draw_training(trainer.state.log_history, out / PICTURE)
+    _say(trainer, f"student in {out / STUDENT_FOLDER}, curves in {out / PICTURE}")
+    return 0
+
+
+def build_trainer(settings: TrainSettings) -> MTATrainer:
+    """The trainer of these settings, with its data and models loaded."""
+    from transformers import set_seed
+
+    from mta_fast.distill.trainer import MTATrainer
+
+    # models first: a DeepSpeed config in the arguments would make from_pretrained shard the teacher too
+    teacher = load_model(settings.teacher.path, dtype=settings.teacher.dtype, **settings.teacher.options)
+    student: Any = load_model(settings.student.path, dtype=settings.student.dtype, **settings.student.options)
+    tokenizer = load_tokenizer(settings.student.tokenizer or settings.student.path)
+    teacher_tokenizer = load_tokenizer(settings.teacher.tokenizer or settings.teacher.path)
+    config = settings.mta_config(num_layers(student), num_layers(teacher))
+    arguments = training_arguments(settings)
+    kinds = sorted(set(config.granularity)) if config is not None else []
+    with arguments.main_process_first(desc="span extraction"):  # the other ranks then find the spans in the cache
+        rows = {
+            name: _rows(settings, source, split, tokenizer, kinds, arguments)
+            for name, source, split in (
+                ("train", settings.data.train, settings.data.train_split),
+                ("eval", settings.data.eval, settings.data.eval_split),
+            )
+            if source is not None
+        }
+    if settings.student.lora is not None:
+        set_seed(arguments.seed)
+        student = _with_lora(student, settings.student.lora)
+    if settings.student.compile:
+        student.compile()
+    return MTATrainer(
+        student,
+        teacher,
+        config,
+        arguments,
+        processing_class=tokenizer,
+        teacher_tokenizer=teacher_tokenizer,
+        base_loss=None if settings.base.loss == "none" else settings.base.loss,
+        base_loss_options=settings.base.options,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("eval"),
+    )
+
+
+def training_arguments(settings: TrainSettings) -> MTATrainingArguments:
+    """The ``training`` part as MTATrainingArguments.
+
+    Raises:
+        InputError: an unknown field, or a value that transformers refuses.
+    """
+    from mta_fast.distill.arguments import MTATrainingArguments
+
+    known = [f.name for f in fields(MTATrainingArguments) if f.init]
+    for key in settings.training:
+        if key not in known or key == "output_dir":
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"training.{key}: expected a field of MTATrainingArguments, there is no such one{hint}")
+    values: dict[str, Any] = {"report_to": "none", "logging_steps": 10} | settings.training
+    if settings.data.eval is not None:
+        values.setdefault("eval_strategy", "epoch")
+    try:
+        return MTATrainingArguments(output_dir=settings.output_dir, **values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"training: {error}") from None
+
+
+def _rows(
+    settings: TrainSettings,
+    source: str,
+    split: str,
+    tokenizer: Any,
+    kinds: Sequence[str],
+    arguments: MTATrainingArguments,
+) -> Any:
+    """A ``datasets.Dataset`` of prompts, responses and spans; the spans come from the cache where they are."""
+    import datasets
+
+    data = settings.data
+    loaded: LoadedRows = load_rows(
+        source,
+        split=split,
+        template=data.template,
+        tokenizer=tokenizer,
+        columns=data.columns,
+        skip_bad_rows=data.skip_bad_rows,
+        limit=data.max_rows,
+    )
+    loaded = drop_long_rows(
+        loaded, tokenizer, max_length=arguments.max_length, max_prompt_length=data.max_prompt_length
+    )
+    if arguments.process_index == 0:
+        print(f"{source}: {describe_rows(loaded)}")
+    columns: dict[str, Any] = {name: [row[name] for row in loaded.rows] for name in ("prompt", "output")}
+    if kinds:
+        extractor = SpanExtractor(settings.spans.model, granularity=kinds, n_process=settings.spans.n_process)
+        columns |= SpanCache(extractor, settings.spans.cache)(texts_of(loaded.rows), progress=True)
+    return datasets.Dataset.from_dict(columns)
+
+
+def _with_lora(student: Any, settings: LoraSettings) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise MissingPackageError(
+            "student.lora: expected the package peft, it is not installed; pip install '.[train]' in the checkout"
+        ) from None
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        use_dora=settings.dora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(student, config)
+    except ValueError as error:
+        raise InputError(f"student.lora: {error}") from None
+
+
+def _last_checkpoint(out: Path) -> Path | None:
+    if not out.is_dir():
+        return None
+    found = [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def _say(trainer: MTATrainer, text: str) -> None:
+    if trainer.is_world_process_zero():
+        print(text)
+
+
+class _FinishStepOnInterrupt:
+    """On the first Ctrl-C: finish the step, save a checkpoint and stop; the second one stops at once.
+
+    Only where one process trains: several ranks would stop at different steps.
+    """
+
+    def __init__(self, trainer: MTATrainer) -> None:
+        from transformers import TrainerCallback
+
+        outer = self
+        self.happened = False
+        self._alone = trainer.args.world_size == 1
+
+        class Callback(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if outer.happened:
+                    control.should_save = control.should_training_stop = True
+
+        trainer.add_callback(Callback())
+
+    def __enter__(self) -> _FinishStepOnInterrupt:
+        if self._alone:
+            self._former = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._alone:
+            signal.signal(signal.SIGINT, self._former)
+
+    def _interrupt(self, *_: object) -> None:
+        if self.happened:
+            raise KeyboardInterrupt
+        self.happened = True
+        print("\ninterrupted: finishing this step and saving; press Ctrl-C again to stop at once")
+
+
+def draw_training(history: list[dict[str, float]], path: Path) -> None:
+    """The curves of a run: each term over the steps, in training and evaluation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {
+        "base": "base loss (mean per token)",
+        "dsa": "DSA: difference of span-pair cosines",
+        "hid": "Hid: distance to the teacher's states",
+        "mta_share_of_step": "share of MTA in the step's time",
+    }
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for key, label, style in ((name, "training", "-"), (f"eval_{name}", "evaluation", "o--")):
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        axes.set(title=title, xlabel="step")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,377 @@
+"""MTATrainer: transformers' Trainer with a teacher, a base loss and MTA.
+
+Accelerate, DDP, FSDP2, DeepSpeed, mixed precision, accumulation, schedules and reporting are the Trainer's. This
+file adds: the teacher's pass, exact denominators over the step, the projections' optimiser group, what is logged,
+and checkpoints that are whole or absent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from mta_fast.config import MTAConfig
+from mta_fast.distill import checkpoints
+from mta_fast.distill.arguments import MTATrainingArguments
+from mta_fast.distill.losses import SEQUENCE_LEVEL_LOSSES, base_loss, counted_positions
+from mta_fast.distill.models import common_vocabulary, same_vocabulary
+from mta_fast.distill.module import DistillationModel, DistillationOutput, StepTotals, TeacherOutput
+from mta_fast.distill.training_log import TERMS, EvaluationSums, StepEnd, TrainingLog
+from mta_fast.errors import InputError
+from mta_fast.layers import capture_layers
+from mta_fast.loss import MTALoss
+from mta_fast.ops.entropy import entropy_weights
+from mta_fast.spans.collate import SpanCollator
+
+Batch = dict[str, Any]
+
+
+class MTATrainer(Trainer):
+    """Distils a student from a teacher with a base loss and MTA.
+
+    Args:
+        student: a causal language model of transformers, or one wrapped by PEFT.
+        teacher: likewise, of any floating dtype; frozen and moved to the training device.
+        mta: an MTAConfig (the widths are then read from the models), an MTALoss, or None for the base loss alone.
+        args: MTATrainingArguments.
+        processing_class: the student's fast tokenizer, saved beside it.
+        teacher_tokenizer: the teacher's, where it differs. The two then see their own tokens, MTA compares spans,
+            and the base loss is None or a sequence-level one.
+        base_loss: a name in ``losses.BASE_LOSSES``, or None: MTA alone.
+        base_loss_options: such as {"alpha": 0.1}.
+        train_dataset, eval_dataset: rows with "prompt", "output", "word_spans" and "phrase_spans".
+        options: passed to ``Trainer``.
+
+    Raises:
+        InputError: models, tokenizers and base loss that don't fit together, with the reason.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        mta: MTAConfig | MTALoss | None,
+        args: MTATrainingArguments,
+        *,
+        processing_class: Any,
+        teacher_tokenizer: Any = None,
+        base_loss: str | None = "srkl",
+        base_loss_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        if teacher_tokenizer is not None and same_vocabulary(processing_class, teacher_tokenizer):
+            teacher_tokenizer = None
+        set_seed(args.seed)  # before the projections are made; Trainer sets it again
+        loss = MTALoss.for_models(student, teacher, mta) if isinstance(mta, MTAConfig) else mta
+        self.teacher = teacher.requires_grad_(False).eval()
+        self._reads_logits = base_loss is not None and base_loss not in SEQUENCE_LEVEL_LOSSES
+        model = _distillation_model(
+            student, teacher, loss, base_loss, base_loss_options or {}, processing_class, teacher_tokenizer
+        )
+        kinds = sorted(set(loss.config.granularity)) if loss is not None else ()
+        options.setdefault(
+            "data_collator",
+            SpanCollator(processing_class, teacher_tokenizer, granularity=kinds, max_length=args.max_length),
+        )
+        super().__init__(model=model, args=args, processing_class=processing_class, **options)
+        self.args: MTATrainingArguments = args
+        self.teacher.to(args.device)
+        self._totals: StepTotals | None = None
+        self._teacher_outputs: deque[TeacherOutput] = deque()
+        self._log = TrainingLog(args.device)
+        self._evaluated: EvaluationSums | None = None
+        self._saving = False
+        self._module.stopwatch = self._log.mta
+        self.add_callback(StepEnd(self._log))
+
+    @property
+    def _module(self) -> DistillationModel:
+        """The wrapped module without its wrappers."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    # --- one optimisation step -----------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """Fetch the micro-batches of a step and find what their losses are divided by."""
+        self._log.begin_step()
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        counted = sum(
+            (counted_positions(batch["labels"]).sum() for batch in batches), torch.zeros((), dtype=torch.long)
+        )
+        reduce = self._sum_over_ranks if self.args.world_size > 1 else None
+        totals = StepTotals(counted.to(device), reduce=reduce, scale=float(self.args.world_size))
+        if reduce is not None:
+            totals.base = reduce(totals.base)
+        self._teacher_outputs.clear()
+        if len(batches) > 1 and self._module.mta is not None:
+            if self.args.accumulation == "micro_batch":
+                totals.mta_scale = 1 / len(batches)
+            else:
+                totals.mta = self._step_denominators(batches)
+        self._totals = totals
+        return batches, totals.base
+
+    def _step_denominators(self, batches: list[Batch]) -> Tensor:
+        """[L, 2] summed over the micro-batches and ranks; the teacher runs on all of them first."""
+        mta = self._module.mta
+        assert mta is not None
+        sums: list[Tensor] = []
+        for batch in batches:
+            batch = self._prepare_inputs(batch)
+            teacher = self._teach(batch)
+            spans, teacher_spans = batch["spans"], batch.get("teacher_spans")
+            self._log.mta.start()
+            sums.append(
+                mta.denominators(
+                    teacher.hidden, spans, teacher_spans=teacher_spans, entropy_weights=teacher.entropy_weights
+                )
+            )
+            self._log.mta.stop()
+            if self.args.accumulation == "keep":
+                self._teacher_outputs.append(teacher)
+        total = torch.stack(sums).sum(0)
+        return self._sum_over_ranks(total) if self.args.world_size > 1 else total
+
+    @torch.no_grad()
+    def _teach(self, batch: Mapping[str, Any]) -> TeacherOutput:
+        """The teacher's pass; no graph, and only the chosen layers and the logits that are read are kept."""
+        module = self._module
+        config = None if module.mta is None else module.mta.config
+        side = "teacher_" if "teacher_input_ids" in batch else ""
+        inputs = {name: batch[side + name] for name in ("input_ids", "attention_mask")}
+        by_entropy = config is not None and config.weighting == "entropy"
+        with self.accelerator.autocast():
+            with capture_layers(self.teacher, [] if config is None else config.teacher_layers) as hidden:
+                logits = self.teacher(**inputs, use_cache=False).logits
+        logits = logits[..., : module.vocabulary]
+        weights = entropy_weights(logits) if by_entropy else None
+        return TeacherOutput(logits if self._reads_logits else None, dict(hidden), weights)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The micro-batch's share of the step's loss; over micro-batches and ranks it sums to the whole."""
+        totals = self._totals
+        if totals is None or not model.training:
+            totals = StepTotals(counted_positions(inputs["labels"]).sum())
+        teacher = self._teacher_outputs.popleft() if self._teacher_outputs else self._teach(inputs)
+        output: DistillationOutput = model(inputs, teacher, totals)
+        if model.training:
+            self._log.add(output)
+            if self.args.log_gradient_norms and self._log.wants_norms(self.state, self.args):
+                self._log.norms = self._gradient_norms(output)
+        return (output.loss, output) if return_outputs else output.loss
+
+    def _gradient_norms(self, output: DistillationOutput) -> dict[str, float]:
+        """Norm of the gradient of each weighted term on the student's parameters."""
+        module = self._module
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError(
+                "log_gradient_norms: expected whole gradients, got sharded ones (FSDP or DeepSpeed); set it to false"
+            )
+        config = None if module.mta is None else module.mta.config
+        weights = (1.0, config.lambda_dsa, config.lambda_hid) if config is not None else (1.0, 0.0, 0.0)
+        parameters = [p for p in module.student.parameters() if p.requires_grad]
+        self._log.mta.pause()
+        norms = {}
+        for name, term, weight in zip(TERMS, (output.base, output.dsa, output.hid), weights, strict=True):
+            gradients: tuple[Tensor | None, ...] = ()
+            if weight and term.requires_grad:
+                gradients = torch.autograd.grad(weight * term, parameters, retain_graph=True, allow_unused=True)
+            squares = [g.float().square().sum() for g in gradients if g is not None]
+            norms[f"grad_norm_{name}"] = torch.stack(squares).sum().sqrt().item() if squares else 0.0
+        self._log.mta.resume()
+        return norms
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser, with the projections in groups of their own learning rate."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        mta = self._module.mta
+        if not made or mta is None or not hasattr(optimizer, "add_param_group"):
+            return optimizer
+        projections = set(mta.parameters())
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if p in projections]
+            if own:
+                group["params"] = [p for p in group["params"] if p not in projections]
+                optimizer.add_param_group({**group, "params": own, "lr": self.args.projection_learning_rate})
+        return optimizer
+
+    # --- logging -------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Also the three terms (unweighted means over the logged steps) and the share of MTA in the step's time."""
+        if "loss" in logs and self._log.steps:
+            logs |= self._log.drain(self._sum_over_ranks if self.args.world_size > 1 else None)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **options: Any) -> Any:
+        """The Trainer's loop; the losses are those of the whole set, whatever the batch size and number of ranks."""
+        prefix = options.get("metric_key_prefix", "eval")
+        self._evaluated = EvaluationSums()
+        try:
+            output = super().evaluation_loop(dataloader, description, *args, **options)
+            config = None if self._module.mta is None else self._module.mta.config
+            terms = self._evaluated.terms(config, self._sum_over_ranks if self.args.world_size > 1 else None)
+        finally:
+            self._evaluated = None
+        output.metrics.update({f"{prefix}_{name}": value for name, value in terms.items()})
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The losses of one batch; predictions are not kept."""
+        with torch.no_grad():
+            inputs = self._prepare_inputs(inputs)
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+            if self._evaluated is not None:
+                self._evaluated.add(output, counted_positions(inputs["labels"]).sum())
+        return loss.detach(), None, None
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """Train, from the start or from a checkpoint (True: the last one in ``output_dir``).
+
+        Raises:
+            InputError: a checkpoint that was made with other layer pairs or other settings of MTA.
+        """
+        if resume_from_checkpoint is True:
+            from transformers.trainer_utils import get_last_checkpoint
+
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise InputError(f"{self.args.output_dir}: expected a checkpoint to resume from, there is none")
+        if isinstance(resume_from_checkpoint, str):
+            checkpoints.check_mta(Path(resume_from_checkpoint), self._module.mta)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+
+    def export_student(self, directory: str | Path) -> None:
+        """Write the plain student and its tokenizer; see ``checkpoints.export_student``. All ranks call it."""
+        state = None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # a collective; the ranks that don't save get nothing
+            state = self.accelerator.get_state_dict(self.deepspeed if self.is_deepspeed_enabled else self.model)
+        if self.args.should_save:
+            state = None if state is None else _part(state, "student.")
+            checkpoints.export_student(self._module.student, self.processing_class, Path(directory), state)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The student's own files, with the tokenizer, and ``mta/`` beside them."""
+        if not self.args.should_save:
+            return
+        module, folder = self._module, Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        student: Any = module.student
+        student.save_pretrained(folder, state_dict=None if state_dict is None else _part(state_dict, "student."))
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if module.mta is not None:
+            projections = module.mta.state_dict() if state_dict is None else _part(state_dict, "mta.")
+            checkpoints.save_mta(folder, module.mta, projections)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint beside its place and move it there once it is whole."""
+        run = Path(self._get_output_dir(trial))
+        target = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial = checkpoints.partial_folder(target)
+        first = self.args.local_process_index == 0 if self.args.save_on_each_node else self.args.process_index == 0
+        if first:
+            checkpoints.discard(partial)
+        self.accelerator.wait_for_everyone()
+        with checkpoints.removing_on_failure(partial, target):
+            self._saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving = False
+            self.accelerator.wait_for_everyone()
+            if first:
+                self._record_best(run, target, partial)
+                checkpoints.commit(partial, target)
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(str(run), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(target))
+
+    def _record_best(self, run: Path, target: Path, partial: Path) -> None:
+        """Name the best checkpoint by the place it will have."""
+        if self.state.best_global_step:
+            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best == target or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        directory = super()._get_output_dir(trial)
+        return os.path.join(directory, checkpoints.PARTIAL) if self._saving else directory
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:  # while it is written it is not pushed
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:  # the sharded checkpoint holds student and projections
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        folder, module = Path(resume_from_checkpoint), self._module
+        checkpoints.check_mta(folder, module.mta)
+        checkpoints.load_student(folder, module.student)
+        if module.mta is not None:
+            checkpoints.load_mta(folder, module.mta)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _distillation_model(
+    student: nn.Module,
+    teacher: nn.Module,
+    mta: MTALoss | None,
+    name: str | None,
+    options: Mapping[str, Any],
+    tokenizer: Any,
+    teacher_tokenizer: Any,
+) -> DistillationModel:
+    """Check that models, tokenizers and base loss fit together, and join them."""
+    if name is None and mta is None:
+        raise InputError("base_loss: expected a base loss or an MTA config, got neither; there is nothing to train on")
+    made = None if name is None else base_loss(name, **options)
+    reads_teacher = name is not None and name not in SEQUENCE_LEVEL_LOSSES
+    if teacher_tokenizer is not None:
+        if reads_teacher:
+            raise InputError(
+                f"base_loss: expected None or one of {', '.join(sorted(SEQUENCE_LEVEL_LOSSES))} with two tokenizers "
+                f"(their tokens share no distribution), got {name!r}"
+            )
+        return DistillationModel(student, mta, made)
+    vocabulary = common_vocabulary(student, teacher, tokenizer) if reads_teacher else None
+    return DistillationModel(student, mta, made, vocabulary)
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,0 +1,101 @@
+"""What a run logs: sums of the terms since the last log, times, and the losses of an evaluation set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from mta_fast.config import MTAConfig
+from mta_fast.distill.arguments import MTATrainingArguments
+from mta_fast.distill.module import DistillationOutput
+from mta_fast.distill.stopwatch import Stopwatch
+from mta_fast.reference import quotient
+
+TERMS = ("base", "dsa", "hid")
+
+
+class TrainingLog:
+    """Sums of the terms, and times, since the last log."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.mta, self.step = Stopwatch(device), Stopwatch(device)
+        self.norms: dict[str, float] = {}
+        self.steps = 0
+        self._sums: Tensor | None = None
+
+    def begin_step(self) -> None:
+        """A step begins, its data included."""
+        self.step.start()
+
+    def end_step(self) -> None:
+        """The parameters are updated."""
+        self.step.stop()
+        self.mta.close()
+        self.steps += 1
+
+    def add(self, output: DistillationOutput) -> None:
+        """The terms of a micro-batch."""
+        terms = torch.stack([output.base.detach(), output.dsa.detach(), output.hid.detach()]).double()
+        self._sums = terms if self._sums is None else self._sums + terms
+
+    def wants_norms(self, state: Any, args: MTATrainingArguments) -> bool:
+        """The first micro-batch of a step that is logged."""
+        step = state.global_step + 1
+        logged = step == 1 and args.logging_first_step
+        if args.logging_strategy == "steps":
+            logged = logged or step % max(1, int(state.logging_steps)) == 0
+        return logged and not self.norms
+
+    def drain(self, reduce: Any) -> dict[str, float]:
+        """What to log, and start anew; ``reduce`` sums over the ranks."""
+        assert self._sums is not None
+        sums = self._sums if reduce is None else reduce(self._sums)
+        logs = {name: value / self.steps for name, value in zip(TERMS, sums.tolist(), strict=True)}
+        step, mta = self.step.seconds(), self.mta.seconds()
+        logs |= {"mta_share_of_step": mta / step if step else 0.0, **self.norms}
+        self.norms, self.steps, self._sums = {}, 0, None
+        return logs
+
+
+class StepEnd(TrainerCallback):
+    """Stops the step's clock before evaluation and saving begin."""
+
+    def __init__(self, log: TrainingLog) -> None:
+        self._log = log
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by the Trainer."""
+        self._log.end_step()
+
+
+class EvaluationSums:
+    """Numerators and denominators over an evaluation set."""
+
+    def __init__(self) -> None:
+        self._base: list[Tensor] = []
+        self._mta: list[Tensor] = []
+
+    def add(self, output: DistillationOutput, counted: Tensor) -> None:
+        """A batch whose base loss is a mean over ``counted`` positions."""
+        self._base.append(torch.stack([output.base.double() * counted, counted.double()]))
+        if output.per_layer is not None:
+            self._mta.append(output.per_layer.double())
+
+    def terms(self, config: MTAConfig | None, reduce: Any) -> dict[str, float]:
+        """loss, base, dsa and hid of the whole set."""
+        total, counted = self._sum(self._base, reduce)
+        terms = {"base": float(total / counted.clamp(min=1))}
+        if config is not None and self._mta:
+            dsa, dsa_total, hid, hid_total = self._sum(self._mta, reduce)
+            terms["dsa"], terms["hid"] = (float(quotient(a, b).mean()) for a, b in ((dsa, dsa_total), (hid, hid_total)))
+            weighted = config.lambda_dsa * terms["dsa"] + config.lambda_hid * terms["hid"]
+            return {"loss": terms["base"] + weighted, **terms}
+        return {"loss": terms["base"], **terms}
+
+    @staticmethod
+    def _sum(parts: list[Tensor], reduce: Any) -> Tensor:
+        total = torch.stack(parts).sum(0)
+        return total if reduce is None else reduce(total)

@@ -1,0 +1,109 @@
+"""Loading models, what two vocabularies share, and students cut from a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import FAMILIES, LAYERS, make_model, make_tokenizer
+
+pytest.importorskip("transformers")
+
+from mta_fast.distill.checkpoints import export_student
+from mta_fast.distill.models import (
+    common_vocabulary,
+    cut_layers,
+    load_model,
+    load_tokenizer,
+    parse_layers,
+    same_vocabulary,
+)
+from mta_fast.errors import InputError, MissingPackageError
+
+TOKENS = torch.arange(12).reshape(2, 6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cut_layers(family: str) -> None:
+    teacher = make_model(family).eval()
+    whole = cut_layers(teacher, LAYERS).eval()
+    assert torch.equal(whole(TOKENS).logits, teacher(TOKENS).logits)
+    two = cut_layers(teacher, [0, 3]).eval()
+    assert two.config.num_hidden_layers == 2
+    names = [name for name, _ in teacher.named_modules() if name.endswith(".3")]
+    (last,) = [name for name in names if name.count(".") == min(n.count(".") for n in names)]
+    moved = two.get_submodule(f"{last.rpartition('.')[0]}.1").state_dict()
+    assert all(torch.equal(value, moved[name]) for name, value in teacher.get_submodule(last).state_dict().items())
+    with torch.no_grad():  # no memory is shared
+        for parameter in two.parameters():
+            parameter.zero_()
+    assert teacher(TOKENS).logits.abs().max() > 0
+    assert two(TOKENS).logits.shape == teacher(TOKENS).logits.shape
+
+
+def test_a_cut_student_is_saved_and_loaded(tmp_path: Path) -> None:
+    make_model("qwen2", layers=6).save_pretrained(tmp_path / "teacher")
+    teacher = load_model(str(tmp_path / "teacher"), dtype="bfloat16")
+    before = torch.get_rng_state()
+    student = cut_layers(teacher, 3)
+    assert torch.equal(before, torch.get_rng_state())
+    assert len(student.config.layer_types) == 3
+    export_student(student, make_tokenizer(), tmp_path / "student")
+    loaded = load_model(str(tmp_path / "student"), dtype="bfloat16")
+    state = student.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    torch.testing.assert_close(loaded(TOKENS).logits, student(TOKENS).logits)
+    assert load_tokenizer(str(tmp_path / "student")).get_vocab() == make_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("count", "depth", "kept"), [(10, 30, [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]), (1, 4, [3]), (3, 4, [0, 2, 3])]
+)
+def test_layers_are_spread_with_both_ends(count: int, depth: int, kept: list[int]) -> None:
+    teacher = make_model("gpt2", layers=depth)
+    blocks = [block.mlp.c_fc.weight for block in cut_layers(teacher, count).transformer.h]
+    assert all(torch.equal(a, teacher.transformer.h[i].mlp.c_fc.weight) for a, i in zip(blocks, kept, strict=True))
+    assert len(blocks) == count
+
+
+@pytest.mark.parametrize("layers", [0, 5, [], [1, 1], [3, 1], [4], [-1]])
+def test_layers_that_are_none(layers: int | list[int]) -> None:
+    with pytest.raises(InputError, match="layers: expected 1 to 4"):
+        cut_layers(make_model("gpt2"), layers)
+
+
+def test_layers_from_the_command_line() -> None:
+    assert parse_layers("10") == 10
+    assert parse_layers("0,4, 9") == [0, 4, 9]
+    with pytest.raises(InputError, match="layers: expected a number or numbers such as 0,4,9, got 'ten'"):
+        parse_layers("ten")
+
+
+def test_vocabularies() -> None:
+    one, other = make_tokenizer(), make_tokenizer(300)
+    assert same_vocabulary(one, one)
+    assert not same_vocabulary(one, other)
+    size = len(one)
+    student, teacher = make_model("gpt2", vocabulary=size + 3), make_model("llama", vocabulary=size + 5)
+    assert common_vocabulary(student, teacher, one) == size + 3
+    with pytest.raises(
+        InputError, match=f"student: expected logits for the tokenizer's {size} tokens, it has {size - 1}"
+    ):
+        common_vocabulary(make_model("gpt2", vocabulary=size - 1), teacher, one)
+
+
+def test_errors_name_expected_and_received(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="dtype: expected one of float32, bfloat16, float16, got 'int8'"):
+        load_model("x", dtype="int8")
+    with pytest.raises(
+        MissingPackageError, match="expected the Python package 'no_such_models' .*pip install no-such-models"
+    ):
+        load_model("package:no_such_models")
+    with pytest.raises(InputError, match="expected config.json or one .gguf file in .* got 0 of them"):
+        load_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="expected a causal language model"):
+        load_model(str(tmp_path))
+    with pytest.raises(InputError, match="tokenizer of .*expected one beside the model"):
+        load_tokenizer(str(tmp_path))

@@ -1,0 +1,137 @@
+"""The YAML of a run: types, overrides, nearest names, the MTAConfig it asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("yaml")
+
+from mta_fast.config import MTAConfig
+from mta_fast.distill.settings import TrainSettings
+from mta_fast.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+MINIMAL = """
+output_dir: out
+teacher: {path: big}
+student: {path: small}
+data: {train: sample}
+"""
+
+
+def _settings(folder: Path, text: str, *overrides: str) -> TrainSettings:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return TrainSettings.from_yaml(path, overrides)
+
+
+def test_defaults_and_overrides(tmp_path: Path) -> None:
+    settings = _settings(
+        tmp_path,
+        MINIMAL,
+        "training.learning_rate=1e-4",
+        "mta.lambda_hid=0",
+        "student.lora.dropout=0",
+        "spans.n_process=2",
+        "data.columns={output: response}",
+    )
+    assert settings.training == {"learning_rate": 1e-4}
+    assert isinstance(settings.training["learning_rate"], float)
+    assert settings.student.lora is not None
+    assert (settings.student.lora.r, settings.student.lora.dropout) == (16, 0.0)
+    assert settings.spans.n_process == 2
+    assert settings.data.columns == {"output": "response"}
+    assert settings.base.loss == "srkl"
+    config = settings.mta_config(10, 30)
+    assert config is not None
+    assert config.layer_pairs == ((5, 15), (8, 24), (10, 30))
+    assert config.granularity == ("word", "phrase", "phrase")
+    assert config.lambda_hid == 0
+
+
+def test_a_run_leaves_settings_that_read_the_same(tmp_path: Path) -> None:
+    from mta_fast import _yaml
+
+    settings = _settings(tmp_path, MINIMAL, "training.learning_rate=5e-5", "student.lora.r=4")
+    (tmp_path / "again.yaml").write_text(_yaml.dumps(settings.to_dict()))
+    assert TrainSettings.from_yaml(tmp_path / "again.yaml") == settings
+
+
+def test_mta_presets_layers_and_off(tmp_path: Path) -> None:
+    preset = _settings(tmp_path, MINIMAL, "mta={preset: opt, lambda_hid: 0.5}").mta_config(24, 32)
+    assert preset == MTAConfig.paper("opt", lambda_hid=0.5)
+    own = _settings(tmp_path, MINIMAL, "mta={layer_pairs: [[1, 2]], granularity: word}").mta_config(4, 8)
+    assert own == MTAConfig(((1, 2),), ("word",))
+    assert _settings(tmp_path, MINIMAL, "mta=false").mta_config(4, 8) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainig={}", "unknown key trainig, did you mean 'training'"),
+        ("student.lora.rank=4", "unknown key student.lora.rank"),
+        ("data.max_rows=many", "data.max_rows: expected int or null, got 'many'"),
+        ("student.compile=1", "student.compile: expected bool, got 1"),
+        ("spans=2", "spans: expected a mapping, got 2"),
+        ("output_dir=3", "output_dir: expected str, got 3"),
+        ("mta=3", "mta: expected dict.* or bool, got 3"),
+        ("nothing", "expected key=value, such as training.learning_rate=1e-4"),
+        ("output_dir.x=1", "expected 'output_dir' to hold further keys, it is 'out'"),
+        ("data.train=[", "expected YAML, got a text that is none"),
+    ],
+)
+def test_errors_name_the_key(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        _settings(tmp_path, MINIMAL, override)
+
+
+def test_missing_and_wrong_values(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="teacher.path: expected a value, got none"):
+        _settings(tmp_path, MINIMAL.replace("{path: big}", "{dtype: float32}"))
+    with pytest.raises(InputError, match="expected a mapping of names to values, got list"):
+        _settings(tmp_path, "- 1")
+    with pytest.raises(InputError, match="mta.preset: expected one of gpt2, .* got 'gpt3'"):
+        _settings(tmp_path, MINIMAL, "mta.preset=gpt3").mta_config(4, 8)
+    with pytest.raises(InputError, match="unknown key 'lambda_dsaa', did you mean 'lambda_dsa'"):
+        _settings(tmp_path, MINIMAL, "mta.lambda_dsaa=1").mta_config(4, 8)
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E5", "-1e-4", "1.5", ".5", "1_000.5", "1.", "-.inf"])
+def test_numbers_as_people_write_them(text: str) -> None:
+    from mta_fast import _yaml
+
+    assert isinstance(_yaml.loads(text, "here"), float)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12", 12),
+        ("e5", "e5"),
+        ("1e", "1e"),
+        ("yes", "yes"),
+        ("no", "no"),
+        ("true", True),
+        ("False", False),
+        ("v1.2", "v1.2"),
+    ],
+)
+def test_what_is_no_float(text: str, value: Any) -> None:
+    from mta_fast import _yaml
+
+    assert _yaml.loads(text, "here") == value
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_examples_are_valid(path: Path) -> None:
+    pytest.importorskip("transformers")
+    from mta_fast.distill.run import training_arguments
+
+    settings = TrainSettings.from_yaml(
+        path, ["training.use_cpu=true", "training.bf16=false", "training.report_to=none"]
+    )
+    assert settings.mta_config(24, 24) is not None
+    assert training_arguments(settings).projection_learning_rate == 5e-4
