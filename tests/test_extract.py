@@ -100,6 +100,8 @@ class _TwoPartError(Exception):
 def _crash(kind: str) -> dict[str, Any]:
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "Ctrl-C":
+        os.kill(os.getpid(), signal.SIGINT)
     if kind == "odd":
         raise _TwoPartError("can't be pickled", "")
     if kind == "raise":
@@ -121,6 +123,11 @@ def test_a_crash_in_a_worker_is_raised_here(kind: str, error: type[Exception], m
     if kind != "kill":
         assert "_crash" in caught.value.__notes__[0]
     assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_is_left_to_the_parent() -> None:
+    made = SpanExtractor(_crash, n_process=2)(["ok", "Ctrl-C", "ok"])
+    assert made["word_spans"] == [[[0, 1]]] * 3
 
 
 def test_no_processes_inside_a_daemonic_one() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mta_fast.distill.data import format_prompt
-from mta_fast.distill.losses import skewed_reverse_kl
+from mta_fast.distill.losses import BASE_LOSSES, base_loss, skewed_reverse_kl
 from mta_fast.errors import InputError
 
 
@@ -63,3 +63,57 @@ def test_prompt_template_equals_the_data(shared: object) -> None:
     for line in (shared / "data/dolly/dev.jsonl").read_text().splitlines()[:200]:
         row = json.loads(line)
         assert format_prompt(row["instruction"], row["input"]) == row["prompt"]
+
+
+Q, P = torch.tensor([0.75, 0.25]).double(), torch.tensor([0.5, 0.5]).double()
+
+
+def _by_hand(name: str) -> torch.Tensor:
+    def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a * (a / b).log()).sum()
+
+    return {
+        "forward_kl": kl(P, Q),
+        "reverse_kl": kl(Q, P),
+        "skl": kl(P, 0.1 * P + 0.9 * Q),
+        "srkl": kl(Q, 0.9 * P + 0.1 * Q),
+        "jsd": 0.3 * kl(P, 0.3 * P + 0.7 * Q) + 0.7 * kl(Q, 0.3 * P + 0.7 * Q),
+        "cross_entropy": -Q[1].log(),
+    }[name]
+
+
+@pytest.mark.parametrize("name", sorted(BASE_LOSSES))
+def test_each_loss_by_hand(name: str) -> None:
+    student, teacher = (torch.stack([d, d]).log()[None] for d in (Q, P))
+    labels = torch.tensor([[-100, 1]])
+    loss = base_loss(name, **({"beta": 0.3} if name == "jsd" else {}))
+    torch.testing.assert_close(loss(student, teacher, labels), _by_hand(name))
+    twice = torch.cat([student, student]), torch.cat([teacher, teacher]), torch.cat([labels, labels])
+    torch.testing.assert_close(loss(*twice), _by_hand(name))
+    torch.testing.assert_close(loss(*twice, reduction="sum"), 2 * _by_hand(name))
+
+
+@pytest.mark.parametrize("name", sorted(BASE_LOSSES))
+def test_gradients(name: str) -> None:
+    teacher, labels = torch.randn(1, 3, 4).double(), torch.tensor([[0, 1, 2]])
+    student = torch.randn(1, 3, 4).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: base_loss(name)(s, teacher, labels), student)
+
+
+def test_a_detached_mixture_has_another_gradient() -> None:
+    teacher, labels = torch.randn(1, 3, 4).double(), torch.tensor([[0, 1, 2]])
+    gradients = []
+    for detach in (False, True):
+        student = torch.arange(12).reshape(1, 3, 4).double().requires_grad_()
+        loss = skewed_reverse_kl(student, teacher, labels, detach_mixture=detach)
+        gradients.append(torch.autograd.grad(loss, student)[0])
+    assert not torch.allclose(*gradients)
+
+
+def test_names_and_options_are_checked() -> None:
+    with pytest.raises(InputError, match="expected one of forward_kl, .* got 'slk', did you mean 'skl'"):
+        base_loss("slk")
+    with pytest.raises(InputError, match="base loss jsd: expected options among beta, got 'alpha'"):
+        base_loss("jsd", alpha=0.1)
+    with pytest.raises(InputError, match="reduction: expected 'mean' or 'sum', got 'max'"):
+        base_loss("srkl")(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), torch.zeros(1, 2), reduction="max")  # type: ignore[arg-type]  # on purpose

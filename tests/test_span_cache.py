@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -109,10 +110,6 @@ def test_numbers_and_description(tmp_path: Path) -> None:
             "phrases  3 in 4 texts",
             f"size     {numbers.bytes:,} bytes",
         ]
-    assert describe_cache(tmp_path, "Stop!").endswith(
-        "words of this text: S | t | o | p | !\nphrases of this text: Stop!"
-    )
-    assert describe_cache(tmp_path, "never seen").endswith("this text is not in it")
     assert look_up(cache.path, "Stop!") == {"word_spans": [[i, i + 1] for i in range(5)], "phrase_spans": [[0, 5]]}
     assert look_up(cache.path, "never seen") is None
 
@@ -257,6 +254,17 @@ def test_two_processes_fill_one_file(tmp_path: Path) -> None:
     assert (summarize_cache(file).texts, summarize_cache(file).words) == (200, 20_000)
 
 
+def test_the_second_to_make_the_file_waits(tmp_path: Path) -> None:
+    file = _write(tmp_path / "spans.sqlite", b"")
+    first = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    first.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.2, first.rollback)
+    release.start()
+    assert len(SpanCache(SpanExtractor(Source(), name="letters-v1"), file=file)) == 0
+    release.join()
+    first.close()
+
+
 def test_an_error_of_the_source_keeps_what_came_before(tmp_path: Path) -> None:
     cache = _cache(tmp_path)
     with pytest.raises(KeyError, match="wrong"):
@@ -271,7 +279,7 @@ def test_errors_name_the_row_of_the_call(tmp_path: Path) -> None:
     assert isinstance(cache.extractor._nlp, spacy.language.Language)
     cache.extractor._nlp.max_length = 3
     with pytest.raises(InputError, match="text of row 2: expected at most 3 characters"):
-        cache(["a", "b", "abcd"])
+        cache(["a", "b", "abcd", "abcd"])
 
 
 def _write(path: Path, data: bytes) -> Path:

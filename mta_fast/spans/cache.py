@@ -239,8 +239,8 @@ def summarize_cache(path: str | Path) -> CacheSummary:
     )
 
 
-def describe_cache(path: str | Path, text: str | None = None) -> str:
-    """The summary of a cache file, or of each in a folder, and on request the words and phrases of one text.
+def describe_cache(path: str | Path) -> str:
+    """The summary of a cache file, or of each in a folder, as text.
 
     Raises:
         InputError, OSError: as ``summarize_cache`` does, or a folder without a cache file.
@@ -249,22 +249,7 @@ def describe_cache(path: str | Path, text: str | None = None) -> str:
     files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
     if not files:
         raise InputError(f"span cache {path}: expected a folder with {SUFFIX} files, found none in it; give a file")
-    parts = []
-    for file in files:
-        parts.append(str(summarize_cache(file)))
-        if text is not None:
-            parts.append(_describe_text(text, look_up(file, text)))
-    return "\n".join(parts)
-
-
-def _describe_text(text: str, found: dict[str, list[list[int]]] | None) -> str:
-    if found is None:
-        return "this text is not in it"
-    lines = []
-    for kind, spans in found.items():
-        cut = " | ".join(text[start:end] for start, end in spans)
-        lines.append(f"{kind.removesuffix('_spans')}s of this text: {cut}")
-    return "\n".join(lines)
+    return "\n".join(str(summarize_cache(file)) for file in files)
 
 
 def look_up(path: str | Path, text: str) -> dict[str, list[list[int]]] | None:
@@ -331,15 +316,11 @@ def _create(path: Path, identity: dict[str, str]) -> None:
 
 
 def _identity(connection: sqlite3.Connection, path: Path) -> dict[str, str]:
-    """Who made the file, once it is sure that this is a whole span cache."""
+    """Who made the file, once it is sure that this is a span cache; SQLite itself refuses one that is cut short."""
     if _application_id(connection) != APPLICATION_ID:
         raise InputError(
             f"span cache {path}: expected a span cache of this version, got another file; give another path"
         )
-    pages = connection.execute("PRAGMA page_count").fetchone()[0]
-    page_size = connection.execute("PRAGMA page_size").fetchone()[0]
-    if path.stat().st_size < pages * page_size:
-        raise _damaged(path, f"{path.stat().st_size} bytes of {pages * page_size}")
     return json.loads(connection.execute("SELECT json FROM identity").fetchone()[0])
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from mta_fast.errors import InputError, MissingPackageError
 from mta_fast.spans.pool import map_in_processes
 from mta_fast.spans.rules import SPAN_RULES, CharSpan, phrases, words
-from mta_fast.spans.rules import drop_nested as drop_nested  # compat imports it from here
 
 if TYPE_CHECKING:
     import pyarrow as pa

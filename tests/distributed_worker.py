@@ -1,0 +1,54 @@
+"""One rank of a training run: ``torchrun distributed_worker.py ddp|fsdp OUT [CHECKPOINT]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def let_fsdp_run_on_cpus() -> None:
+    """accelerate shards on GPUs only; for it these processes are of the kind it shards."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    made = PartialState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init  # type: ignore[method-assign]
+
+
+def main(mode: str, out: str, checkpoint: str | None = None) -> None:
+    """Train four steps on 16 rows, evaluate, save and export."""
+    if mode == "fsdp":
+        let_fsdp_run_on_cpus()
+    from training import make_trainer, uneven_rows
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if mode == "fsdp" else {}
+    trainer = make_trainer(
+        Path(out),
+        family="llama",
+        rows=uneven_rows(),
+        per_device_train_batch_size=4 // world,
+        per_device_eval_batch_size=2,
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        **sharded,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.export_student(Path(out) / "student")
+    if trainer.is_world_process_zero():
+        print("wrapped by", type(trainer.model_wrapped).__name__)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
