@@ -7,12 +7,16 @@ import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from mta_fast import _yaml
 from mta_fast.errors import InputError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Granularity = Literal["word", "phrase"]
+T = TypeVar("T", float, "Tensor")
 
 
 class _Preset(NamedTuple):
@@ -116,6 +120,10 @@ class MTAConfig:
     def teacher_layers(self) -> list[int]:
         """The distinct teacher hidden-state indices, ascending."""
         return sorted({teacher for _, teacher in self.layer_pairs})
+
+    def weighted(self, dsa: T, hid: T) -> T:
+        """lambda_dsa * L_DSA + lambda_hid * L_Hid: what MTA adds to the base loss."""
+        return self.lambda_dsa * dsa + self.lambda_hid * hid
 
     @classmethod
     def paper(cls, pair: str = "gpt2", **changes: Any) -> MTAConfig:

@@ -32,6 +32,15 @@ class LayerPairTerms(NamedTuple):
     hid_numerator: Tensor
     hid_denominator: Tensor
 
+    def means(self, denominators: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """L_DSA and L_Hid: unweighted means over the layer pairs of numerator / denominator (0 / 0 is 0).
+
+        Args:
+            denominators: [L, 2] of (DSA, Hid) to divide by instead of these.
+        """
+        dsa, hid = (self.dsa_denominator, self.hid_denominator) if denominators is None else denominators.unbind(1)
+        return quotient(self.dsa_numerator, dsa).mean(), quotient(self.hid_numerator, hid).mean()
+
 
 class MTAOutput(NamedTuple):
     """What MTALoss returns."""
@@ -151,9 +160,8 @@ class MTALoss(nn.Module):
             made = denominators.detach().to(per_layer.dsa_numerator.dtype)
             dsa_denominator, hid_denominator = made.unbind(1)
             per_layer = per_layer._replace(dsa_denominator=dsa_denominator, hid_denominator=hid_denominator)
-        dsa = quotient(per_layer.dsa_numerator, per_layer.dsa_denominator).mean()
-        hid = quotient(per_layer.hid_numerator, per_layer.hid_denominator).mean()
-        return MTAOutput(self.config.lambda_dsa * dsa + self.config.lambda_hid * hid, dsa, hid, per_layer)
+        dsa, hid = per_layer.means()
+        return MTAOutput(self.config.weighted(dsa, hid), dsa, hid, per_layer)
 
     @torch.no_grad()
     def denominators(

@@ -286,6 +286,13 @@ def _gram(u: Tensor, v: Tensor, w: Tensor, with_gradient: bool) -> tuple[Tensor,
     return numerator.to(u.dtype), gradient
 
 
+def span_distances(pooled: Tensor) -> Tensor:
+    """[N, N] distances 1 - c_uv of one row's pooled spans [N, d]; 0 on the diagonal, 1 with a zero vector."""
+    unit, _ = _unit(pooled)
+    distances = (1 - unit @ unit.T).clamp(0, 2)
+    return ((distances + distances.T) / 2).fill_diagonal_(0)
+
+
 def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Rows scaled to length 1 (zero rows stay zero), and the scales [N, 1]."""
     scale = _reciprocal(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True))

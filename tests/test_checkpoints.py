@@ -70,7 +70,12 @@ def test_a_checkpoint_is_a_plain_student_with_the_projections_beside_it(tmp_path
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == make_tokenizer().get_vocab()
     assert sorted(path.name for path in (folder / "mta").iterdir()) == ["config.json", "projections.safetensors"]
-    assert checkpoints.read_config(folder) == CONFIG
+    loss = checkpoints.load_loss(folder)
+    assert loss is not None
+    assert loss.config == CONFIG
+    trained = trainer.model.mta.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in loss.state_dict().items())
+    assert checkpoints.load_loss(tmp_path) is None
     assert not (tmp_path / ".partial").exists()
 
 

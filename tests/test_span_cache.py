@@ -20,7 +20,7 @@ import pytest
 from mta_fast import SpanExtractor
 from mta_fast.errors import InputError
 from mta_fast.spans import cache as cache_module
-from mta_fast.spans.cache import SpanCache, describe_cache, look_up, make_cache, summarize_cache
+from mta_fast.spans.cache import SpanCache, describe_cache, look_up, summarize_cache
 
 TEXTS = ["The old dog has often barked.", "", "Café ☕ costs 3.50 €.", "Stop!"]
 
@@ -97,7 +97,8 @@ def test_spacy_is_not_imported_when_nothing_is_missing(tmp_path: Path) -> None:
 
 
 def test_numbers_and_description(tmp_path: Path) -> None:
-    cache = make_cache(TEXTS, model=Source(), name="letters-v1", directory=tmp_path, progress=False)
+    cache = SpanCache(SpanExtractor(Source(), name="letters-v1"), tmp_path)
+    cache.fill(TEXTS)
     numbers = cache.summary()
     assert (numbers.texts, numbers.words, numbers.phrases) == (4, sum(map(len, TEXTS)), 3)
     assert numbers.bytes == cache.path.stat().st_size

@@ -162,10 +162,16 @@ def load_mta(folder: Path, mta: MTALoss) -> None:
     mta.load_state_dict(load_file(folder / MTA_FOLDER / PROJECTIONS_FILE))
 
 
-def read_config(folder: Path) -> MTAConfig:
-    """The MTAConfig that a checkpoint was trained with."""
-    settings = json.loads((folder / MTA_FOLDER / CONFIG_FILE).read_text(encoding="utf-8"))
-    return MTAConfig.from_dict({name: value for name, value in settings.items() if not name.endswith("_dims")})
+def load_loss(folder: Path) -> MTALoss | None:
+    """The MTALoss that a checkpoint was trained with, with its projections; None for a folder without one."""
+    file = folder / MTA_FOLDER / CONFIG_FILE
+    if not file.is_file():
+        return None
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    student_dims, teacher_dims = settings.pop("student_dims"), settings.pop("teacher_dims")
+    loss = MTALoss(MTAConfig.from_dict(settings), student_dims, teacher_dims)
+    load_mta(folder, loss)
+    return loss
 
 
 # --- the student -------------------------------------------------------------------------------------------------
@@ -191,7 +197,8 @@ def load_student(folder: Path, student: nn.Module) -> None:
         if not state:
             raise InputError(f"{folder}: expected a checkpoint with model.safetensors, it has none")
         result = student.load_state_dict(state, strict=False)
-        missing = set(result.missing_keys) - set(getattr(student, "_tied_weights_keys", None) or ())
+        tied = getattr(student, "_tied_weights_keys", None) if student.config.tie_word_embeddings else None  # type: ignore[union-attr]  # transformers' config
+        missing = set(result.missing_keys) - set(tied or ())
         student.tie_weights()  # type: ignore[operator]  # transformers' method
     if missing or result.unexpected_keys:
         differing = sorted([*missing, *result.unexpected_keys])

@@ -13,7 +13,6 @@ from mta_fast.distill.losses import BaseLoss
 from mta_fast.distill.stopwatch import Stopwatch
 from mta_fast.layers import capture_layers
 from mta_fast.loss import MTALoss
-from mta_fast.reference import quotient
 
 
 @dataclass(eq=False)
@@ -112,8 +111,7 @@ class DistillationModel(nn.Module):
             zero = base.new_zeros(())
             return DistillationOutput(totals.scale * base, base, zero, zero, None)
         dsa, hid, per_layer = self._alignment(batch, hidden, teacher, totals)
-        config = self.mta.config
-        loss = base + config.lambda_dsa * dsa + config.lambda_hid * hid
+        loss = base + self.mta.config.weighted(dsa, hid)
         return DistillationOutput(totals.scale * loss, base, dsa, hid, per_layer)
 
     def _alignment(
@@ -139,8 +137,7 @@ class DistillationModel(nn.Module):
         if denominators is None:
             denominators = torch.stack([per_layer.dsa_denominator, per_layer.hid_denominator], 1).detach()
             denominators = denominators if totals.reduce is None else totals.reduce(denominators)
-        dsa = totals.mta_scale * quotient(per_layer.dsa_numerator, denominators[:, 0]).mean()
-        hid = totals.mta_scale * quotient(per_layer.hid_numerator, denominators[:, 1]).mean()
+        dsa, hid = (totals.mta_scale * term for term in per_layer.means(denominators))
         if watch is not None:
             watch.stop()
             dsa, hid = watch.begins_backward(dsa), watch.begins_backward(hid)

@@ -83,6 +83,10 @@ class MTATrainer(Trainer):
         )
         super().__init__(model=model, args=args, processing_class=processing_class, **options)
         self.args: MTATrainingArguments = args
+        if args.log_gradient_norms and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise InputError(
+                "log_gradient_norms: expected whole gradients, got sharded ones (FSDP or DeepSpeed); set it to false"
+            )
         self.teacher.to(args.device)
         self._totals: StepTotals | None = None
         self._teacher_outputs: deque[TeacherOutput] = deque()
@@ -125,19 +129,24 @@ class MTATrainer(Trainer):
         """[L, 2] summed over the micro-batches and ranks; the teacher runs on all of them first."""
         mta = self._module.mta
         assert mta is not None
+        keep = self.args.accumulation == "keep"
         sums: list[Tensor] = []
         for batch in batches:
             batch = self._prepare_inputs(batch)
-            teacher = self._teach(batch)
             spans, teacher_spans = batch["spans"], batch.get("teacher_spans")
-            self._log.mta.start()
+            if keep:
+                teacher = self._teach(batch)
+                self._log.mta.start()
+            else:  # this pass is there for MTA alone
+                self._log.mta.start()
+                teacher = self._teach(batch)
             sums.append(
                 mta.denominators(
                     teacher.hidden, spans, teacher_spans=teacher_spans, entropy_weights=teacher.entropy_weights
                 )
             )
             self._log.mta.stop()
-            if self.args.accumulation == "keep":
+            if keep:
                 self._teacher_outputs.append(teacher)
         total = torch.stack(sums).sum(0)
         return self._sum_over_ranks(total) if self.args.world_size > 1 else total
@@ -168,7 +177,8 @@ class MTATrainer(Trainer):
         totals = self._totals
         if totals is None or not model.training:
             totals = StepTotals(counted_positions(inputs["labels"]).sum())
-        teacher = self._teacher_outputs.popleft() if self._teacher_outputs else self._teach(inputs)
+        kept = model.training and self._teacher_outputs
+        teacher = self._teacher_outputs.popleft() if kept else self._teach(inputs)
         output: DistillationOutput = model(inputs, teacher, totals)
         if model.training:
             self._log.add(output)
@@ -179,10 +189,6 @@ class MTATrainer(Trainer):
     def _gradient_norms(self, output: DistillationOutput) -> dict[str, float]:
         """Norm of the gradient of each weighted term on the student's parameters."""
         module = self._module
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise InputError(
-                "log_gradient_norms: expected whole gradients, got sharded ones (FSDP or DeepSpeed); set it to false"
-            )
         config = None if module.mta is None else module.mta.config
         weights = (1.0, config.lambda_dsa, config.lambda_hid) if config is not None else (1.0, 0.0, 0.0)
         parameters = [p for p in module.student.parameters() if p.requires_grad]

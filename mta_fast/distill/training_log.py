@@ -12,7 +12,7 @@ from mta_fast.config import MTAConfig
 from mta_fast.distill.arguments import MTATrainingArguments
 from mta_fast.distill.module import DistillationOutput
 from mta_fast.distill.stopwatch import Stopwatch
-from mta_fast.reference import quotient
+from mta_fast.loss import LayerPairTerms
 
 TERMS = ("base", "dsa", "hid")
 
@@ -89,10 +89,8 @@ class EvaluationSums:
         total, counted = self._sum(self._base, reduce)
         terms = {"base": float(total / counted.clamp(min=1))}
         if config is not None and self._mta:
-            dsa, dsa_total, hid, hid_total = self._sum(self._mta, reduce)
-            terms["dsa"], terms["hid"] = (float(quotient(a, b).mean()) for a, b in ((dsa, dsa_total), (hid, hid_total)))
-            weighted = config.lambda_dsa * terms["dsa"] + config.lambda_hid * terms["hid"]
-            return {"loss": terms["base"] + weighted, **terms}
+            dsa, hid = (float(term) for term in LayerPairTerms(*self._sum(self._mta, reduce)).means())
+            return {"loss": terms["base"] + config.weighted(dsa, hid), **terms, "dsa": dsa, "hid": hid}
         return {"loss": terms["base"], **terms}
 
     @staticmethod

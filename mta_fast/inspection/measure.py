@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mta_fast.config import MTAConfig
@@ -21,7 +20,7 @@ from mta_fast.loss import MTALoss
 from mta_fast.ops.entropy import entropy_weights
 from mta_fast.ops.importance import token_importance
 from mta_fast.ops.pooling import normalize_weights, pool_spans
-from mta_fast.reference import quotient
+from mta_fast.reference import quotient, span_distances
 from mta_fast.spans.batch import SpanBatch
 from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor
@@ -252,8 +251,11 @@ def _measure(
         salience = weights.span if certainty is None else normalize_weights(certainty, spans.teacher).span
         salience = torch.ones_like(salience) if config.weighting == "uniform" else salience
         distances = [
-            span_distances(pool_spans(teacher.hidden[other], weights.token, spans.teacher)[0]),
-            span_distances(pool_spans(student.hidden[own], student_weights, spans.student)[0]),
+            span_distances(pooled.double()).numpy()
+            for pooled, _ in (
+                pool_spans(teacher.hidden[other], weights.token, spans.teacher),
+                pool_spans(student.hidden[own], student_weights, spans.student),
+            )
         ]
         measured = salience.double().numpy()
         pairs.append(
@@ -307,14 +309,6 @@ def _terms(
     terms = output.per_layer
     dsa = quotient(terms.dsa_numerator, terms.dsa_denominator).tolist()
     return dsa, None if projections is None else quotient(terms.hid_numerator, terms.hid_denominator).tolist()
-
-
-def span_distances(pooled: Tensor) -> Floats:
-    """[N, N] distances 1 - cosine of pooled spans [N, d]; 0 on the diagonal, 1 with a zero vector."""
-    unit = F.normalize(pooled.double(), dim=-1)
-    distances = (1 - unit @ unit.T).clamp(0, 2).fill_diagonal_(0)
-    made: Floats = ((distances + distances.T) / 2).numpy()
-    return made
 
 
 def _worst_pairs(salience: Floats, teacher: Floats, student: Floats) -> tuple[SpanPair, ...]:

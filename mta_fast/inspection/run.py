@@ -35,7 +35,8 @@ def inspect_models(
     Args:
         text: what to look at.
         teacher, student: names of models as ``mta_fast.distill.models.load_model`` takes them.
-        config: a YAML file of MTAConfig; None: proportional layers, words at the lowest, phrases above.
+        config: a YAML file of MTAConfig; None: what a student that is a checkpoint was trained with (Hid is then
+            measured with its projections), else proportional layers, words at the lowest, phrases above.
         html, png: files to write; missing folders are made.
         extractor: None: the default one.
         console: of rich; None: the terminal.
@@ -52,18 +53,25 @@ def inspect_models(
             )
     from rich.console import Console
 
+    from mta_fast.distill.checkpoints import load_loss
     from mta_fast.distill.models import load_model, load_tokenizer, same_vocabulary
 
     console = Console() if console is None else console
     extractor = SpanExtractor() if extractor is None else extractor
     models = load_model(teacher), load_model(student)
     tokenizers = load_tokenizer(teacher), load_tokenizer(student)
+    loss = load_loss(Path(student)) if config is None else None
+    if config is not None:
+        settings = MTAConfig.from_yaml(config)
+    else:
+        settings = _proportional(*models) if loss is None else loss.config
     inspection = inspect_text(
         text,
         *models,
         tokenizers[1],
-        _proportional(*models) if config is None else MTAConfig.from_yaml(config),
+        settings,
         extractor,
+        projections=loss.projections if loss is not None and len(loss.projections) else None,
         teacher_tokenizer=None if same_vocabulary(*tokenizers) else tokenizers[0],
     )
     render_terminal(inspection, console)

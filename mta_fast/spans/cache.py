@@ -17,11 +17,9 @@ from typing import Any
 
 from mta_fast.errors import InputError
 from mta_fast.spans.extract import (
-    DEFAULT_MODEL,
     GRANULARITIES,
     Columns,
     SpanExtractor,
-    SpanFunction,
     decode_spans,
     progress_bar,
 )
@@ -194,24 +192,6 @@ class CacheSummary:
                 f"size     {self.bytes:,} bytes",
             )
         )
-
-
-def make_cache(
-    texts: Sequence[str],
-    *,
-    model: str | SpanFunction = DEFAULT_MODEL,
-    name: str | None = None,
-    granularity: str | Sequence[str] = GRANULARITIES,
-    n_process: int = 1,
-    directory: str | Path | None = None,
-    file: str | Path | None = None,
-    progress: bool = True,
-) -> SpanCache:
-    """The cache of this extractor with the spans of all these texts in it; arguments and errors as of both classes."""
-    extractor = SpanExtractor(model, name=name, granularity=granularity, n_process=n_process)
-    cache = SpanCache(extractor, directory, file=file)
-    cache.fill(texts, progress=progress)
-    return cache
 
 
 def summarize_cache(path: str | Path) -> CacheSummary:
