@@ -23,10 +23,12 @@ OPTIONAL = {
     "transformers": ("train", "layer capture and tokenizers"),
     "spacy": ("spacy", "span extraction"),
     "datasets": ("train", "data sets"),
+    "accelerate": ("train", "the trainer"),
     "peft": ("train", "LoRA students"),
-    "yaml": ("train", "MTAConfig.from_yaml"),
+    "tensorboard": ("train", "report_to: tensorboard"),
+    "yaml": ("train", "settings in YAML"),
     "typer": ("train", "the command line"),
-    "matplotlib": ("train", "pictures of the demo"),
+    "matplotlib": ("train", "pictures"),
 }
 _DISTRIBUTIONS = {"yaml": "pyyaml"}
 

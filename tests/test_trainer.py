@@ -138,6 +138,16 @@ def test_share_of_the_step(tmp_path: Path) -> None:
     assert all(0.3 < share < 1 for share in shares)
 
 
+def test_tensorboard(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    make_trainer(tmp_path, max_steps=2, report_to=["tensorboard"]).train()
+    (file,) = (path for path in tmp_path.rglob("events.out.*"))
+    read = events.EventAccumulator(str(file.parent))
+    read.Reload()
+    assert {"train/base", "train/dsa", "train/hid", "train/mta_share_of_step"} <= set(read.Tags()["scalars"])
+    assert len(read.Scalars("train/dsa")) == 2
+
+
 def test_evaluation_does_not_depend_on_its_batches(tmp_path: Path) -> None:
     found = []
     for size in (8, 3, 1):
