@@ -52,13 +52,13 @@ def _time_rows(steps: int, texts: Path | None) -> list[Row]:
         sides = {mta: _trainer(teacher, tokenizer, mta, folder) for mta in (True, False)}
     for trainer in sides.values():
         _step(trainer, rows[:BATCH])  # allocates the optimiser's state
-        trainer._log.drain(None)
+        trainer._log.drain(lambda own: own)
     overhead, shares = [], []
     for i in range(steps):
         batch = [rows[(i * BATCH + j) % len(rows)] for j in range(BATCH)]
         times = {mta: seconds(_step, sides[mta], batch) for mta in ((True, False) if i % 2 else (False, True))}
         overhead.append(100 * (times[True] / times[False] - 1))
-        shares.append(100 * sides[True]._log.drain(None)["mta_share_of_step"])
+        shares.append(100 * sides[True]._log.drain(lambda own: own)["mta_share_of_step"])
     title = f"a step of B={BATCH} S={LENGTH}, SmolLM2-135M <- 10 layers of it"
     return [
         make_row(f"{title}: time with MTA above time without, paired steps", "%", "<", 15.0, overhead),

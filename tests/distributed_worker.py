@@ -48,6 +48,8 @@ def main(mode: str, out: str, checkpoint: str | None = None) -> None:
     trainer.export_student(Path(out) / "student")
     if trainer.is_world_process_zero():
         print("wrapped by", type(trainer.model_wrapped).__name__)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

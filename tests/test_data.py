@@ -124,6 +124,7 @@ def test_long_prompts_are_left_out_and_counted() -> None:
     kept = drop_long_rows(LoadedRows(rows), tokenizer, max_length=lengths[1] + 1)
     assert [row["prompt"] for row in kept.rows] == ["a ", "a " * 5]
     assert describe_rows(kept) == f"2 rows, 1 left out (1 x prompt longer than {lengths[1]} tokens)"
+    assert drop_long_rows(LoadedRows(rows), tokenizer, max_length=lengths[1]).rows == rows[:1]  # no room for a token
     assert drop_long_rows(LoadedRows(rows), tokenizer, max_length=999, max_prompt_length=lengths[0]).rows == rows[:1]
     with pytest.raises(InputError, match=f"all 3 are longer \\(the shortest has {lengths[0]}\\)"):
         drop_long_rows(LoadedRows(rows), tokenizer, max_length=1)

@@ -54,6 +54,8 @@ def _rank(rank: int, rendezvous: str, normalization: str, out: str) -> None:
     dist.all_reduce(total)
     if rank == 0:
         torch.save((total, [p.grad for p in loss.parameters()]), out)
+    del parallel  # its threads end before their process group
+    dist.barrier()  # nobody leaves while the other still talks
     dist.destroy_process_group()
 
 

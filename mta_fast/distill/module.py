@@ -38,15 +38,15 @@ class StepTotals:
 
     Attributes:
         base: counted positions.
+        reduce: sums a tensor over the ranks.
         mta: [L, 2] denominators, or None: the micro-batch's own, after ``reduce``.
-        reduce: sums a tensor over the ranks; None with a single process.
         mta_scale: factor of DSA and Hid; 1 / micro-batches where each is normalised by itself.
         scale: factor of the loss; the number of ranks where gradients are averaged over them.
     """
 
     base: Tensor
+    reduce: Callable[[Tensor], Tensor]
     mta: Tensor | None = None
-    reduce: Callable[[Tensor], Tensor] | None = None
     mta_scale: float = 1.0
     scale: float = 1.0
 
@@ -135,8 +135,8 @@ class DistillationModel(nn.Module):
         ).per_layer
         denominators = totals.mta
         if denominators is None:
-            denominators = torch.stack([per_layer.dsa_denominator, per_layer.hid_denominator], 1).detach()
-            denominators = denominators if totals.reduce is None else totals.reduce(denominators)
+            own = torch.stack([per_layer.dsa_denominator, per_layer.hid_denominator], 1)
+            denominators = totals.reduce(own.detach())
         dsa, hid = (totals.mta_scale * term for term in per_layer.means(denominators))
         if watch is not None:
             watch.stop()
@@ -153,11 +153,6 @@ class DistillationModel(nn.Module):
     @property
     def _no_split_modules(self) -> Any:
         return getattr(self.student, "_no_split_modules", None)
-
-    @property
-    def supports_gradient_checkpointing(self) -> bool:
-        """Whether the student does."""
-        return bool(getattr(self.student, "supports_gradient_checkpointing", False))
 
     @property
     def accepts_loss_kwargs(self) -> bool:

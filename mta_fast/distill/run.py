@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import signal
 from collections.abc import Sequence
 from dataclasses import fields
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mta_fast import _yaml
+from mta_fast.config import nearest
 from mta_fast.distill.data import LoadedRows, describe_rows, drop_long_rows, load_rows, texts_of
 from mta_fast.distill.models import load_model, load_tokenizer
 from mta_fast.distill.settings import LoraSettings, TrainSettings
@@ -59,6 +59,8 @@ def train(settings: TrainSettings, *, resume: bool = False) -> int:
     if trainer.is_world_process_zero():
         draw_training(trainer.state.log_history, out / PICTURE)
     _say(trainer, f"student in {out / STUDENT_FOLDER}, curves in {out / PICTURE}")
+    trainer.accelerator.wait_for_everyone()  # no rank leaves while another still talks
+    trainer.accelerator.end_training()
     return 0
 
 
@@ -115,9 +117,9 @@ def training_arguments(settings: TrainSettings) -> MTATrainingArguments:
     known = [f.name for f in fields(MTATrainingArguments) if f.init]
     for key in settings.training:
         if key not in known or key == "output_dir":
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"training.{key}: expected a field of MTATrainingArguments, there is no such one{hint}")
+            raise InputError(
+                f"training.{key}: expected a field of MTATrainingArguments, there is no such one{nearest(key, known)}"
+            )
     values: dict[str, Any] = {"report_to": "none", "logging_steps": 10} | settings.training
     if settings.data.eval is not None:
         values.setdefault("eval_strategy", "epoch")
@@ -182,10 +184,10 @@ def _with_lora(student: Any, settings: LoraSettings) -> Any:
 
 
 def _last_checkpoint(out: Path) -> Path | None:
-    if not out.is_dir():
-        return None
-    found = [path for path in out.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found = get_last_checkpoint(str(out)) if out.is_dir() else None
+    return None if found is None else Path(found)
 
 
 def _say(trainer: MTATrainer, text: str) -> None:

@@ -112,10 +112,8 @@ class MTATrainer(Trainer):
         counted = sum(
             (counted_positions(batch["labels"]).sum() for batch in batches), torch.zeros((), dtype=torch.long)
         )
-        reduce = self._sum_over_ranks if self.args.world_size > 1 else None
-        totals = StepTotals(counted.to(device), reduce=reduce, scale=float(self.args.world_size))
-        if reduce is not None:
-            totals.base = reduce(totals.base)
+        base = self._sum_over_ranks(counted.to(device))
+        totals = StepTotals(base, reduce=self._sum_over_ranks, scale=float(self.args.world_size))
         self._teacher_outputs.clear()
         if len(batches) > 1 and self._module.mta is not None:
             if self.args.accumulation == "micro_batch":
@@ -148,8 +146,7 @@ class MTATrainer(Trainer):
             self._log.mta.stop()
             if keep:
                 self._teacher_outputs.append(teacher)
-        total = torch.stack(sums).sum(0)
-        return self._sum_over_ranks(total) if self.args.world_size > 1 else total
+        return self._sum_over_ranks(torch.stack(sums).sum(0))
 
     @torch.no_grad()
     def _teach(self, batch: Mapping[str, Any]) -> TeacherOutput:
@@ -176,7 +173,7 @@ class MTATrainer(Trainer):
         """The micro-batch's share of the step's loss; over micro-batches and ranks it sums to the whole."""
         totals = self._totals
         if totals is None or not model.training:
-            totals = StepTotals(counted_positions(inputs["labels"]).sum())
+            totals = StepTotals(counted_positions(inputs["labels"]).sum(), reduce=lambda own: own)
         kept = model.training and self._teacher_outputs
         teacher = self._teacher_outputs.popleft() if kept else self._teach(inputs)
         output: DistillationOutput = model(inputs, teacher, totals)
@@ -204,6 +201,7 @@ class MTATrainer(Trainer):
         return norms
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, on every rank; with one process the values themselves."""
         return self.accelerator.reduce(values, reduction="sum")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -226,7 +224,7 @@ class MTATrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Also the three terms (unweighted means over the logged steps) and the share of MTA in the step's time."""
         if "loss" in logs and self._log.steps:
-            logs |= self._log.drain(self._sum_over_ranks if self.args.world_size > 1 else None)
+            logs |= self._log.drain(self._sum_over_ranks)
         super().log(logs, start_time)
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **options: Any) -> Any:
@@ -236,7 +234,7 @@ class MTATrainer(Trainer):
         try:
             output = super().evaluation_loop(dataloader, description, *args, **options)
             config = None if self._module.mta is None else self._module.mta.config
-            terms = self._evaluated.terms(config, self._sum_over_ranks if self.args.world_size > 1 else None)
+            terms = self._evaluated.terms(config, self._sum_over_ranks)
         finally:
             self._evaluated = None
         output.metrics.update({f"{prefix}_{name}": value for name, value in terms.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mta_fast.distill.module import DistillationOutput
 from mta_fast.distill.stopwatch import Stopwatch
 from mta_fast.loss import LayerPairTerms
 
+Reduce = Callable[[Tensor], Tensor]
 TERMS = ("base", "dsa", "hid")
 
 
@@ -49,10 +51,10 @@ class TrainingLog:
             logged = logged or step % max(1, int(state.logging_steps)) == 0
         return logged and not self.norms
 
-    def drain(self, reduce: Any) -> dict[str, float]:
+    def drain(self, reduce: Reduce) -> dict[str, float]:
         """What to log, and start anew; ``reduce`` sums over the ranks."""
         assert self._sums is not None
-        sums = self._sums if reduce is None else reduce(self._sums)
+        sums = reduce(self._sums)
         logs = {name: value / self.steps for name, value in zip(TERMS, sums.tolist(), strict=True)}
         step, mta = self.step.seconds(), self.mta.seconds()
         logs |= {"mta_share_of_step": mta / step if step else 0.0, **self.norms}
@@ -84,7 +86,7 @@ class EvaluationSums:
         if output.per_layer is not None:
             self._mta.append(output.per_layer.double())
 
-    def terms(self, config: MTAConfig | None, reduce: Any) -> dict[str, float]:
+    def terms(self, config: MTAConfig | None, reduce: Reduce) -> dict[str, float]:
         """loss, base, dsa and hid of the whole set."""
         total, counted = self._sum(self._base, reduce)
         terms = {"base": float(total / counted.clamp(min=1))}
@@ -94,6 +96,5 @@ class EvaluationSums:
         return {"loss": terms["base"], **terms}
 
     @staticmethod
-    def _sum(parts: list[Tensor], reduce: Any) -> Tensor:
-        total = torch.stack(parts).sum(0)
-        return total if reduce is None else reduce(total)
+    def _sum(parts: list[Tensor], reduce: Reduce) -> Tensor:
+        return reduce(torch.stack(parts).sum(0))
