@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,52 @@ def test_layers_from_the_command_line() -> None:
     assert parse_layers("0,4, 9") == [0, 4, 9]
     with pytest.raises(InputError, match="layers: expected a number or numbers such as 0,4,9, got 'ten'"):
         parse_layers("ten")
+
+
+def _write_gguf(path: Path, model: Any) -> None:
+    """A small Llama as a GGUF file, its square matrices quantised."""
+    gguf = pytest.importorskip("gguf")
+    writer, config = gguf.GGUFWriter(path, "llama"), model.config
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        stem, _, kind = name.rpartition(".")
+        array = value.detach().numpy()
+        kept = array.ndim == 2 and "layers" in name
+        data = gguf.quants.quantize(array, gguf.GGMLQuantizationType.Q8_0) if kept else array
+        raw = gguf.GGMLQuantizationType.Q8_0 if kept else None
+        writer.add_tensor(f"{names.get_name(stem)}.{kind}", data, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_inside_a_package_is_a_plain_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = make_model("llama")
+    package = tmp_path / "gguf_models_for_tests"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    _write_gguf(package / "small.gguf", original)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    teacher = load_model("package:gguf_models_for_tests")
+    assert len(teacher.model.layers) == LAYERS
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+    norm = teacher.model.layers[0].input_layernorm.weight
+    torch.testing.assert_close(norm, original.model.layers[0].input_layernorm.weight)
+    # neither it nor a student cut from it is marked as quantised: both can be saved, loaded and saved again
+    cut_layers(teacher, 2).save_pretrained(tmp_path / "student")
+    student = load_model(str(tmp_path / "student"))
+    student.save_pretrained(tmp_path / "again")
+    teacher.save_pretrained(tmp_path / "teacher")
+    assert "quantization_config" not in (tmp_path / "student/config.json").read_text()
 
 
 def test_vocabularies() -> None:

@@ -44,6 +44,8 @@ def load_model(name: str, *, dtype: str = "float32", **options: Any) -> PreTrain
         model = tf.AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **gguf, **options)
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r}: expected a causal language model: {error}") from None
+    if gguf:  # the weights are plain numbers now, but a model that is marked as quantised is never saved
+        model.hf_quantizer.remove_quantization_config(model)
     return model
 
 
