@@ -1,13 +1,17 @@
 """Which backend runs a call, and why the others refused.
 
 A backend is a module with one function per op, named and called as in ``mta_fast.reference``. ``BACKENDS`` holds
-them in order of preference; "auto" takes the first one without a reason against the call. A backend that is
-asked for by name either runs or raises: nothing falls back silently.
+them in order of preference; "auto" takes the first one that has neither a reason against the call nor one to avoid
+it. A backend that is asked for by name either runs or raises: nothing falls back silently.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +20,10 @@ import torch
 from torch import Tensor
 
 from mta_fast.errors import BackendUnavailableError, InputError
+
+OLDEST_TRITON = (3, 6)
+OLDEST_CUDA = (8, 0)  # compute capability: bfloat16 and TF32 tensor cores
+Reasons = Callable[[str, Sequence[Tensor]], list[str]]
 
 OPS = ("token_importance", "span_weights", "pool_spans", "pool_spans_gradient", "span_pairs", "hidden_alignment")
 
@@ -28,14 +36,55 @@ class Backend:
         name: what ``backend=`` calls it.
         module: import path of the module with the op functions, imported on first use.
         reasons_against: (op, tensors) -> why it can't run the call; empty when it can.
+        reasons_to_avoid: (op, tensors) -> why another backend is faster for the call; heeded by "auto" only.
     """
 
     name: str
     module: str
-    reasons_against: Callable[[str, Sequence[Tensor]], list[str]]
+    reasons_against: Reasons
+    reasons_to_avoid: Reasons = lambda op, tensors: []
+
+
+def _reasons_against_triton(op: str, tensors: Sequence[Tensor]) -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed (pip install triton; CUDA and ROCm builds of torch bring their own)"]
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return [f"expected triton >= {'.'.join(map(str, OLDEST_TRITON))}, got {version}"]
+    device = tensors[0].device
+    interpreted = _interpreted()
+    if device.type == "cpu" and not interpreted:
+        return ["CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 before the first call; slow, for tests)"]
+    if device.type == "cuda" and interpreted:
+        return ["TRITON_INTERPRET=1 is set, which interprets the kernels on the CPU; unset it and start again"]
+    if device.type == "cuda" and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_CUDA:
+            return [f"expected compute capability 8.0 or later, got {'.'.join(map(str, capability))}"]
+    if device.type not in ("cpu", "cuda", "meta"):
+        return [f"expected CUDA or ROCm tensors, got {device.type}"]
+    return []
+
+
+def _reasons_to_avoid_triton(op: str, tensors: Sequence[Tensor]) -> list[str]:
+    if tensors[0].device.type != "cuda":
+        return ["the interpreter is for tests"]
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return ["its float64 products use no tensor cores"]
+    return []
+
+
+def _interpreted() -> bool:
+    """Whether the kernels are (or, not yet imported, would be) decorated for the interpreter."""
+    launch = sys.modules.get("mta_fast.kernels._launch")
+    if launch is None:
+        return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+    interpreted: bool = launch.INTERPRETED
+    return interpreted
 
 
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend("triton", "mta_fast.kernels", _reasons_against_triton, _reasons_to_avoid_triton),
     "reference": Backend("reference", "mta_fast.reference", lambda op, tensors: []),
 }
 
@@ -75,6 +124,8 @@ def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> Choice:
     refused: dict[str, list[str]] = {}
     for name in BACKENDS if backend == "auto" else (backend,):
         reasons = BACKENDS[name].reasons_against(op, tensors)
+        if not reasons and backend == "auto":
+            reasons = BACKENDS[name].reasons_to_avoid(op, tensors)
         if not reasons:
             return Choice(name, refused)
         refused[name] = reasons

@@ -15,7 +15,7 @@ from mta_fast.layers import hidden_widths
 from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat
 from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
 from mta_fast.ops.importance import token_importance
-from mta_fast.ops.pooling import SpanWeights, normalize_weights, pool_spans
+from mta_fast.ops.pooling import PooledSpans, SpanWeights, normalize_weights, pooled_spans
 from mta_fast.ops.span_pairs import span_pair_terms
 from mta_fast.reference import quotient
 from mta_fast.rows import Rows
@@ -184,7 +184,8 @@ class MTALoss(nn.Module):
         rows = []
         for pair in self._pairs(spans, teacher_spans, teacher_hidden, entropy_weights):
             # the denominator needs weights only: zero vectors of one feature stand in for the pooled states
-            stand_in = torch.zeros_like(pair.weights.span)[:, None]
+            zero = torch.zeros_like(pair.weights.span)
+            stand_in = PooledSpans(zero[:, None], zero, zero)
             _, dsa = self._span_pair_terms(stand_in, stand_in, pair, method="gram")
             rows.append(torch.stack([dsa, pair.hid_denominator(self.config)]))
         return torch.stack(rows)
@@ -233,42 +234,43 @@ class MTALoss(nn.Module):
         config, backend = self.config, self.config.backend
         zero = flat(student)[:0].sum(dtype=pair.weights.span.dtype)
         dsa = hid = (zero, zero.detach())
-        spans: tuple[Tensor, Tensor] | None = None
+        pooled: tuple[PooledSpans, PooledSpans] | None = None
         if config.lambda_dsa > 0 or pair.two_tokenizers:
-            spans = self._pooled(student, pair)
-        if config.lambda_dsa > 0 and spans is not None:
-            dsa = self._span_pair_terms(*spans, pair, config.dsa_method)
+            pooled = self._pooled(student, pair)
+        if config.lambda_dsa > 0 and pooled is not None:
+            dsa = self._span_pair_terms(*pooled, pair, config.dsa_method)
         if config.lambda_hid > 0:
             weights = pair.hid_weights(config)
             states, tokens = (flat(student), flat(pair.teacher)), pair.spans.covered
-            if pair.two_tokenizers and spans is not None:  # token by token means nothing: compare the spans
-                states, tokens = spans, torch.arange(weights.shape[0], device=weights.device)
+            if pair.two_tokenizers and pooled is not None:  # token by token means nothing: compare the spans
+                states = pooled[0].states, pooled[1].states
+                tokens = torch.arange(weights.shape[0], device=weights.device)
             hid = (self.projections[i](*states, tokens, weights, backend), pair.hid_denominator(config))
         return *dsa, *hid
 
-    def _pooled(self, student: Tensor, pair: _LayerPair) -> tuple[Tensor, Tensor]:
-        """Pooled spans of student and teacher, [N, d_S] and [N, d_T]."""
+    def _pooled(self, student: Tensor, pair: _LayerPair) -> tuple[PooledSpans, PooledSpans]:
+        """Pooled spans of student and teacher."""
         backend, student_weights = self.config.backend, pair.token_weights
         if pair.two_tokenizers or self.config.student_pooling == "own":
             importance = self._importance(student, pair.spans.rows)
             student_weights = normalize_weights(importance, pair.spans, backend=backend).token
-        student_spans, _ = pool_spans(student, student_weights, pair.spans, backend=backend)
-        teacher_spans, _ = pool_spans(pair.teacher, pair.token_weights, pair.teacher_spans, backend=backend)
-        return student_spans, teacher_spans
+        student_spans = pooled_spans(student, student_weights, pair.spans, backend=backend)
+        return student_spans, pooled_spans(pair.teacher, pair.token_weights, pair.teacher_spans, backend=backend)
 
     def _span_pair_terms(
-        self, student: Tensor, teacher: Tensor, pair: _LayerPair, method: str
+        self, student: PooledSpans, teacher: PooledSpans, pair: _LayerPair, method: str
     ) -> tuple[Tensor, Tensor]:
         config = self.config
         uniform = config.weighting == "uniform"
         return span_pair_terms(
-            student,
-            teacher,
+            student.states,
+            teacher.states,
             torch.ones_like(pair.weights.span) if uniform else pair.weights.span,
             pair.spans,
             reduction=config.normalization,
             method=method,
             backend=config.backend,
+            norms=(student.norm, teacher.norm),
         )
 
 

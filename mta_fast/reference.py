@@ -39,8 +39,10 @@ class Spans(NamedTuple):
     span_splits: Tensor  # [B + 1] spans of row b: span_splits[b] to span_splits[b + 1]
     covered: Tensor  # [C] distinct covered tokens, ascending
     covered_rows: Tensor  # [C] row of each covered token
+    covered_splits: Tensor  # [B + 1] covered tokens of row b: covered_splits[b] to covered_splits[b + 1]
     cover_splits: Tensor  # [C + 1] spans of covered token c: cover_spans[cover_splits[c] : cover_splits[c + 1]]
     cover_spans: Tensor  # [I] span of each incidence
+    token_splits: Tensor  # [T + 1] the same lists by token: cover_spans[token_splits[j] : token_splits[j + 1]]
     host: Tensor  # [B + 1, 2] on the CPU: span_splits, and how many range tokens the spans before them hold
 
 
@@ -115,7 +117,7 @@ def span_weights(values: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
     covered = spans.covered
     value = values[covered].double()
     counts = spans.cover_splits.diff()
-    total = _sums_by_index(counts * value, spans.covered_rows, spans.span_splits.numel() - 1)
+    total = _segment_sums(counts * value, spans.covered_splits.diff())
     per_token = total[spans.covered_rows]
     token_weight = torch.where(per_token == 0, 0.0, value / per_token)
     dense = values.new_zeros(values.shape[0], dtype=torch.float64).index_copy(0, covered.long(), token_weight)
@@ -133,12 +135,6 @@ def span_incidences(ranges: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return offset + torch.arange(total, device=offset.device), lengths
 
 
-def _sums_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Sums of ``values`` [K] by an ascending ``index`` [K]: deterministic on every device."""
-    lengths = torch.searchsorted(index.long(), torch.arange(size + 1, device=index.device)).diff()
-    return _segment_sums(values, lengths)
-
-
 def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
     """Sums of consecutive segments; unsafe=True skips the check of the lengths, which would synchronise."""
     return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
@@ -147,14 +143,16 @@ def _segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
 # --- 3 span pooling ----------------------------------------------------------------------------------------------
 
 
-def pool_spans(hidden: Tensor, weights: Tensor, spans: Spans, rows: Tensor, rows_host: Tensor) -> tuple[Tensor, Tensor]:
+def pool_spans(
+    hidden: Tensor, weights: Tensor, spans: Spans, rows: Tensor, rows_host: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean hidden state of each span: v_u = sum_j w_j h_j / sum_j w_j; 0 where the weights sum to 0.
 
     Args:
         hidden: [T, d]; weights: [T]; rows, rows_host: [B, 2] (start, length) on the device and the host.
 
     Returns:
-        pooled [N, d] and span_weight [N] = sum_j w_j, in the compute dtype of ``hidden``.
+        pooled [N, d], span_weight [N] = sum_j w_j and norm [N] = |v_u|, in the compute dtype of ``hidden``.
     """
     dtype = compute_dtype(hidden)
     weights = weights.to(dtype)
@@ -173,7 +171,8 @@ def pool_spans(hidden: Tensor, weights: Tensor, spans: Spans, rows: Tensor, rows
         pooled.append(sums * _reciprocal(total)[:, None])
         totals.append(total)
         first += count
-    return _concat(pooled, hidden, dtype), torch.cat([*totals, weights[:0]])
+    vectors = _concat(pooled, hidden, dtype)
+    return vectors, torch.cat([*totals, weights[:0]]), torch.linalg.vector_norm(vectors, dim=-1)
 
 
 def pool_spans_gradient(grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
@@ -200,19 +199,21 @@ def _reciprocal(values: Tensor) -> Tensor:
 # --- 4 DSA: span pairs -------------------------------------------------------------------------------------------
 
 
-def gram_is_cheaper(spans: int, student_dim: int, teacher_dim: int) -> bool:
-    """The cost model: products of the centred Gram form against those of the pairwise one, forward and backward.
+def gram_from(student_dim: int, teacher_dim: int) -> int:
+    """The cost model: from how many spans in a row on the centred Gram form has fewer products, forward and backward.
 
-    Pairwise 2 N^2 (2 d_S + d_T); Gram 2 N (2 d_S^2 + 2 d_S d_T + d_T^2). Even at N = 1,977 for 768/1600.
+    Pairwise 2 N^2 (2 d_S + d_T); Gram 2 N (2 d_S^2 + 2 d_S d_T + d_T^2). From N = 1,977 on for 768/1600.
     """
-    pairwise = spans * (2 * student_dim + teacher_dim)
-    return pairwise > 2 * student_dim**2 + 2 * student_dim * teacher_dim + teacher_dim**2
+    gram = 2 * student_dim**2 + 2 * student_dim * teacher_dim + teacher_dim**2
+    return gram // (2 * student_dim + teacher_dim) + 1
 
 
 def span_pairs(
     student: Tensor,
     teacher: Tensor,
     weights: Tensor,
+    student_norm: Tensor,
+    teacher_norm: Tensor,
     span_splits: Tensor,
     host: Tensor,
     method: str,
@@ -223,9 +224,10 @@ def span_pairs(
     num_b = sum_{u != v} W_u W_v (cos(v^S_u, v^S_v) - cos(v^T_u, v^T_v))^2 and den_b = sum_{u != v} W_u W_v.
 
     Args:
-        student: [N, d_S] pooled spans; teacher: [N, d_T]; weights: [N].
+        student: [N, d_S] pooled spans; teacher: [N, d_T]; weights: [N]; student_norm, teacher_norm: [N] lengths of
+            the pooled spans, as ``pool_spans`` returns them (constants to autograd: see ``ops/span_pairs.py``).
         span_splits: [B + 1] on the device; host: [B + 1, 2], the same in its first column, on the host.
-        method: "pairwise", "gram" or "auto" (per row, by ``gram_is_cheaper``).
+        method: "pairwise", "gram" or "auto" (per row, by ``gram_from``).
 
     Returns:
         num [B], den [B], and d(sum of num) / d(student) [N, d_S] ([0, d_S] without).
@@ -234,9 +236,9 @@ def span_pairs(
     numerators, denominators, gradients = [], [], []
     for first, last in itertools.pairwise(host[:, 0].tolist()):
         w = weights[first:last].to(dtype)
-        u, scale = _unit(student[first:last].to(dtype))
-        v, _ = _unit(teacher[first:last].to(dtype))
-        gram = method == "gram" or (method == "auto" and gram_is_cheaper(len(w), u.shape[1], v.shape[1]))
+        u, scale = _unit(student[first:last].to(dtype), student_norm[first:last])
+        v, _ = _unit(teacher[first:last].to(dtype), teacher_norm[first:last])
+        gram = method == "gram" or (method == "auto" and len(w) >= gram_from(u.shape[1], v.shape[1]))
         numerator, gradient = (_gram if gram else _pairwise)(u, v, w, with_gradient)
         numerators.append(numerator)
         denominators.append((w.double().sum() ** 2 - w.double().square().sum()).to(dtype))
@@ -288,14 +290,14 @@ def _gram(u: Tensor, v: Tensor, w: Tensor, with_gradient: bool) -> tuple[Tensor,
 
 def span_distances(pooled: Tensor) -> Tensor:
     """[N, N] distances 1 - c_uv of one row's pooled spans [N, d]; 0 on the diagonal, 1 with a zero vector."""
-    unit, _ = _unit(pooled)
+    unit, _ = _unit(pooled, torch.linalg.vector_norm(pooled, dim=-1))
     distances = (1 - unit @ unit.T).clamp(0, 2)
     return ((distances + distances.T) / 2).fill_diagonal_(0)
 
 
-def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows scaled to length 1 (zero rows stay zero), and the scales [N, 1]."""
-    scale = _reciprocal(torch.linalg.vector_norm(vectors, dim=-1, keepdim=True))
+def _unit(vectors: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [N, d] scaled from length ``norm`` [N] to 1 (zero rows stay zero), and the scales [N, 1]."""
+    scale = _reciprocal(norm.to(vectors.dtype))[:, None]
     return vectors * scale, scale
 
 
@@ -325,6 +327,7 @@ def hidden_alignment(
     weights: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor | None,
+    matmul_dtype: torch.dtype,
     with_gradient: bool = False,
 ) -> tuple[Tensor, AlignmentGradient | None]:
     """Weighted cosine distance of projected student states and teacher states (Hid), chunk by chunk.
@@ -335,12 +338,13 @@ def hidden_alignment(
     Args:
         student: [T, d_S]; teacher: [T, d_T]; tokens: [C] distinct indices; weights: [C];
         proj_weight: [d_T, d_S]; proj_bias: [d_T] or None.
+        matmul_dtype: what h and P are rounded to before they are multiplied; everything else is the compute dtype.
 
     Returns:
         num (scalar), and its gradients or None.
     """
     dtype = compute_dtype(student, teacher, proj_weight)
-    matrix = proj_weight.to(dtype)
+    matrix = proj_weight.to(matmul_dtype).to(dtype)
     bias = None if proj_bias is None else proj_bias.to(dtype)
     total = student.new_zeros((), dtype=torch.float64)
     gradient = None
@@ -351,7 +355,7 @@ def hidden_alignment(
             None if bias is None else torch.zeros_like(bias),
         )
     for chunk in _chunks(tokens.shape[0], TOKEN_CHUNK):
-        h = student.index_select(0, tokens[chunk]).to(dtype)
+        h = student.index_select(0, tokens[chunk]).to(matmul_dtype).to(dtype)
         t = teacher.index_select(0, tokens[chunk]).to(dtype)
         g = weights[chunk].to(dtype)
         p = F.linear(h, matrix, bias)

@@ -112,10 +112,11 @@ def test_explicit_gradient_equals_autograd_of_the_reference(monkeypatch: pytest.
     student, teacher, weights, weight, bias = _inputs()
     tokens = weights.nonzero().flatten()
     learnt = [x.requires_grad_() for x in (student, weight, bias)]
-    numerator, nothing = reference.hidden_alignment(student, teacher, tokens, weights[tokens], weight, bias)
+    inputs = (student, teacher, tokens, weights[tokens], weight, bias, weight.dtype)
+    numerator, nothing = reference.hidden_alignment(*inputs)
     expected = torch.autograd.grad(numerator, learnt)
     with torch.no_grad():
-        value, explicit = reference.hidden_alignment(student, teacher, tokens, weights[tokens], weight, bias, True)
+        value, explicit = reference.hidden_alignment(*inputs, True)
     assert nothing is None
     assert explicit is not None
     torch.testing.assert_close(value, numerator)
@@ -161,14 +162,22 @@ def test_mixed_precision(dtypes: tuple[str, str, str]) -> None:
         assert (got.double() - expected).norm() <= 2 * (eager - expected).norm() + 1e-6 * expected.norm()
 
 
-def test_autocast_does_not_reach_into_the_op() -> None:
+def test_autocast_rounds_the_factors_of_the_projection_only() -> None:
     student, teacher, weights, weight, bias = (x.float() for x in _inputs())
-    weight.requires_grad_()
-    plain = hidden_alignment_loss(student, teacher, weights, weight, bias)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = hidden_alignment_loss(student, teacher, weights, weight, bias)
+        cast = hidden_alignment_loss(student, teacher, weights, weight.requires_grad_(), bias)
+    rounded = weight.detach().bfloat16().float().requires_grad_()
+    plain = hidden_alignment_loss(student.bfloat16().float(), teacher, weights, rounded, bias)
+    assert cast.dtype == torch.float32
     assert torch.equal(plain, cast)
-    assert torch.equal(*(torch.autograd.grad(loss, weight)[0] for loss in (plain, cast)))
+    assert torch.equal(torch.autograd.grad(plain, rounded)[0], torch.autograd.grad(cast, weight)[0])
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    inputs = _inputs()
+    plain = hidden_alignment_loss(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(hidden_alignment_loss(*inputs), plain)
 
 
 def test_no_gradient_is_computed_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +226,7 @@ def test_opcheck() -> None:
             weights[tokens],
             learnt[0],
             bias_or_none,
+            weight.dtype,
             True,
             "reference",
         )

@@ -370,11 +370,11 @@ def test_nothing_grows_with_the_square_of_the_batch() -> None:
     with _Recorder() as recorder:
         importance = reference.token_importance(teacher, table, host, 20, False, False)
         token, salience, _ = reference.span_weights(importance, index)
-        pooled, _ = reference.pool_spans(student, token, index, table, host)
+        pooled, _, norm = reference.pool_spans(student, token, index, table, host)
         reference.pool_spans_gradient(pooled, salience, token, index, torch.float32)
         for method in ("pairwise", "gram"):
-            reference.span_pairs(pooled, pooled, salience, index.span_splits, index.host, method, True)
-        reference.hidden_alignment(student, teacher, index.covered, token, torch.randn(dim, dim), None, True)
+            reference.span_pairs(pooled, pooled, salience, norm, norm, index.span_splits, index.host, method, True)
+        reference.hidden_alignment(student, teacher, index.covered, token, torch.randn(dim, dim), None, torch.float32, True)
     assert recorder.largest == tokens * dim
     assert not recorder.names & WAITING  # inside the ops; their host tables are read with tolist
     assert {"mm", "segment_reduce"} <= recorder.names

@@ -96,7 +96,7 @@ def test_explicit_gradient_equals_autograd_of_the_reference() -> None:
     hidden = torch.cat(random_rows(LENGTHS, 6)).requires_grad_()
     weights, grad = torch.rand(len(hidden), dtype=torch.float64), torch.randn(NUM_SPANS, 6, dtype=torch.float64)
     index, rows = reference.Spans(*batch.spans.index_tensors()), batch.spans.rows
-    pooled, span_weight = reference.pool_spans(hidden, weights, index, rows.table, rows.host)
+    pooled, span_weight, _ = reference.pool_spans(hidden, weights, index, rows.table, rows.host)
     (expected,) = torch.autograd.grad(pooled, hidden, grad)
     explicit = reference.pool_spans_gradient(grad, span_weight, weights, index, torch.float64)
     torch.testing.assert_close(explicit, expected)

@@ -44,7 +44,7 @@ def hidden_alignment_loss(
         student_hidden: [B, S, d_S] or [T, d_S]; teacher_hidden: the same tokens, width d_T.
         token_weights: [B, S] or [T] g_j, not negative. Tokens of weight 0 are not read.
         proj_weight: [d_T, d_S]; proj_bias: [d_T] or None. Student, teacher and projection may differ in dtype;
-            each gradient returns in its input's.
+            each gradient returns in its input's. P h is multiplied in autocast's dtype where autocast is on.
         spans: which tokens to read (its covered ones; what others weigh is not read) and the rows of packed
             tokens. Without it the tokens with weight are looked up: one synchronisation on a GPU.
         reduction: as in ``span_pair_loss``.
@@ -122,9 +122,26 @@ def hidden_alignment_numerator(
     learnt = [t for t in (student, proj_weight, proj_bias) if t is not None]
     with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in learnt)
     numerator, *_ = _hidden_alignment(
-        student, teacher.detach(), tokens, weights.detach(), proj_weight, proj_bias, with_gradient, backend
+        student,
+        teacher.detach(),
+        tokens,
+        weights.detach(),
+        proj_weight,
+        proj_bias,
+        _matmul_dtype(student, proj_weight),
+        with_gradient,
+        backend,
     )
     return numerator
+
+
+def _matmul_dtype(student: Tensor, proj_weight: Tensor) -> torch.dtype:
+    """What P h is multiplied in: autocast's dtype where it is on, as in a Linear; else the wider of the two."""
+    promoted = torch.promote_types(student.dtype, proj_weight.dtype)
+    device = student.device.type
+    if promoted != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return promoted
 
 
 @torch.library.custom_op("mta_fast::hidden_alignment", mutates_args=())
@@ -135,6 +152,7 @@ def _hidden_alignment(
     weights: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor | None,
+    matmul_dtype: torch.dtype,
     with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -149,6 +167,7 @@ def _hidden_alignment(
         weights,
         proj_weight,
         proj_bias,
+        matmul_dtype,
         with_gradient,
     )
     if gradient is None:
@@ -165,6 +184,7 @@ def _(
     weights: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor | None,
+    matmul_dtype: torch.dtype,
     with_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -178,7 +198,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, _teacher, tokens, _weights, proj_weight, proj_bias, ctx.with_gradient, _backend = inputs
+    student, _teacher, tokens, _weights, proj_weight, proj_bias, _, ctx.with_gradient, _backend = inputs
     ctx.num_tokens, ctx.dtypes = student.shape[0], (student.dtype, proj_weight.dtype)
     ctx.bias_dtype = None if proj_bias is None else proj_bias.dtype
     ctx.save_for_backward(tokens, *output[1:])
@@ -193,7 +213,7 @@ def _backward(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Any, ...]:
     dense = student.new_zeros(ctx.num_tokens, student.shape[1], dtype=dtype)
     grad_student = dense.index_copy_(0, tokens.long(), (student * grad).to(dtype))
     grad_bias = None if ctx.bias_dtype is None else (bias * grad).to(ctx.bias_dtype)
-    return grad_student, None, None, None, (weight * grad).to(weight_dtype), grad_bias, None, None
+    return grad_student, None, None, None, (weight * grad).to(weight_dtype), grad_bias, None, None, None
 
 
 _hidden_alignment.register_autograd(_backward, setup_context=_save)

@@ -61,6 +61,20 @@ def pool_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: st
     Raises:
         InputError: shape, dtype or device. DoubleBackwardError: a second derivative.
     """
+    pooled, span_weight, _norm = pooled_spans(hidden, weights, spans, backend=backend)
+    return pooled, span_weight
+
+
+class PooledSpans(NamedTuple):
+    """What pooling leaves for the span pairs: the mean states and, from the same pass over memory, their lengths."""
+
+    states: Tensor  # [N, d]
+    span_weight: Tensor  # [N]
+    norm: Tensor  # [N] lengths of the states; detached, as span_pairs goes through the normalisation itself
+
+
+def pooled_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: str = "auto") -> PooledSpans:
+    """``pool_spans`` with the lengths of the pooled states."""
     check_float("hidden", hidden, (2, 3))
     check_float("weights", weights, (1, 2))
     check_shape("weights", weights, hidden.shape[:-1], "hidden.shape[:-1]")
@@ -68,8 +82,10 @@ def pool_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: st
     check_spans(spans, hidden.shape[:-1], hidden.device)
     backends.check_name(backend)
     rows = [spans.rows.table, spans.rows.host]
-    pooled, span_weight = _pool_spans(flat(hidden), weights.detach().reshape(-1), spans.index_tensors(), rows, backend)
-    return pooled, span_weight.detach()
+    pooled, span_weight, norm = _pool_spans(
+        flat(hidden), weights.detach().reshape(-1), spans.index_tensors(), rows, backend
+    )
+    return PooledSpans(pooled, span_weight.detach(), norm.detach())
 
 
 # Below, ``spans`` are the tensors of ``reference.Spans`` in its order, ``rows`` the table on device and host.
@@ -91,8 +107,8 @@ def _(values: Tensor, spans: Sequence[Tensor], backend: str) -> tuple[Tensor, ..
 @torch.library.custom_op("mta_fast::pool_spans", mutates_args=())
 def _pool_spans(
     hidden: Tensor, weights: Tensor, spans: Sequence[Tensor], rows: Sequence[Tensor], backend: str
-) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = backends.run(
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = backends.run(
         "pool_spans", backend, [hidden, weights], hidden, weights, Spans(*spans), *rows
     )
     return result
@@ -101,9 +117,9 @@ def _pool_spans(
 @_pool_spans.register_fake
 def _(
     hidden: Tensor, weights: Tensor, spans: Sequence[Tensor], rows: Sequence[Tensor], backend: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     dtype, size = compute_dtype(hidden), Spans(*spans).ranges.shape[0]
-    return hidden.new_empty(size, hidden.shape[1], dtype=dtype), hidden.new_empty(size, dtype=dtype)
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in ((size, hidden.shape[1]), (size,), (size,)))
 
 
 @torch.library.custom_op("mta_fast::pool_spans_gradient", mutates_args=())
@@ -123,13 +139,13 @@ def _(
     return grad.new_empty(weights.shape[0], grad.shape[1], dtype=dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weights, spans, _rows, ctx.backend = inputs
     ctx.dtype = hidden.dtype
     ctx.save_for_backward(output[1], weights, *spans)
 
 
-def _backward(ctx: Any, grad: Tensor, _grad_weight: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Any, ...]:
     refuse_double_backward("pool_spans")
     span_weight, weights, *spans = ctx.saved_tensors
     grad_hidden = _pool_spans_gradient(grad, span_weight, weights, spans, ctx.dtype, ctx.backend)

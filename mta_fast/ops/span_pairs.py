@@ -72,8 +72,13 @@ def span_pair_terms(
     reduction: str,
     method: str = "auto",
     backend: str = "auto",
+    norms: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The (numerator, denominator) whose quotient is ``span_pair_loss``; for "sample" (sum of quotients, rows)."""
+    """The (numerator, denominator) whose quotient is ``span_pair_loss``; for "sample" (sum of quotients, rows).
+
+    Args:
+        norms: [N] lengths of the student's and the teacher's spans where pooling has left them; else they are taken.
+    """
     for name, tensor in (("student_spans", student_spans), ("teacher_spans", teacher_spans)):
         check_float(name, tensor, (2,))
         if tensor.shape[0] != spans.num_spans:
@@ -83,12 +88,19 @@ def span_pair_terms(
     check_device(student_spans.device, teacher_spans=teacher_spans, span_weights=span_weights, spans=spans.span_splits)
     check_option("method", method, METHODS)
     backends.check_name(backend)
+    if norms is None:
+        dtype = compute_dtype(student_spans, teacher_spans)
+        norms = _norm(student_spans, dtype), _norm(teacher_spans, dtype)
     index = [spans.span_rows, spans.span_splits, spans.host]
     with_gradient = torch.is_grad_enabled() and student_spans.requires_grad
     numerators, denominators, _ = _span_pairs(
-        student_spans, teacher_spans.detach(), span_weights.detach(), index, method, with_gradient, backend
+        student_spans, teacher_spans.detach(), span_weights.detach(), norms, index, method, with_gradient, backend
     )
     return reduce_rows(numerators, denominators.detach(), reduction)
+
+
+def _norm(states: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(states.detach(), dim=-1, dtype=dtype)
 
 
 @torch.library.custom_op("mta_fast::span_pairs", mutates_args=())
@@ -96,6 +108,7 @@ def _span_pairs(
     student: Tensor,
     teacher: Tensor,
     weights: Tensor,
+    norms: Sequence[Tensor],
     index: Sequence[Tensor],
     method: str,
     with_gradient: bool,
@@ -110,6 +123,7 @@ def _span_pairs(
         student,
         teacher,
         weights,
+        *norms,
         span_splits,
         host,
         method,
@@ -123,6 +137,7 @@ def _(
     student: Tensor,
     teacher: Tensor,
     weights: Tensor,
+    norms: Sequence[Tensor],
     index: Sequence[Tensor],
     method: str,
     with_gradient: bool,
@@ -134,8 +149,8 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtype, ctx.with_gradient = inputs[0].dtype, inputs[5]
-    ctx.save_for_backward(output[2], inputs[3][0])
+    ctx.dtype, ctx.with_gradient = inputs[0].dtype, inputs[6]
+    ctx.save_for_backward(output[2], inputs[4][0])
 
 
 def _backward(ctx: Any, grad: Tensor, _grad_den: Tensor, _grad_gradient: Tensor) -> tuple[Any, ...]:
@@ -144,7 +159,7 @@ def _backward(ctx: Any, grad: Tensor, _grad_den: Tensor, _grad_gradient: Tensor)
     if not ctx.with_gradient:
         raise RuntimeError("span_pairs: expected with_gradient=True for a backward, got False")
     scaled = (gradient * grad.index_select(0, span_rows)[:, None]).to(ctx.dtype)
-    return scaled, None, None, [None] * 3, None, None, None
+    return scaled, None, None, [None] * 2, [None] * 3, None, None, None
 
 
 _span_pairs.register_autograd(_backward, setup_context=_save)

@@ -34,9 +34,12 @@ class SpanBatch:
     Attributes:
         ranges: [N, 2] first token and one past the last, on the flat token axis.
         span_rows: [N] the row of each span; span_splits: [B + 1] spans of row b are splits[b] to splits[b + 1].
-        covered: [C] distinct covered tokens (flat), ascending; covered_rows: [C] the row of each.
+        covered: [C] distinct covered tokens (flat), ascending; covered_rows: [C] the row of each; covered_splits:
+            [B + 1] covered tokens of row b are splits[b] to splits[b + 1].
         cover_splits: [C + 1], cover_spans: [I]: the spans of covered token c are
             ``cover_spans[cover_splits[c] : cover_splits[c + 1]]``; n_j = ``cover_splits.diff()``.
+        token_splits: [T + 1] the same lists by flat token: of token j, ``cover_spans[token_splits[j] :
+            token_splits[j + 1]]``, empty where no span covers it.
         host: [B + 1, 2] on the CPU: span_splits, and the running number of tokens in the ranges.
         rows: the real tokens of each row.
     """
@@ -46,8 +49,10 @@ class SpanBatch:
     span_splits: Tensor
     covered: Tensor
     covered_rows: Tensor
+    covered_splits: Tensor
     cover_splits: Tensor
     cover_spans: Tensor
+    token_splits: Tensor
     host: Tensor
     rows: Rows
 
@@ -214,8 +219,10 @@ class _Side:
             span_splits=_int32(splits),
             covered=_int32(cover.covered),
             covered_rows=_int32(covered_rows),
+            covered_splits=_int32(np.searchsorted(covered_rows, np.arange(len(self.offsets) + 1))),
             cover_splits=_int32(cover.splits),
             cover_spans=_int32(cover.spans),
+            token_splits=_int32(cover.splits[np.searchsorted(cover.covered, np.arange(size + 1))]),
             host=_int32(np.stack([splits, tokens], 1)),
             rows=self.rows.to("cpu"),
         )

@@ -1,0 +1,21 @@
+"""Triton kernels of the four ops: the backend "triton". Imported as ``mta_fast.kernels``.
+
+One file per op, named as in ``mta_fast/ops``; ``gram`` is the part of the span pairs for rows with many spans. In each
+file the kernels come first, then the function that the op calls. The formulas are those of ``mta_fast/reference.py``;
+comments here say only how they are laid out on the device. ``_device`` holds what kernels share, ``_launch`` how they
+are launched, ``_table`` with which blocks.
+"""
+
+from mta_fast.kernels.hidden_alignment import hidden_alignment
+from mta_fast.kernels.importance import token_importance
+from mta_fast.kernels.pooling import pool_spans, pool_spans_gradient, span_weights
+from mta_fast.kernels.span_pairs import span_pairs
+
+__all__ = [
+    "hidden_alignment",
+    "pool_spans",
+    "pool_spans_gradient",
+    "span_pairs",
+    "span_weights",
+    "token_importance",
+]

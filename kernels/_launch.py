@@ -1,0 +1,136 @@
+"""How kernels are launched: their row of the table, the precision of float32 products, and who watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from mta_fast.kernels._table import DOUBLE, HALF, SINGLE, Row, table_row
+
+INTERPRETED: bool = knobs.runtime.interpret  # decided when the kernels were decorated
+# enable_fp_fusion is set because its default differs between versions of Triton; fused sums round once, not twice
+FP_FUSION = True
+# float32 products for the matmul precision "highest": AMD's compiler refuses the split, and has float32 instructions
+EXACT_PRODUCTS = {"cuda": "tf32x3", "hip": "ieee"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, as observers see it."""
+
+    name: str  # row name in the table
+    kernel: Any  # the JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # pointers, numbers and constants by parameter name
+    options: dict[str, Any]  # num_warps, num_stages, enable_fp_fusion
+
+
+Observer = Callable[[Launch], None]
+_observers: list[tuple[Observer, bool, str | None]] = []
+
+
+@contextmanager
+def observe(observer: Observer, *, execute: bool = True, architecture: str | None = None) -> Iterator[None]:
+    """Show every launch to ``observer``; with ``execute=False`` nothing runs, and tensors may be without data.
+
+    For tests, launch counts and the compiler report, which takes the rows of an ``architecture`` that is not here. Not
+    for several threads at once.
+    """
+    _observers.append((observer, execute, architecture))
+    try:
+        yield
+    finally:
+        _observers.pop()
+
+
+def dry_run() -> bool:
+    """Whether launches are shown to an observer without being executed."""
+    return any(not execute for _, execute, _ in _observers)
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Row of the table and compile-time constants of a kernel that reads tensors of one dtype.
+
+    Attributes:
+        kind: "half", "single" or "double".
+        architecture: what the kernel is compiled for.
+        dtype: what is accumulated and stored in.
+        constants: ACC, PRECISION and UPCAST of ``_device``.
+    """
+
+    kind: str
+    architecture: str
+    dtype: torch.dtype
+    constants: dict[str, Any]
+
+    def row(self, name: str) -> Row:
+        """The table's row for a kernel."""
+        return table_row(name, self.kind, self.architecture)
+
+
+def numerics(*tensors: Tensor) -> Numerics:
+    """How a kernel that reads these tensors computes; tensors of several dtypes are loaded as ACC.
+
+    float32 products follow torch's float32 matmul precision: "highest" is split into three TF32 products on NVIDIA
+    (as exact as float32 sums are), and left to the float32 matrix instructions of AMD, which refuse the split.
+    """
+    dtypes = {tensor.dtype for tensor in tensors}
+    half = dtypes <= {torch.bfloat16, torch.float16}
+    kind = DOUBLE if torch.float64 in dtypes else HALF if half and len(dtypes) == 1 else SINGLE
+    precision = "ieee"
+    architecture = _architecture(tensors[0].device)
+    if kind != DOUBLE:
+        exact = torch.get_float32_matmul_precision() == "highest"
+        precision = EXACT_PRODUCTS["hip" if architecture.startswith("gfx") else "cuda"] if exact else "tf32"
+    constants = {
+        "ACC": tl.float64 if kind == DOUBLE else tl.float32,
+        "PRECISION": precision,
+        "UPCAST": len(dtypes) > 1 or (INTERPRETED and half),
+    }
+    return Numerics(kind, architecture, torch.float64 if kind == DOUBLE else torch.float32, constants)
+
+
+def launch(name: str, kernel: Any, grid: tuple[int, ...], num: Numerics, **arguments: Any) -> None:
+    """Launch ``kernel`` with its row of the table and the constants it takes; nothing happens for an empty grid."""
+    if 0 in grid:
+        return
+    row = num.row(name)
+    options = {"num_warps": row.num_warps, "num_stages": row.num_stages, "enable_fp_fusion": FP_FUSION}
+    arguments |= {key: value for key, value in (row.blocks | num.constants).items() if key in kernel.arg_names}
+    made = Launch(name, kernel, grid, arguments, options)
+    for observer, _, _ in _observers:
+        observer(made)
+    if not dry_run():
+        kernel[grid](**arguments, **options)
+
+
+def _architecture(device: torch.device) -> str:
+    """Such as "sm_90" or "gfx942"; in a dry run what the observer asks for, in the interpreter that of an H100."""
+    for _, _, architecture in _observers:
+        if architecture is not None:
+            return architecture
+    if device.type != "cuda":
+        return "sm_90"
+    return _device_architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _device_architecture(index: int) -> str:
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(index).gcnArchName
+        return name.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
+def writable(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a buffer that a kernel writes: the interpreter truncates bfloat16, so there torch rounds."""
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype

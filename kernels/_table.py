@@ -1,0 +1,76 @@
+"""Launch parameters. No autotuning: lengths change every step, and every choice would be timed again.
+
+Each row was chosen from what the compilers report (``mta-fast bench static``, bench/results/static.md): the largest
+blocks that spill no register and fit the shared memory of sm_80, sm_90, sm_100 and gfx942.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HALF, SINGLE, DOUBLE = "half", "single", "double"  # bf16 and fp16; float32 in tf32 or split precision; float64
+
+
+@dataclass(frozen=True)
+class Row:
+    """Block sizes of a kernel, and how many warps and pipeline stages it gets."""
+
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+
+
+def _row(num_warps: int, num_stages: int, **blocks: int) -> Row:
+    return Row(blocks, num_warps, num_stages)
+
+
+TABLE: dict[tuple[str, str], Row] = {}
+_MEMORY_BOUND = {
+    "token_scale": _row(4, 1, TOKENS=8, BLOCK_D=512),
+    "merge_statistics": _row(4, 1, TOKENS=128),
+    "merge_sums": _row(4, 1, TOKENS=128),
+    "span_weights": _row(8, 1, BLOCK_C=1024, BLOCK_U=256, BLOCK_J=8),
+    "pool": _row(4, 1, BLOCK_J=4, BLOCK_D=1024),
+    "pool_gradient": _row(4, 1, BLOCK_D=1024),
+    "row_totals": _row(4, 1, BLOCK_U=1024),
+    "tangents": _row(4, 1, BLOCK_U=8, BLOCK_D=512),
+    "align": _row(8, 1, BLOCK_D=2048),
+}
+for _kind in (HALF, SINGLE, DOUBLE):
+    TABLE.update({(name, _kind): row for name, row in _MEMORY_BOUND.items()})
+TABLE.update(
+    {
+        ("strips", HALF): _row(8, 3, STRIP=64, BLOCK_D=64),
+        ("strips", SINGLE): _row(8, 3, STRIP=32, BLOCK_D=32),
+        ("strips", DOUBLE): _row(8, 1, STRIP=16, BLOCK_D=16),
+        ("statistics", HALF): _row(8, 3, TILE=128, BLOCK_D=64),
+        ("statistics", SINGLE): _row(8, 3, TILE=64, BLOCK_D=32),
+        ("statistics", DOUBLE): _row(8, 1, TILE=32, BLOCK_D=16),
+        ("sums", HALF): _row(8, 3, TILE=128, BLOCK_D=64),
+        ("sums", SINGLE): _row(8, 3, TILE=64, BLOCK_D=32),
+        ("sums", DOUBLE): _row(8, 1, TILE=32, BLOCK_D=16),
+        ("pairs", HALF): _row(8, 2, TILE=64, BLOCK_D=32, BLOCK_G=64),
+        ("pairs", SINGLE): _row(8, 2, TILE=64, BLOCK_D=32, BLOCK_G=64),
+        ("pairs", DOUBLE): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=32),
+        ("gram_products", SINGLE): _row(8, 2, TILE=64, BLOCK_U=32),
+        ("gram_products", DOUBLE): _row(8, 1, TILE=32, BLOCK_U=16),
+        ("gram_gradient", SINGLE): _row(8, 2, TILE=64, BLOCK_D=32),
+        ("gram_gradient", DOUBLE): _row(8, 1, TILE=32, BLOCK_D=16),
+    }
+)
+# Rows of one architecture, where the common row spills or does not fit
+OVERRIDES: dict[tuple[str, str, str], Row] = {
+    # a thread of sm_100 holds 64 columns of a 128 x 128 tile, and with them 64 values of each column vector: it spills
+    ("statistics", HALF, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=64),
+    ("statistics", SINGLE, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=32),
+    ("sums", HALF, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=64),
+    ("sums", SINGLE, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=32),
+    # 64 KB of shared memory
+    ("strips", HALF, "gfx942"): _row(8, 2, STRIP=64, BLOCK_D=64),
+    ("strips", SINGLE, "gfx942"): _row(8, 2, STRIP=32, BLOCK_D=32),
+}
+
+
+def table_row(name: str, kind: str, architecture: str) -> Row:
+    """The row of a kernel for a kind of number on an architecture such as "sm_90"."""
+    return OVERRIDES.get((name, kind, architecture), TABLE[name, kind])

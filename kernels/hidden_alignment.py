@@ -1,0 +1,123 @@
+"""Hid: the vendor's GEMM for P h and its gradients, chunk by chunk, and one fused kernel a chunk between them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mta_fast.kernels._device import load, reciprocal
+from mta_fast.kernels._launch import launch, numerics, writable
+from mta_fast.reference import AlignmentGradient, compute_dtype
+
+TOKEN_CHUNK = 2048  # tokens projected at a time: [2048, d_T], 16 MB of bfloat16 at d_T = 4,096
+
+
+@triton.jit
+def _align(
+    projected,  # [chunk, d_T], overwritten with its gradient
+    teacher,
+    tokens,
+    weights,
+    distances,
+    stride_t,
+    stride_d,
+    width,
+    WITH_GRADIENT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """g (1 - cos(p, h)) of one token and, in place of p, -g (h / (|p| |h|) - cos p / |p|^2).
+
+    Both rows are read twice; the second time they come from the cache.
+    """
+    i_c = tl.program_id(0).to(tl.int64)
+    weight = tl.load(weights + i_c)
+    p_teacher = teacher + tl.load(tokens + i_c).to(tl.int64) * stride_t
+    p_projected = projected + i_c * width
+    b_pp = tl.zeros((BLOCK_D,), dtype=ACC)
+    b_pt = tl.zeros((BLOCK_D,), dtype=ACC)
+    b_tt = tl.zeros((BLOCK_D,), dtype=ACC)
+    for start in range(0, width, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        b_p = load(p_projected + o_d, o_d < width, ACC, True)
+        b_t = load(p_teacher + o_d * stride_d, o_d < width, ACC, True)
+        b_pp += b_p * b_p
+        b_pt += b_p * b_t
+        b_tt += b_t * b_t
+    inverse_p = reciprocal(tl.sqrt(tl.sum(b_pp, 0)))
+    scale = inverse_p * reciprocal(tl.sqrt(tl.sum(b_tt, 0)))
+    cosine = tl.sum(b_pt, 0) * scale
+    tl.store(distances + i_c, weight * (1 - cosine))
+    if WITH_GRADIENT:
+        along_p = weight * cosine * inverse_p * inverse_p
+        along_t = weight * scale
+        for start in range(0, width, BLOCK_D):
+            o_d = start + tl.arange(0, BLOCK_D)
+            b_p = load(p_projected + o_d, o_d < width, ACC, True)
+            b_t = load(p_teacher + o_d * stride_d, o_d < width, ACC, True)
+            b_gradient = b_p * along_p - b_t * along_t
+            tl.store(p_projected + o_d, b_gradient.to(projected.dtype.element_ty), mask=o_d < width)
+
+
+def hidden_alignment(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    matmul_dtype: torch.dtype,
+    with_gradient: bool = False,
+) -> tuple[Tensor, AlignmentGradient | None]:
+    """``reference.hidden_alignment``: P h and its gradient in ``matmul_dtype``, one buffer for both; sums in float32."""
+    dtype = compute_dtype(student, teacher, proj_weight)
+    num = numerics(student.new_empty(0, dtype=dtype))
+    matrix = proj_weight.to(matmul_dtype)
+    bias = None if proj_bias is None else proj_bias.to(matmul_dtype)
+    distances = student.new_empty(tokens.shape[0], dtype=dtype)
+    gradient = None
+    if with_gradient:
+        gradient = AlignmentGradient(
+            student.new_empty(tokens.shape[0], student.shape[1], dtype=dtype),
+            student.new_zeros(proj_weight.shape, dtype=dtype),
+            None if bias is None else student.new_zeros(bias.shape, dtype=dtype),
+        )
+    for start in range(0, tokens.shape[0], TOKEN_CHUNK):
+        chunk = slice(start, start + TOKEN_CHUNK)
+        h = student.index_select(0, tokens[chunk]).to(matmul_dtype)
+        p = torch.mm(h, matrix.T) if bias is None else torch.addmm(bias, h, matrix.T)
+        p = p.to(writable(p.dtype))
+        launch(
+            "align",
+            _align,
+            (h.shape[0],),
+            num,
+            projected=p,
+            teacher=teacher,
+            tokens=tokens[chunk],
+            weights=weights[chunk].to(dtype),
+            distances=distances[chunk],
+            stride_t=teacher.stride(0),
+            stride_d=teacher.stride(1),
+            width=p.shape[1],
+            WITH_GRADIENT=with_gradient,
+        )
+        if gradient is not None:
+            dp = p.to(matmul_dtype)
+            gradient.student[chunk] = torch.mm(dp, matrix)
+            _add_product(gradient.weight, dp.T, h)
+            if gradient.bias is not None:
+                gradient.bias.add_(dp.sum(0, dtype=dtype))
+    return distances.double().sum().to(dtype), gradient
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; half-precision factors are not rounded on the way to a float32 total."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+    else:  # only CUDA has the product of halves in float32
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
