@@ -1,58 +1,428 @@
-"""What the compilers make of the Triton kernels, without a GPU: ``mta-fast bench static``.
+"""What Triton's compilers make of every kernel, without a GPU: ``mta-fast bench static``.
 
-A forward and a backward pass on tensors without data records every launch; each distinct variant (kernel, dtypes,
-constants, launch parameters) is then compiled for each target. Registers, spills and instructions are read from the
-machine code, with the disassemblers that come with Triton.
+Every op is called on tensors without data. The launches are recorded, not run, and each distinct one (kernel, dtypes,
+constants, divisibility, launch parameters) is compiled for each target, specialised by Triton's own JIT code.
+Registers, spills and instructions are read from the machine code, with the disassembler that comes with Triton.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import multiprocessing
+import os
+import platform
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from torch import Tensor
 
-from mta_fast import MTAConfig, MTALoss, SpanBatch
-from mta_fast.kernels import _launch
-from mta_fast.kernels._launch import Launch, observe
+from mta_fast import __version__, backends
+from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.reference import Spans, compute_dtype
+
+if TYPE_CHECKING:
+    from mta_fast.kernels._launch import Launch
+
+# --- targets -----------------------------------------------------------------------------------------------------
+
+SCHEDULERS = 4  # of an SM (NVIDIA) or CU (AMD)
+REGISTERS = 512  # a lane of a scheduler has: NVIDIA 16,384 a warp of 32 lanes, AMD vector registers (AGPRs included)
+REGISTER_UNIT = 8  # registers a lane is given at a time: NVIDIA 256 a warp, AMD 8 a lane
+TENSOR_MEMORY = 512  # columns of an SM, of which programs with tcgen05.mma take some
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for. Limits from the vendors' architecture manuals.
+    """A GPU to compile for.
 
     Attributes:
-        shared_memory: bytes a program may have (CUDA programming guide, table of technical specifications; CDNA3 ISA).
-        registers: 32-bit registers of a multiprocessor; None: not counted by threads (AMD).
-        threads: threads a multiprocessor holds.
-        programs: programs (CTAs) a multiprocessor holds.
-        shared_total: bytes of shared memory of a multiprocessor, of which each program reserves ``shared_reserved``.
-        matrix_instruction: pattern of a tensor-core instruction in the machine code or PTX.
+        backend, arch, lanes: Triton's GPUTarget; lanes of a warp (NVIDIA) or wave (AMD).
+        shared: bytes of shared memory (AMD: LDS) that a program may have.
+        shared_total: bytes that an SM or CU has.
+        shared_reserved: bytes that the system takes of each program.
+        shared_unit: bytes that are given at a time.
+        warps: warps or waves that a scheduler holds.
+        programs: programs (NVIDIA: CTAs, AMD: workgroups) that an SM or CU holds.
+        source: where the limits are from.
     """
 
-    gpu: GPUTarget
-    shared_memory: int
+    backend: str
+    arch: int | str
+    lanes: int
+    shared: int
     shared_total: int
     shared_reserved: int
-    threads: int
+    shared_unit: int
+    warps: int
     programs: int
-    matrix_instruction: str
+    source: str
 
 
+_CUDA = "CUDA C++ Programming Guide, table of technical specifications per compute capability"
+_CDNA3 = "AMD Instinct MI300 (CDNA3) ISA reference guide; LLVM's AMDGPU user guide for waves and workgroups"
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 166_912, 167_936, 1024, 2048, 32, r"\b(mma\.sync)"),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448, 233_472, 1024, 2048, 32, r"\b(wgmma|mma\.sync)"),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448, 233_472, 1024, 2048, 32, r"\b(tcgen05|mma\.sync)"),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, 65_536, 0, 2048, 16, r"\b(v_s?mfma)"),
+    "sm_80": Target("cuda", 80, 32, 163 << 10, 164 << 10, 1024, 128, 16, 32, _CUDA),
+    "sm_90": Target("cuda", 90, 32, 227 << 10, 228 << 10, 1024, 128, 16, 32, _CUDA),
+    "sm_100": Target("cuda", 100, 32, 227 << 10, 228 << 10, 1024, 128, 16, 32, _CUDA),
+    "gfx942": Target("hip", "gfx942", 64, 64 << 10, 64 << 10, 0, 512, 8, 16, _CDNA3),
 }
+
+
+def occupancy(target: Target, num_warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
+    """How many programs an SM or CU holds at once, by registers, warps, shared memory and tensor memory."""
+    warps = min(target.warps, REGISTERS // _round_up(max(registers, 1), REGISTER_UNIT))
+    limits = [target.programs, SCHEDULERS * warps // num_warps]
+    taken = _round_up(shared + target.shared_reserved, target.shared_unit)
+    if taken:
+        limits.append(target.shared_total // taken)
+    if tensor_memory:
+        limits.append(TENSOR_MEMORY // tensor_memory)
+    return min(limits)
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+# --- variants ----------------------------------------------------------------------------------------------------
+
+LENGTHS = (256, 4096)  # tokens of a row that takes one pass, and of one that takes two
+SPANS = (1000, 5000)  # of a row in pairwise form, and of one in Gram form
+WIDTHS, ODD_WIDTHS = (768, 1600), (577, 1601)  # student and teacher; the odd ones allow no 16-byte loads
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as the JIT compiles it for one launch. Plain values only: it goes to another process.
+
+    Attributes:
+        target: key of TARGETS.
+        kernel: row name in kernels/_table.py.
+        rows: which rows of the table it is launched with, as they are written there.
+        dtype: what the op was called with; student/teacher where they differ. Where float32 products matter, also
+            torch's float32 matmul precision.
+        options: what else makes it another variant.
+        blocks, num_warps, num_stages: the row.
+        source: (module, function, signature, constants, attributes), of which Triton makes the program.
+        settings: Triton's compile options.
+    """
+
+    target: str
+    kernel: str
+    rows: str
+    dtype: str
+    options: str
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+    source: tuple[str, str, dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
+
+
+def variants(target: str) -> list[Variant]:
+    """Every distinct variant that the calls of ``_calls`` launch on a target, in the order of the table."""
+    from mta_fast.kernels._launch import observe
+    from mta_fast.kernels._table import TABLE
+
+    found: dict[str, Variant] = {}
+    dtypes: dict[str, list[str]] = {}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for dtype, precision, call in _calls():
+            torch.set_float32_matmul_precision(precision)
+            launches: list[Launch] = []
+            with observe(launches.append, execute=False, architecture=target), torch.no_grad():
+                call()
+            for launch in launches:
+                made = _variant(launch, target)
+                key = str((made.source, made.settings))
+                found.setdefault(key, made)
+                dtypes.setdefault(key, []).append(dtype)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    order = list(dict.fromkeys(name for name, _ in TABLE))
+    made_of = [replace(variant, dtype=_joined(dtypes[key])) for key, variant in found.items()]
+    return sorted(made_of, key=lambda variant: order.index(variant.kernel))
+
+
+def _variant(launch: Launch, target: str) -> Variant:
+    """A launch specialised as ``JITFunction.run`` would: divisors of 16, ones, 64-bit numbers, do_not_specialize."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, backend = launch.kernel, make_backend(_gpu(target))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(**launch.arguments, **launch.options)
+    _, signature, constants, attributes = kernel._pack_args(
+        backend, dict(launch.options), bound, specialization, launch.options
+    )
+    numbers = {i: name for i, name in enumerate(signature) if name.endswith("width")}
+    odd = any(not attributes.get((i,)) for i in numbers)
+    words = {"CAUSAL": "causal", "COUNT_PADDING": "count_padding", "WITH_GRADIENT": "gradient"}
+    options = [word for name, word in words.items() if launch.arguments.get(name)]
+    rows, blocks = _table_rows(launch, target)
+    return Variant(
+        target,
+        launch.name,
+        rows,
+        dtype="",
+        options=", ".join([*options, *(["odd width"] if odd else [])]),
+        blocks=blocks,
+        num_warps=launch.options["num_warps"],
+        num_stages=launch.options["num_stages"],
+        source=(kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes),
+        settings=launch.options,
+    )
+
+
+def _table_rows(launch: Launch, target: str) -> tuple[str, dict[str, int]]:
+    """The rows of kernels/_table.py that a launch can be from, as they are written there, and their blocks."""
+    from mta_fast.kernels._table import OVERRIDES, TABLE, table_row
+
+    names, blocks = [], {}
+    for name, kind in TABLE:
+        if name != launch.name:
+            continue
+        row = table_row(name, kind, target)
+        made = {key: launch.arguments[key] for key in row.blocks}
+        if (made, row.num_warps, row.num_stages) == (row.blocks, *(launch.options[k] for k in ("num_warps", "num_stages"))):
+            key = (name, kind, target)
+            names.append(f"OVERRIDES{list(key)}" if key in OVERRIDES else f"TABLE{[name, kind]}")
+            blocks = made
+    return " or ".join(names), blocks
+
+
+def _joined(dtypes: Sequence[str]) -> str:
+    """Labels without repeats; float32 stands for "float32 highest" and "float32 high" together."""
+    found = set(dtypes)
+    both = {label.removesuffix(" high") for label in found if label.endswith(" high")}
+    plain = (label.removesuffix(" highest") for label in dict.fromkeys(dtypes) if not label.endswith(" high"))
+    labels = [name if name in both or f"{name} highest" not in found else f"{name} highest" for name in plain]
+    alone = [f"{name} high" for name in sorted(both) if not {name, f"{name} highest"} & found]
+    return ", ".join([*labels, *alone])
+
+
+def _gpu(target: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    made = TARGETS[target]
+    return GPUTarget(made.backend, made.arch, made.lanes)
+
+
+# --- the calls whose launches are compiled -----------------------------------------------------------------------
+
+
+def _calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(dtype, float32 matmul precision, call) of every op in every dtype.
+
+    Options of the importance, odd widths and dtypes that differ are called in bfloat16 only, or for span pairs, which
+    see float32 unless pooled spans are made in half precision, in float32. Half-precision products do not depend on
+    the matmul precision; float32 ones do, such as those of the span pairs' gradient.
+    """
+    half = torch.bfloat16
+    for label, dtype in DTYPES.items():
+        for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
+            name = f"{label} {precision}" if dtype == torch.float32 else label
+            yield name, precision, partial(_importance, dtype)
+            yield name, precision, partial(_pooling, dtype)
+            yield name, precision, partial(_pairs, dtype, dtype, False)
+            yield name, precision, partial(_alignment, dtype, dtype)
+        for precision in ("highest",) if dtype == torch.float64 else ("highest", "high"):
+            name = label if dtype == torch.float64 else f"{label} {precision}"
+            yield name, precision, partial(_pairs, dtype, dtype, True)
+    for causal, count_padding in ((True, False), (False, True), (True, True)):
+        yield "bfloat16", "highest", partial(_importance, half, causal=causal, count_padding=count_padding)
+    yield "bfloat16", "highest", partial(_importance, half, width=ODD_WIDTHS[1])
+    yield "bfloat16", "highest", partial(_pooling, half, width=ODD_WIDTHS[0])
+    yield "bfloat16", "highest", partial(_alignment, half, half, widths=ODD_WIDTHS)
+    yield "bfloat16/float32", "highest", partial(_alignment, half, torch.float32)
+    for with_gradient in (False, True):
+        yield "float32 highest", "highest", partial(_pairs, torch.float32, torch.float32, with_gradient, ODD_WIDTHS)
+        yield "bfloat16/float32 highest", "highest", partial(_pairs, half, torch.float32, with_gradient)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _spans() -> Spans:
+    """Spans of two rows: one in pairwise form, one in Gram form."""
+    tokens, count, covered = sum(LENGTHS), sum(SPANS), 3000
+    host = torch.tensor([[0, 0], [SPANS[0], SPANS[0]], [count, count]], dtype=torch.int32)
+    sizes = ((count, 2), (count,), (3,), (covered,), (covered,), (3,), (covered + 1,), (count,), (tokens + 1,))
+    return Spans(*(_empty(*size) for size in sizes), host)
+
+
+def _importance(dtype: torch.dtype, width: int = WIDTHS[1], causal: bool = False, count_padding: bool = False) -> None:
+    from mta_fast.kernels import token_importance
+
+    for length in LENGTHS:
+        rows = torch.tensor([[0, length]], dtype=torch.int32)
+        token_importance(_empty(length, width, dtype=dtype), rows.to("meta"), rows, length, causal, count_padding)
+
+
+def _pooling(dtype: torch.dtype, width: int = WIDTHS[0]) -> None:
+    from mta_fast.kernels import pool_spans, pool_spans_gradient, span_weights
+
+    spans, hidden = _spans(), _empty(sum(LENGTHS), width, dtype=dtype)
+    rows = torch.tensor([[0, LENGTHS[0]], LENGTHS], dtype=torch.int32)
+    weights, _, _ = span_weights(hidden[:, 0].contiguous(), spans)
+    pooled, span_weight, _ = pool_spans(hidden, weights, spans, rows.to("meta"), rows)
+    pool_spans_gradient(pooled, span_weight, weights, spans, dtype)
+
+
+def _pairs(
+    student: torch.dtype, teacher: torch.dtype, with_gradient: bool, widths: tuple[int, int] = WIDTHS
+) -> None:
+    from mta_fast.kernels import span_pairs
+
+    spans, count = _spans(), sum(SPANS)
+    sides = [_empty(count, width, dtype=dtype) for width, dtype in zip(widths, (student, teacher), strict=True)]
+    weights = _empty(count, dtype=compute_dtype(*sides))
+    method = "auto" if student in (torch.float32, torch.float64) else "pairwise"  # the Gram form is float32 anyway
+    span_pairs(*sides, weights, weights, weights, spans.span_splits, spans.host, method, with_gradient)
+
+
+def _alignment(student: torch.dtype, teacher: torch.dtype, widths: tuple[int, int] = WIDTHS) -> None:
+    from mta_fast.kernels import hidden_alignment
+
+    spans, tokens = _spans(), sum(LENGTHS)
+    sides = [_empty(tokens, width, dtype=dtype) for width, dtype in zip(widths, (student, teacher), strict=True)]
+    weights = _empty(spans.covered.shape[0], dtype=compute_dtype(*sides))
+    matrix, bias = _empty(*reversed(widths), dtype=student), _empty(widths[1], dtype=student)
+    for with_gradient in (False, True):
+        hidden_alignment(*sides, spans.covered, weights, matrix, bias, student, with_gradient)
+
+
+# --- compiling and reading the machine code ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a compiler made of a variant.
+
+    Attributes:
+        error: why it made nothing.
+        registers: of a thread (NVIDIA) or lane (AMD: vector registers).
+        spilled: bytes of a thread's stack (NVIDIA), or of a lane's scratch memory (AMD).
+        shared: bytes of shared memory of a program.
+        products: dtype and precision of the ``tl.dot`` in it, such as "f32 tf32x3".
+        matrix: how often each tensor-core instruction occurs in it.
+        load: bytes of the widest load from global memory.
+        programs: how many fit on an SM or CU (``occupancy``).
+    """
+
+    error: str = ""
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    products: tuple[str, ...] = ()
+    matrix: dict[str, int] = field(default_factory=dict)
+    load: int = 0
+    programs: int = 0
+
+
+def compile_all(found: Sequence[Variant]) -> list[Code]:
+    """Compile in as many processes as there are processors; a crash of the compiler fails its own variant only."""
+    context = multiprocessing.get_context("spawn")  # LLVM and torch hold threads, which do not survive a fork
+    done: dict[int, Code] = {}
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        futures = [pool.submit(compile_variant, variant) for variant in found]
+        for i, future in enumerate(futures):
+            if not isinstance(future.exception(), BrokenProcessPool):
+                done[i] = future.result()
+    for i in range(len(found)):  # a process died: which variant killed it?
+        if i not in done:
+            with ProcessPoolExecutor(1, context) as pool:
+                future = pool.submit(compile_variant, found[i])
+                died = isinstance(future.exception(), BrokenProcessPool)
+                done[i] = Code(error="the compiler's process died") if died else future.result()
+    return [done[i] for i in range(len(found))]
+
+
+def compile_variant(variant: Variant) -> Code:
+    """Compile one variant, or say why it can't be."""
+    import triton
+    from triton.compiler import ASTSource
+
+    module, function, signature, constants, attributes = variant.source
+    kernel = getattr(importlib.import_module(module), function)
+    target = TARGETS[variant.target]
+    try:
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=_gpu(variant.target), options=variant.settings)
+    except Exception as error:  # whatever a compiler raises is what the report is about
+        return Code(error=f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}")
+    code = (_amd_code if target.backend == "hip" else _nvidia_code)(compiled)
+    made = replace(code, shared=compiled.metadata.shared, products=_products(compiled.asm["ttir"]))
+    columns = getattr(compiled.metadata, "tmem_size", 0)
+    return replace(made, programs=occupancy(target, variant.num_warps, made.registers, made.shared, columns))
+
+
+def _products(ttir: str) -> tuple[str, ...]:
+    dots = re.findall(r"tt\.dot (?:.*?inputPrecision = (\w+))?.*? : tensor<[\dx]+x(\w+)> \*", ttir)
+    return tuple(sorted({f"{dtype} {precision or 'ieee'}" if dtype == "f32" else dtype for precision, dtype in dots}))
+
+
+def _nvidia_code(compiled: Any) -> Code:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK")}  # type: ignore[index]
+    sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+    loads = [modifiers.split(".") for modifiers in re.findall(r"\b(?:LDG|LDGSTS)\.E([.\w]*)", text)]
+    widths = [next((sizes[word] for word in words if word in sizes), 4) for words in loads]
+    return Code(
+        registers=usage["REG"],
+        spilled=usage["STACK"],
+        matrix=_nvidia_matrix(compiled.asm["ptx"]),
+        load=max(widths, default=0),
+    )
+
+
+def _nvidia_matrix(ptx: str) -> dict[str, int]:
+    """Such as {"wgmma.mma_async m64n128k16 bf16": 4}: the instruction, its shape, and the dtype of its factors."""
+    found = re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)([.:\w]*)", ptx)
+    wanted = re.compile(r"m\d+n\d+k\d+|bf16|f16|tf32|f64|kind::\w+")
+    return dict(
+        Counter(
+            " ".join([name, *dict.fromkeys(word for word in rest.split(".") if wanted.fullmatch(word))])
+            for name, rest in found
+        )
+    )
+
+
+def _amd_code(compiled: Any) -> Code:
+    text = compiled.asm["amdgcn"]
+    names = ("vgpr_count", "private_segment_fixed_size")
+    usage = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in names}  # type: ignore[index]
+    sizes = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+    loads = re.findall(r"\b(?:global|buffer)_load_(?:lds_)?[us]?(byte|short|dword(?:x\d)?)", text)
+    return Code(
+        registers=usage["vgpr_count"],
+        spilled=usage["private_segment_fixed_size"],
+        matrix=dict(Counter(re.findall(r"\bv_s?mfma_\w+", text))),
+        load=max((sizes[load] for load in loads), default=0),
+    )

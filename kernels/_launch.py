@@ -18,8 +18,6 @@ from mta_fast.kernels._table import DOUBLE, HALF, SINGLE, Row, table_row
 INTERPRETED: bool = knobs.runtime.interpret  # decided when the kernels were decorated
 # enable_fp_fusion is set because its default differs between versions of Triton; fused sums round once, not twice
 FP_FUSION = True
-# float32 products for the matmul precision "highest": AMD's compiler refuses the split, and has float32 instructions
-EXACT_PRODUCTS = {"cuda": "tf32x3", "hip": "ieee"}
 
 
 @dataclass(frozen=True)
@@ -77,23 +75,19 @@ class Numerics:
         return table_row(name, self.kind, self.architecture)
 
 
-def numerics(*tensors: Tensor) -> Numerics:
+def numerics(*tensors: Tensor, exact: bool = False) -> Numerics:
     """How a kernel that reads these tensors computes; tensors of several dtypes are loaded as ACC.
 
-    float32 products follow torch's float32 matmul precision: "highest" is split into three TF32 products on NVIDIA
-    (as exact as float32 sums are), and left to the float32 matrix instructions of AMD, which refuse the split.
+    float32 products follow torch's float32 matmul precision, and with ``exact`` are those of "highest" whatever it is.
     """
     dtypes = {tensor.dtype for tensor in tensors}
     half = dtypes <= {torch.bfloat16, torch.float16}
     kind = DOUBLE if torch.float64 in dtypes else HALF if half and len(dtypes) == 1 else SINGLE
-    precision = "ieee"
     architecture = _architecture(tensors[0].device)
-    if kind != DOUBLE:
-        exact = torch.get_float32_matmul_precision() == "highest"
-        precision = EXACT_PRODUCTS["hip" if architecture.startswith("gfx") else "cuda"] if exact else "tf32"
+    exact = exact or torch.get_float32_matmul_precision() == "highest"
     constants = {
         "ACC": tl.float64 if kind == DOUBLE else tl.float32,
-        "PRECISION": precision,
+        "PRECISION": "ieee" if kind == DOUBLE else float32_precision(architecture, exact),
         "UPCAST": len(dtypes) > 1 or (INTERPRETED and half),
     }
     return Numerics(kind, architecture, torch.float64 if kind == DOUBLE else torch.float32, constants)
@@ -111,6 +105,17 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], num: Numerics, **argum
         observer(made)
     if not dry_run():
         kernel[grid](**arguments, **options)
+
+
+def float32_precision(architecture: str, exact: bool) -> str:
+    """What ``tl.dot`` makes of float32 factors.
+
+    NVIDIA: one TF32 product, or for exactness three of the factors' high and low parts. AMD: its compiler refuses that
+    split, and its float32 matrix instructions are exact; only gfx942 has TF32.
+    """
+    if architecture.startswith("gfx"):
+        return "ieee" if exact or architecture != "gfx942" else "tf32"
+    return "tf32x3" if exact else "tf32"
 
 
 def _architecture(device: torch.device) -> str:

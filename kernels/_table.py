@@ -33,7 +33,6 @@ _MEMORY_BOUND = {
     "pool": _row(4, 1, BLOCK_J=4, BLOCK_D=1024),
     "pool_gradient": _row(4, 1, BLOCK_D=1024),
     "row_totals": _row(4, 1, BLOCK_U=1024),
-    "tangents": _row(4, 1, BLOCK_U=8, BLOCK_D=512),
     "align": _row(8, 1, BLOCK_D=2048),
 }
 for _kind in (HALF, SINGLE, DOUBLE):
@@ -50,10 +49,10 @@ TABLE.update(
         ("sums", SINGLE): _row(8, 3, TILE=64, BLOCK_D=32),
         ("sums", DOUBLE): _row(8, 1, TILE=32, BLOCK_D=16),
         ("pairs", HALF): _row(8, 2, TILE=64, BLOCK_D=32, BLOCK_G=64),
-        ("pairs", SINGLE): _row(8, 2, TILE=64, BLOCK_D=32, BLOCK_G=64),
+        ("pairs", SINGLE): _row(8, 2, TILE=64, BLOCK_D=16, BLOCK_G=64),
         ("pairs", DOUBLE): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=32),
-        ("gram_products", SINGLE): _row(8, 2, TILE=64, BLOCK_U=32),
-        ("gram_products", DOUBLE): _row(8, 1, TILE=32, BLOCK_U=16),
+        ("gram_products", SINGLE): _row(8, 2, TILE=64, BLOCK_U=32, BLOCK_V=16, BLOCK_D=256),
+        ("gram_products", DOUBLE): _row(8, 1, TILE=32, BLOCK_U=16, BLOCK_V=16, BLOCK_D=256),
         ("gram_gradient", SINGLE): _row(8, 2, TILE=64, BLOCK_D=32),
         ("gram_gradient", DOUBLE): _row(8, 1, TILE=32, BLOCK_D=16),
     }
@@ -65,6 +64,9 @@ OVERRIDES: dict[tuple[str, str, str], Row] = {
     ("statistics", SINGLE, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=32),
     ("sums", HALF, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=64),
     ("sums", SINGLE, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=32),
+    # mma.sync takes both factors of a split product from registers
+    ("pairs", SINGLE, "sm_80"): _row(8, 2, TILE=32, BLOCK_D=32, BLOCK_G=64),
+    ("pairs", HALF, "sm_80"): _row(8, 2, TILE=32, BLOCK_D=32, BLOCK_G=64),
     # 64 KB of shared memory
     ("strips", HALF, "gfx942"): _row(8, 2, STRIP=64, BLOCK_D=64),
     ("strips", SINGLE, "gfx942"): _row(8, 2, STRIP=32, BLOCK_D=32),

@@ -1,7 +1,8 @@
 """Span pairs of rows with many spans: the centred Gram form (``reference.py``, part 4), linear in the spans.
 
 x = u - m and y = v - n are the unit spans less their weighted means, made as they are loaded. X'DX and Y'DX are kept,
-[d, d] each; of Y'DY only the norm is wanted. All products are split-precision float32: the terms cancel.
+[d, d] each; of Y'DY only the norm is wanted. Products are exact float32 whatever torch's matmul precision: the terms
+cancel, and single TF32 products leave nothing of a small loss.
 """
 
 from __future__ import annotations
@@ -47,50 +48,25 @@ def _along_mean(
     return b_dot, b_length, tl.sum(b_mean_square, 0)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def _tangents(
-    student,
-    teacher,
-    student_norm,
-    teacher_norm,
-    student_mean,
-    teacher_mean,
-    omegas,
-    weights,
-    span_splits,
-    terms,
-    bends,
-    offsets,
-    stride_su,
-    stride_sd,
-    stride_tu,
-    stride_td,
-    student_width,
-    teacher_width,
-    num_rows,
-    gram_above,
-    BLOCK_U: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """b_u = x_u . m - y_u . n of BLOCK_U spans, omega (delta + b_u), and the terms of num that need no product.
+    student, teacher, student_norm, teacher_norm, p_student_mean, p_teacher_mean, omega, weights, terms, bends, offsets,
+    stride_su, stride_sd, stride_tu, stride_td, student_width, teacher_width, first, end, i_block,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """b_u = x_u . m - y_u . n of BLOCK_V spans, omega (delta + b_u), and the terms of num that need no product.
 
     terms_u = 2 omega W b^2 less the diagonal (W (|u|^2 - |v|^2))^2, which is 0 unless a row is the zero vector;
     omega^2 delta^2 goes to the row's first span.
     """
-    row, i_block, rank = find_span_row(span_splits, num_rows, tl.program_id(0), gram_above, True, BLOCK_U)
-    first, end = tl.load(span_splits + row), tl.load(span_splits + row + 1)
-    o_u = first + i_block * BLOCK_U + tl.arange(0, BLOCK_U)
+    o_u = first + i_block * BLOCK_V + tl.arange(0, BLOCK_V)
     m_u = o_u < end
-    p_student_mean = student_mean + rank.to(tl.int64) * student_width
-    p_teacher_mean = teacher_mean + rank.to(tl.int64) * teacher_width
     b_x, b_student, mean_s = _along_mean(
-        student, stride_su, stride_sd, student_width, student_norm, o_u, m_u, p_student_mean, BLOCK_U, BLOCK_D, ACC
+        student, stride_su, stride_sd, student_width, student_norm, o_u, m_u, p_student_mean, BLOCK_V, BLOCK_D, ACC
     )
     b_y, b_teacher, mean_t = _along_mean(
-        teacher, stride_tu, stride_td, teacher_width, teacher_norm, o_u, m_u, p_teacher_mean, BLOCK_U, BLOCK_D, ACC
+        teacher, stride_tu, stride_td, teacher_width, teacher_norm, o_u, m_u, p_teacher_mean, BLOCK_V, BLOCK_D, ACC
     )
-    omega = tl.load(omegas + rank)
     b_weight = tl.load(weights + o_u, mask=m_u, other=0.0).to(tl.float64)
     b_bend = b_x - b_y
     delta = mean_s - mean_t
@@ -128,7 +104,7 @@ def _tile(
     return acc
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=(*LENGTHS, "num_tiles"))
 def _gram_products(
     student,
     teacher,
@@ -136,11 +112,15 @@ def _gram_products(
     teacher_norm,
     student_mean,
     teacher_mean,
+    omegas,  # [rows in Gram form] sum of W
     weights,
     span_splits,
     gram_xx,  # [rows in Gram form, d_S, d_S]
     gram_yx,  # [rows in Gram form, d_T, d_S]
-    gram_terms,  # [rows in Gram form, programs]
+    gram_terms,  # [rows in Gram form, num_tiles]
+    terms,
+    bends,
+    offsets,
     stride_su,
     stride_sd,
     stride_tu,
@@ -149,14 +129,18 @@ def _gram_products(
     teacher_width,
     num_rows,
     gram_above,
+    num_tiles,
     TILE: tl.constexpr,
     BLOCK_U: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A tile of X'DX, Y'DX or Y'DY of one row and its part of |X'DX|^2 - 2 |Y'DX|^2 + |Y'DY|^2.
 
-    The symmetric two are visited on and above the diagonal.
+    The symmetric two are visited on and above the diagonal. Programs from ``num_tiles`` on do the row's ``_tangents``,
+    which depend on no product: one launch for both.
     """
     i_program = tl.program_id(0)
     row, _, rank = find_span_row(span_splits, num_rows, tl.program_id(1), gram_above, True, 0)
@@ -164,6 +148,13 @@ def _gram_products(
     big_rank = rank.to(tl.int64)
     p_student_mean = student_mean + big_rank * student_width
     p_teacher_mean = teacher_mean + big_rank * teacher_width
+    if i_program >= num_tiles:
+        _tangents(
+            student, teacher, student_norm, teacher_norm, p_student_mean, p_teacher_mean, tl.load(omegas + rank),
+            weights, terms, bends, offsets, stride_su, stride_sd, stride_tu, stride_td, student_width, teacher_width,
+            first, end, i_program - num_tiles, BLOCK_V, BLOCK_D, ACC,
+        )  # fmt: skip
+        return
     tiles_s, tiles_t = tl.cdiv(student_width, TILE), tl.cdiv(teacher_width, TILE)
     programs_xx = tiles_s * (tiles_s + 1) // 2
     programs_yx = tiles_t * tiles_s
@@ -202,7 +193,7 @@ def _gram_products(
         )  # fmt: skip
         factor = tl.where(i_left == i_right, 1.0, 2.0)
     total = tl.sum(tl.sum(acc * acc, 1).to(tl.float64), 0) * factor
-    tl.store(gram_terms + big_rank * tl.num_programs(0) + i_program, total)
+    tl.store(gram_terms + big_rank * num_tiles + i_program, total)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -287,18 +278,18 @@ def add_rows(
     Their scratch, [rows, d_S + d_T, d_S], is smaller than their pooled spans wherever the cost model picks this form.
 
     Returns:
-        [rows in Gram form, programs] float64: further terms of each row's num.
+        [rows in Gram form, tiles] float64: further terms of each row's num.
     """
     starts = host[:, 0].tolist()
     rows = [slice(starts[b], starts[b + 1]) for b, count in enumerate(counts) if count >= gram_above]
     spans = [row.stop - row.start for row in rows]
-    num = numerics(student.new_empty(0, dtype=weights.dtype))
+    num = numerics(weights, exact=True)
     student, teacher = student.to(num.dtype), teacher.to(num.dtype)
     d_s, d_t = student.shape[1], teacher.shape[1]
     tile = num.row("gram_products").blocks["TILE"]
     tiles_s, tiles_t = -(-d_s // tile), -(-d_t // tile)
-    programs = tiles_s * (tiles_s + 1) // 2 + tiles_t * tiles_s + tiles_t * (tiles_t + 1) // 2
-    gram_terms = student.new_empty(len(rows), programs, dtype=torch.float64)
+    num_tiles = tiles_s * (tiles_s + 1) // 2 + tiles_t * tiles_s + tiles_t * (tiles_t + 1) // 2
+    gram_terms = student.new_empty(len(rows), num_tiles, dtype=torch.float64)
     if not rows:
         return gram_terms
     omegas = torch.stack([weights[row].double().sum() for row in rows])
@@ -326,15 +317,25 @@ def add_rows(
         **shared,
     }
     bends, offsets = torch.empty_like(weights), torch.empty_like(weights)
-    blocks = sum(-(-count // num.row("tangents").blocks["BLOCK_U"]) for count in spans)
-    launch(
-        "tangents", _tangents, (blocks,), num, omegas=omegas, terms=terms, bends=bends, offsets=offsets, **sides
-    )
     products = {
         "gram_xx": student.new_empty(len(rows), d_s, d_s, dtype=num.dtype),
         "gram_yx": student.new_empty(len(rows), d_t, d_s, dtype=num.dtype),
     }
-    launch("gram_products", _gram_products, (programs, len(rows)), num, gram_terms=gram_terms, **products, **sides)
+    blocks = -(-max(spans) // num.row("gram_products").blocks["BLOCK_V"])
+    launch(
+        "gram_products",
+        _gram_products,
+        (num_tiles + blocks, len(rows)),
+        num,
+        omegas=omegas,
+        gram_terms=gram_terms,
+        num_tiles=num_tiles,
+        terms=terms,
+        bends=bends,
+        offsets=offsets,
+        **products,
+        **sides,
+    )
     if not with_gradient:
         return gram_terms
     bent = weights * bends

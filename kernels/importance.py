@@ -152,9 +152,7 @@ def _strips(
     UPCAST: tl.constexpr,
 ):
     """One pass for a short row: STRIP queries against all keys, softmax, column sums of the strip."""
-    row, i_strip, partials = _find_row(
-        rows, num_rows, seq_len, tl.program_id(0), "strips", COUNT_PADDING, STRIP, STRIP
-    )
+    row, i_strip, partials = _find_row(rows, num_rows, seq_len, tl.program_id(0), "strips", COUNT_PADDING, STRIP, STRIP)
     first_query, queries, first_key, end_key = _row_geometry(rows, row, seq_len, COUNT_PADDING)
     o_i = i_strip * STRIP + tl.arange(0, STRIP)
     o_j = tl.arange(0, SHORT_ROW)
@@ -415,11 +413,15 @@ def _merge_sums(
     tl.store(importance + first_query + o_t, mean, mask=m_key)
 
 
+def _super_sides(queries: np.ndarray) -> np.ndarray:
+    """``_super_side`` on the host."""
+    return np.select([queries > 8192, queries > 4096, queries > 2048], [1024, 512, 256], 128)
+
+
 def _programs(queries: np.ndarray, strip: int) -> dict[str, int]:
     """How many programs and partials ``_find_row`` deals out for rows with these numbers of queries."""
     short = queries <= SHORT_ROW.value
-    sides = np.select([queries > 8192, queries > 4096, queries > 2048], [1024, 512, 256], 128)
-    side = -(-queries // sides)
+    side = -(-queries // _super_sides(queries))
     strips = -(-queries // strip)
     return {
         "strips": int(strips[short].sum()),

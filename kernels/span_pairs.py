@@ -95,9 +95,7 @@ def _pairs(
                 b_student = load(p_student_j[:, None] + o_d[None, :] * stride_sd, m_j[:, None] & m_d, ACC, UPCAST)
                 m_g = m_i[:, None] & m_d
                 b_gradient = tl.load(p_gradient[:, None] + o_d[None, :], mask=m_g & (tj > 0), other=0.0)
-                b_gradient = tl.dot(
-                    b_weighted, b_student.to(ACC), b_gradient, input_precision=PRECISION, out_dtype=ACC
-                )
+                b_gradient = tl.dot(b_weighted, b_student.to(ACC), b_gradient, input_precision=PRECISION, out_dtype=ACC)
                 tl.store(p_gradient[:, None] + o_d[None, :], b_gradient, mask=m_g)
             tl.debug_barrier()
         else:
@@ -213,6 +211,13 @@ def span_pairs(
     numerators, denominators = (student.new_empty(rows, dtype=num.dtype) for _ in range(2))
     totals = {"numerators": numerators, "denominators": denominators}
     launch(
-        "row_totals", _row_totals, (rows,), num, gram_terms=gram_terms, num_tiles=gram_terms.shape[1], **totals, **shared
+        "row_totals",
+        _row_totals,
+        (rows,),
+        num,
+        gram_terms=gram_terms,
+        num_tiles=gram_terms.shape[1],
+        **totals,
+        **shared,
     )
     return numerators, denominators, gradient

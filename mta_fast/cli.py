@@ -1,11 +1,15 @@
-"""The commands: mta-fast doctor | demo | spans | cut | train | export | inspect."""
+"""The commands: mta-fast doctor | demo | spans | cut | train | export | inspect | bench."""
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from mta_fast.errors import MissingPackageError
 
 app = typer.Typer(
     help="Multi-Granular Trajectory Alignment: a span-level distillation loss.",
@@ -15,6 +19,8 @@ app = typer.Typer(
 )
 spans_app = typer.Typer(help="Words and phrases of a text: extract them once, and see what is cached.")
 app.add_typer(spans_app, name="spans")
+bench_app = typer.Typer(help="What the kernels cost: compiled, modelled, measured. Runs from a checkout.")
+app.add_typer(bench_app, name="bench")
 
 _MODEL_HELP = "Folder, hub name, or package:NAME for model files inside an installed Python package."
 
@@ -137,3 +143,39 @@ def spans_show(
     typer.echo("this text is not in it" if found is None else "")
     for name, spans in (found or {}).items():
         typer.echo(f"{name.replace('_', ' ')}: " + " | ".join(text[start:end] for start, end in spans))
+
+
+_OUT_HELP = "Also write the report: FILE.json and FILE.md."
+
+
+@bench_app.command("static")
+def bench_static(
+    out: Annotated[Path | None, typer.Option("--json", help=_OUT_HELP)] = None,
+    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; else all.")] = None,
+) -> None:
+    """What Triton's compilers make of every kernel, without a GPU; exit code 1 if one spills or does not fit."""
+    raise typer.Exit(_bench("static").main(target, out))
+
+
+@bench_app.command("model")
+def bench_model(out: Annotated[Path | None, typer.Option("--json", help=_OUT_HELP)] = None) -> None:
+    """Work, traffic and launches of the kernels at four shapes, and the time data sheets allow; nothing is timed."""
+    raise typer.Exit(_bench("model").main(out))
+
+
+@bench_app.command("gpu")
+def bench_gpu(out: Annotated[Path | None, typer.Option("--json", help=_OUT_HELP)] = None) -> None:
+    """Times on the GPU that is here, against the reference, compiled and not, and the public algorithm."""
+    raise typer.Exit(_bench("gpu").main(out))
+
+
+def _bench(name: str) -> Any:
+    """A module of the checkout's bench/ folder, which is no part of the installed package."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "bench" / f"{name}.py").is_file():
+        raise MissingPackageError(
+            f"bench: expected the bench/ folder of a checkout beside the package, got {checkout}; the benchmarks are "
+            f"not installed: run them from a clone with `pip install -e .`"
+        )
+    sys.path.insert(0, str(checkout))
+    return importlib.import_module(f"bench.{name}")

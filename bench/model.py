@@ -1,0 +1,453 @@
+"""What the Triton backend moves, multiplies and launches, and the time data sheets allow for it: nothing is timed.
+
+``mta-fast bench model``. A forward and backward pass of MTALoss on tensors without data (device "meta") records every
+launch. ``bench.costs`` turns each of the package's own into operations and bytes; GEMMs and torch's other launches
+are counted from the shapes of their tensors. Reading a value on the host (``.item()``, ``.cpu()``, ``nonzero``)
+raises on such tensors, so that a pass that ends has no synchronisation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.costs import Batch, cost, precision
+from bench.report import Row, make_row
+from bench.workload import COVERED_SHARE
+from mta_fast import MTAConfig, MTALoss, SpanBatch, __version__, backends, kernels
+from mta_fast.errors import BackendUnavailableError
+from mta_fast.kernels._launch import INTERPRETED, Launch, observe
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Dense peaks and memory bandwidth of a data sheet, per second."""
+
+    name: str
+    sheet: str
+    bfloat16: float
+    tf32: float
+    float32: float
+    bandwidth: float
+
+    def peak(self, precision: str) -> float:
+        """Products a second, times two; a float32 product in split precision is three of TF32."""
+        peaks = {"bfloat16": self.bfloat16, "tf32": self.tf32, "tf32x3": self.tf32 / 3, "ieee": self.float32}
+        return peaks[precision]
+
+
+GPUS = (
+    Gpu("A100", "NVIDIA A100 Tensor Core GPU data sheet, SXM 80GB", 312e12, 156e12, 19.5e12, 2.039e12),
+    Gpu(
+        "H100",
+        "NVIDIA H100 Tensor Core GPU data sheet, SXM; half of the rates with sparsity",
+        989.5e12,
+        494.5e12,
+        67e12,
+        3.35e12,
+    ),
+    Gpu(
+        "B200",
+        "NVIDIA HGX B200 data sheet, an eighth of the board's; half of the rates with sparsity",
+        2250e12,
+        1125e12,
+        75e12,
+        8e12,
+    ),
+)
+ARCHITECTURE = "sm_90"  # whose launch parameters are modelled on all three
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows, tokens a row, widths and layer pairs of one loss call."""
+
+    name: str
+    batch: int
+    seq_len: int
+    student_dim: int
+    teacher_dim: int
+    pairs: int
+
+
+SHAPES = (
+    Shape("GPT-2 120M <- 1.5B", 16, 256, 768, 1600, 3),
+    Shape("Qwen1.5 0.5B <- 1.8B", 32, 512, 1024, 2048, 6),
+    Shape("OPT 1.3B <- 6.7B", 64, 1024, 2048, 4096, 5),
+    Shape("long context", 1, 131072, 2048, 4096, 3),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One launch: whose it is, its operations and its bytes."""
+
+    name: str
+    precision: str
+    flops: int
+    bytes: int
+    minimum: int  # every input read once, every output written once
+    without_l2: int  # with what further programs read again; of pool, pool_gradient and align only
+
+    def seconds(self, gpu: Gpu) -> tuple[float, float]:
+        """What the products and what the bytes take."""
+        return self.flops / gpu.peak(self.precision), self.bytes / gpu.bandwidth
+
+
+# --- recording ---------------------------------------------------------------------------------------------------
+
+GEMM, OTHER = "GEMM", "torch"  # names of what is not the package's own
+GEMMS = {"mm", "addmm", "addmm_"}
+FILLS = {"zeros", "new_zeros", "ones_like", "scalar_tensor"}
+GATHERS = {"index", "index_select"}
+NO_LAUNCH = {"empty", "new_empty", "empty_like", "squeeze_"}
+
+
+class Recorder(TorchDispatchMode):
+    """Records torch's launches and allocations, and runs the package's ops on tensors without data.
+
+    torch would take the shapes of an op's results from its fake implementation; here the op itself runs.
+    """
+
+    def __init__(self, batches: dict[int, Batch]) -> None:
+        super().__init__()
+        self.batches = batches  # by the storage of an index tensor
+        self.works: list[Work] = []
+        self.allocations: list[tuple[int, tuple[int, ...], str]] = []  # bytes, shape, dtype
+        self.scratch: Counter[str] = Counter()  # by op: most bytes that a call holds at once and does not return
+        self._live: list[tuple[StorageWeakRef, int]] = []
+        self._peak = 0
+
+    def launched(self, launch: Launch) -> None:
+        """Observer of the package's own launches."""
+        tensors = [a for a in launch.arguments.values() if isinstance(a, Tensor)]
+        batch = next(self.batches[_storage(t)] for t in tensors if _storage(t) in self.batches)
+        made = cost(launch, batch)
+        self.works.append(
+            Work(launch.name, precision(launch), made.flops, made.bytes, made.minimum, made.minimum + made.shared)
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run and count one of torch's operators, or open one of the package's ops."""
+        kwargs = kwargs or {}
+        if func.namespace == "mta_fast":
+            return self._run_op(func, args, kwargs)
+        out = func(*args, **kwargs)
+        inputs, outputs = _device_tensors((args, kwargs)), _device_tensors(out)
+        known = {_storage(t) for t in inputs}
+        self._allocated([t for t in outputs if _storage(t) not in known])
+        if outputs and not func.is_view and func._opname not in NO_LAUNCH:
+            self.works.append(_torch_work(func._opname, inputs, outputs))
+        return out
+
+    def _run_op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        before = self._peak = self._held()
+        with self:
+            out = OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        returned = sum(t.untyped_storage().nbytes() for t in _device_tensors(out))
+        self.scratch[func._opname] = max(self.scratch[func._opname], self._peak - before - returned)
+        return out
+
+    def _allocated(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._live.append((StorageWeakRef(storage), storage.nbytes()))
+            self.allocations.append((storage.nbytes(), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
+        self._peak = max(self._peak, self._held())
+
+    def _held(self) -> int:
+        self._live = [(ref, size) for ref, size in self._live if not ref.expired()]
+        return sum(size for _, size in self._live)
+
+
+def _device_tensors(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_meta and t.numel()]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Distinct bytes of a tensor: an expanded dimension counts once."""
+    sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    return math.prod(sizes) * tensor.element_size()
+
+
+def _torch_work(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Work:
+    """One of torch's launches: every input read once, every output written once."""
+    written = sum(map(_nbytes, outputs))
+    if name in GEMMS:
+        left = inputs[-2]
+        half = left.dtype in (torch.bfloat16, torch.float16)
+        moved = sum(map(_nbytes, inputs)) + written
+        flops = 2 * outputs[0].numel() * left.shape[-1]
+        return Work(GEMM, "bfloat16" if half else "ieee", flops, moved, moved, moved)
+    if name in FILLS:
+        moved = written
+    elif name in GATHERS:
+        moved = 2 * written + sum(map(_nbytes, inputs[1:]))
+    elif name == "copy_":
+        moved = written + _nbytes(inputs[1])
+    elif name == "index_copy_":
+        moved = _nbytes(inputs[1]) + 2 * _nbytes(inputs[2])
+    else:
+        moved = sum(map(_nbytes, inputs)) + written
+    return Work(OTHER, "ieee", 0, moved, moved, moved)
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """What the package decides by the kind of device, decided as for CUDA: torch has no autocast for "meta"."""
+    alignment = importlib.import_module("mta_fast.kernels.hidden_alignment")
+
+    def run(op: str, backend: str, tensors: Sequence[Tensor], /, *args: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            return getattr(kernels, op)(*args, **options)
+
+    def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+
+    patches = mock.patch.object(backends, "run", run), mock.patch.object(alignment, "_add_product", add_product)
+    with patches[0], patches[1]:
+        yield
+
+
+def _spans(shape: Shape) -> dict[str, SpanBatch]:
+    """As in the standard workload: words of one token on the first part of every row, phrases of two tokens."""
+    covered = int(COVERED_SHARE * shape.seq_len)
+    tokens = {
+        "word": [(j, j + 1) for j in range(covered)],
+        "phrase": [(j, j + 2) for j in range(0, covered - 1, 2)],
+    }
+    offsets = (torch.arange(shape.seq_len)[:, None] * 3 + torch.arange(2)).expand(shape.batch, -1, -1)
+    return {
+        kind: SpanBatch.from_char_spans([[(3 * start, 3 * end - 2) for start, end in rows]] * shape.batch, offsets)
+        for kind, rows in tokens.items()
+    }
+
+
+def record(shape: Shape) -> Recorder:
+    """Every launch and allocation of a forward and backward pass: bf16 states and projections, paper preset."""
+    batches: dict[int, Batch] = {}
+    spans = {}
+    for kind, made in _spans(shape).items():
+        spans[kind] = made.to("meta")
+        index = [*spans[kind].index_tensors(), spans[kind].rows.table]
+        batches |= dict.fromkeys((_storage(t) for t in index), Batch.of(made))
+    layers = range(shape.pairs)
+    config = MTAConfig.paper(
+        layer_pairs=tuple((layer, layer) for layer in layers),
+        granularity=("word", *("phrase",) * (shape.pairs - 1)),
+        backend="triton",
+    )
+    like: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
+    loss = MTALoss(config, shape.student_dim, shape.teacher_dim).to(**like)
+    student, teacher = (
+        {layer: torch.empty(shape.batch, shape.seq_len, dim, **like) for layer in layers}
+        for dim in (shape.student_dim, shape.teacher_dim)
+    )
+    for hidden in student.values():
+        hidden.requires_grad_()
+    recorder = Recorder(batches)
+    with _as_on_a_gpu(), observe(recorder.launched, execute=False, architecture=ARCHITECTURE), recorder:
+        loss(student, teacher, spans).loss.backward()
+    return recorder
+
+
+# --- report ------------------------------------------------------------------------------------------------------
+
+IMPORTANCE = ("strips", "statistics", "sums")
+TRAFFIC = ("pool", "pool_gradient", "align")
+ASSUMPTIONS = (
+    "Time of a launch: the longer of products / dense peak and bytes / memory bandwidth of the data sheet, launch "
+    "latency left out; launches run one after another, none finds its inputs in a cache. A bound that no measurement "
+    "reaches.",
+    "Products: 2 M N K of whole tiles, padding of a row's last tile and of the width included. Matmul precision "
+    '"highest": products of float32 are three of TF32, and count three times in the time, once in GFLOP. Other '
+    "arithmetic (exponentials, float64 sums) is left out.",
+    "Bytes: every distinct byte that a launch reads or writes once; further reads, by other programs too, come from "
+    "L2. Beside that, each access of a kernel to its own unfinished results (pairs: the gradient; importance: the "
+    "partials). Minimum: every input once, every output once.",
+    f"Launch parameters of {ARCHITECTURE} on every GPU. No padding in the batch; bf16 states and projections.",
+    "No value is read on the host: on tensors without data that raises, and the pass ended.",
+)
+
+
+def _kernel_rows(works: Sequence[Work]) -> list[dict[str, Any]]:
+    """A row for each kernel, in the order of their first launches; GEMMs and torch's other launches are one each."""
+    rows = []
+    for name in dict.fromkeys(work.name for work in works):
+        made = [work for work in works if work.name == name]
+        times = {gpu.name: [work.seconds(gpu) for work in made] for gpu in GPUS}
+        products = {gpu: sum(p for p, m in pairs if p > m) for gpu, pairs in times.items()}
+        total = {gpu: sum(map(max, pairs)) for gpu, pairs in times.items()}
+        rows.append(
+            {
+                "kernel": name,
+                "products": made[0].precision if any(work.flops for work in made) else "",
+                "launches": len(made),
+                "flops": sum(work.flops for work in made),
+                "bytes": sum(work.bytes for work in made),
+                "minimum_bytes": sum(work.minimum for work in made),
+                "without_l2_bytes": sum(work.without_l2 for work in made) if name in TRAFFIC else None,
+                "ms": {gpu: round(1e3 * seconds, 6) for gpu, seconds in total.items()},
+                "bound": {gpu: "products" if 2 * products[gpu] > total[gpu] else "memory" for gpu in total},
+            }
+        )
+    return rows
+
+
+def _forbidden(shape: Shape, recorder: Recorder) -> int:
+    """Allocations of the size of a row's scores, of all its pairs of spans, or of the teacher's states."""
+    spans = [int(COVERED_SHARE * shape.seq_len) // tokens for tokens in (1, 2)]
+    sides = {shape.seq_len, *spans, *(shape.batch * count for count in spans)}
+    forbidden = {(side, side) for side in sides} | {(shape.batch * shape.seq_len, shape.teacher_dim)}
+    return sum(made[-2:] in forbidden for _, made, _ in recorder.allocations)
+
+
+def summarise(shape: Shape, recorder: Recorder) -> dict[str, Any]:
+    """The figures of one shape."""
+    rows = _kernel_rows(recorder.works)
+    own = [row for row in rows if row["kernel"] not in (GEMM, OTHER)]
+    by_name = {row["kernel"]: row for row in rows}
+    own_launches = sum(row["launches"] for row in own)
+    products = sum(row["flops"] for row in own if row["kernel"] in IMPORTANCE)
+    largest = max(recorder.allocations)
+    parts = {"kernels": own, "GEMMs": [by_name[GEMM]], "torch": [by_name[OTHER]], "all": rows}
+    return {
+        "shape": asdict(shape),
+        "launches_per_pair": {
+            "kernels": (own_launches - by_name["align"]["launches"]) / shape.pairs,
+            **{name: by_name[name]["launches"] / shape.pairs for name in ("align", GEMM, OTHER)},
+        },
+        "importance_products": products / (2 * shape.pairs * shape.batch * shape.seq_len**2 * shape.teacher_dim),
+        "bytes_over_minimum": {name: by_name[name]["bytes"] / by_name[name]["minimum_bytes"] for name in TRAFFIC},
+        "bytes_over_minimum_without_l2": {
+            name: by_name[name]["without_l2_bytes"] / by_name[name]["minimum_bytes"] for name in TRAFFIC
+        },
+        "forbidden_allocations": _forbidden(shape, recorder),
+        "largest_allocation": {"bytes": largest[0], "shape": largest[1], "dtype": largest[2]},
+        "scratch_bytes": dict(recorder.scratch),
+        "importance_scratch_per_row": recorder.scratch["token_importance"] // shape.batch,
+        "ms": {
+            part: {gpu.name: round(sum(row["ms"][gpu.name] for row in made), 6) for gpu in GPUS}
+            for part, made in parts.items()
+        },
+        "kernels": rows,
+    }
+
+
+def targets(shapes: Sequence[dict[str, Any]]) -> list[Row]:
+    """What the kernels must reach."""
+    rows = []
+    for made in shapes:
+        seq_len = made["shape"]["seq_len"]
+        most = 1.0 if seq_len <= 256 else 1 + 128 / seq_len
+        what = f"importance products / one S x S x d_T product, {made['shape']['name']}"
+        rows.append(make_row(what, "x", "<=", most, [made["importance_products"]]))
+    for name in TRAFFIC:
+        ratios = [made["bytes_over_minimum"][name] for made in shapes]
+        rows.append(make_row(f"bytes / minimum, {name}, worst shape", "x", "<=", 1.3, [max(ratios)]))
+    first = shapes[0]
+    what = f"{first['shape']['name']} on H100, all layer pairs, every launch"
+    rows.append(make_row(what, "ms", "<", 0.25, [first["ms"]["all"]["H100"]]))
+    launches = max(made["launches_per_pair"]["kernels"] for made in shapes)
+    rows.append(make_row("own launches per layer pair beside align, worst shape", "launches", "<=", 14, [launches]))
+    forbidden = sum(made["forbidden_allocations"] for made in shapes)
+    rows.append(make_row("tensors [S, S], [spans, spans] or [tokens, d_T] made", "tensors", "<=", 0, [forbidden]))
+    return rows
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in report["about"].items())
+    lines = ["# Modelled, not measured", "", f"{versions}.", "", *(f"- {text}" for text in ASSUMPTIONS)]
+    lines += [f"- {gpu['name']}: {gpu['sheet']}." for gpu in report["gpus"]]
+    reached = [
+        [row["what"], row["target"], f"{row['median']:.4g} {row['unit']}", "yes" if row["reached"] else "NO"]
+        for row in report["rows"]
+    ]
+    lines += ["", "## Targets", "", *_table(("figure", "target", "modelled", "reached"), reached)]
+    lines += ["## Shapes", "", *_shape_tables(report["shapes"])]
+    for made in report["shapes"]:
+        lines += [f"## {made['shape']['name']}", "", *_kernel_table(made)]
+    return "\n".join(lines)
+
+
+def _shape_tables(shapes: Sequence[dict[str, Any]]) -> list[str]:
+    work, times = [], []
+    for made in shapes:
+        shape, launches = made["shape"], made["launches_per_pair"]
+        sizes = [shape[name] for name in ("batch", "seq_len", "student_dim", "teacher_dim", "pairs")]
+        traffic = (
+            f"{made['bytes_over_minimum'][name]:.2f} ({made['bytes_over_minimum_without_l2'][name]:.2f})"
+            for name in TRAFFIC
+        )
+        largest = made["largest_allocation"]
+        counts = (f"{launches[name]:g}" for name in ("kernels", "align", GEMM, OTHER))
+        work.append(
+            [shape["name"], *sizes, *counts, f"{made['importance_products']:.4f}", *traffic]
+            + [f"{made['importance_scratch_per_row']:,}", f"{made['scratch_bytes']['hidden_alignment'] / 1e6:.1f} MB"]
+            + [f"{largest['shape']} {largest['dtype']}, {largest['bytes'] / 1e6:.1f} MB"]
+        )
+        for part, ms in made["ms"].items():
+            times.append([shape["name"], part, *(f"{value:.3f}" for value in ms.values())])
+    head = ("shape", "B", "S", "d_S", "d_T", "pairs", "own launches a pair", "align", "GEMMs", "torch launches beside")
+    head += ("importance products", *(f"{name} bytes / minimum (without L2)" for name in TRAFFIC))
+    head += ("importance scratch, bytes a row", "Hid scratch", "largest tensor made")
+    return _table(head, work) + _table(("shape", "ms, modelled", *(gpu.name for gpu in GPUS)), times)
+
+
+def _kernel_table(made: dict[str, Any]) -> list[str]:
+    rows = [
+        [row["kernel"], row["products"], row["launches"], f"{row['flops'] / 1e9:.2f}"]
+        + [f"{row[name] / 1e6:.1f}" for name in ("bytes", "minimum_bytes")]
+        + [f"{ms:.4f} {row['bound'][gpu]}" for gpu, ms in row["ms"].items()]
+        for row in made["kernels"]
+    ]
+    head = ("kernel", "products in", "launches", "GFLOP", "MB", "minimum MB", *(f"{gpu.name}, ms" for gpu in GPUS))
+    return _table(head, rows)
+
+
+def main(out: Path | None) -> int:
+    """Print the report, write OUT.json and OUT.md; 1 if a target is missed."""
+    if INTERPRETED:
+        raise BackendUnavailableError(
+            "bench model: expected the kernels as they are compiled, got TRITON_INTERPRET=1; unset it"
+        )
+    shapes = [summarise(shape, record(shape)) for shape in SHAPES]
+    rows = targets(shapes)
+    report = {
+        "about": {"mta_fast": __version__, "torch": torch.__version__, "triton": triton.__version__},
+        "gpus": [asdict(gpu) for gpu in GPUS],
+        "rows": [asdict(row) for row in rows],
+        "shapes": shapes,
+    }
+    text = _markdown(report)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        out.with_suffix(".md").write_text(text, encoding="utf-8")
+    return 0 if all(row.reached for row in rows) else 1

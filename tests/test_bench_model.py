@@ -1,0 +1,151 @@
+"""The modelled costs are those of the kernels as the interpreter runs them, and the committed report is up to date."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batches import RaggedBatch, make_batch, random_rows
+
+from bench.costs import COSTS, SCRATCH, Batch, Cost, cost
+from mta_fast import MTAConfig, MTALoss, token_importance
+
+pytest.importorskip("triton")
+
+from triton.runtime.interpreter import InterpreterBuilder
+
+from mta_fast.kernels._launch import INTERPRETED, Launch, observe
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
+
+
+@dataclass
+class Counts:
+    """What one launch did: operations of its products, and each access to memory as (address, program)."""
+
+    launch: Launch
+    flops: int = 0
+    loads: list[np.ndarray] = field(default_factory=list)
+    stores: list[np.ndarray] = field(default_factory=list)
+
+    def cost(self) -> Cost:
+        """The same figures as the model's: distinct bytes, but every access where a kernel writes and reads again."""
+        total = Counter[str]()
+        for name, tensor in self.launch.arguments.items():
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            size = tensor.element_size()
+            loaded, stored = (self._within(tensor, made) for made in (self.loads, self.stores))
+            distinct = len(np.unique(stored[:, 0]))
+            total["outputs"] += size * distinct
+            if name in SCRATCH.get(self.launch.name, ()):
+                total["scratch"] += size * (len(loaded) + len(stored) - distinct)
+                continue
+            tokens = len(np.unique(loaded[:, 0]))
+            total["inputs"] += size * tokens
+            if self.launch.name in ("pool", "pool_gradient", "align"):
+                total["shared"] += size * (len(np.unique(loaded, axis=0)) - tokens)
+        return Cost(flops=self.flops, **total)
+
+    def _within(self, tensor: torch.Tensor, made: list[np.ndarray]) -> np.ndarray:
+        accesses = np.concatenate([np.empty((0, 2), np.uint64), *made])
+        first = tensor.data_ptr()
+        last = first + tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+        return accesses[(accesses[:, 0] >= first) & (accesses[:, 0] < last)]
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Counts]]:
+    """Count what the interpreter does, launch by launch."""
+    made: list[Counts] = []
+    dot, load, store = (
+        getattr(InterpreterBuilder, f"create_{name}") for name in ("dot", "masked_load", "masked_store")
+    )
+
+    def accesses(builder: Any, pointers: Any, mask: Any) -> np.ndarray:
+        address = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].reshape(-1)
+        x, y, _ = builder.grid_idx
+        return np.stack([address, np.full_like(address, x * 2**20 + y)], 1)
+
+    def counting_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        made[-1].flops += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        return dot(self, a, b, *rest)
+
+    def counting_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        made[-1].loads.append(accesses(self, pointers, mask))
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        made[-1].stores.append(accesses(self, pointers, mask))
+        return store(self, pointers, value, mask, *rest)
+
+    with monkeypatch.context() as patch, observe(lambda launch: made.append(Counts(launch))):
+        patch.setattr(InterpreterBuilder, "create_dot", counting_dot)
+        patch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
+        patch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
+        yield made
+
+
+# Rows of the costs: two tiles and a part of one, with more spans than a tile; a strip and a part of one; overlapping
+# spans; one token; no tokens; no spans. Widths are no multiple of any block.
+ROWS = [
+    (300, [(j, j + 2) for j in range(0, 299, 2)]),
+    (70, [(j, j + 1) for j in range(70)]),
+    (33, [(4, 9), (0, 33), (4, 9), (20, 21), (8, 21)]),
+    (1, [(0, 1)]),
+    (0, []),
+    (5, []),
+]
+WIDTHS = 24, 72
+
+
+def _run_loss(dtype: torch.dtype, method: str, with_gradient: bool) -> None:
+    batch = make_batch("packed", ROWS)
+    student, teacher = ({0: batch.lay(random_rows(batch.lengths, d, dtype=dtype))} for d in WIDTHS)
+    config = MTAConfig(layer_pairs=((0, 0),), dsa_method=method, backend="triton")
+    loss = MTALoss(config, *WIDTHS).to(dtype).requires_grad_(with_gradient)
+    student[0].requires_grad_(with_gradient)
+    out = loss(student, teacher, {"phrase": batch.spans}).loss
+    if with_gradient:
+        out.backward()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("dtype", "method", "with_gradient"),
+    [
+        (torch.float32, "pairwise", True),
+        (torch.bfloat16, "gram", True),
+        (torch.float32, "pairwise", False),
+    ],
+)
+def test_costs_are_those_of_the_interpreted_kernels(
+    dtype: torch.dtype, method: str, with_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with counted(monkeypatch) as launches:
+        _run_loss(dtype, method, with_gradient)
+    _compare(launches, Batch.of(make_batch("packed", ROWS).spans))
+
+
+def _compare(launches: list[Counts], batch: Batch) -> None:
+    _dbg(launches, batch)
+    modelled = [(made.launch.name, cost(made.launch, batch)) for made in launches]
+    assert modelled == [(made.launch.name, made.cost()) for made in launches]
+
+
+@interpreted
+def test_costs_of_large_super_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch("packed", [(2100, []), (700, [])])  # 256 tokens on a side, two tiles
+    with counted(monkeypatch) as launches:
+        hidden = torch.randn(2800, 8, dtype=torch.bfloat16)
+        token_importance(hidden, rows=batch.spans.rows, backend="triton")
+    _compare(launches, Batch.of(batch.spans))
+
+def _dbg(launches,batch):
+    for m in launches: print(m.launch.name, m.launch.grid, cost(m.launch,batch), flush=True)

@@ -1,0 +1,373 @@
+"""The Triton kernels against the float64 reference, in Triton's interpreter or, where there is one, on a GPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from batches import EDGE_ROWS, LAYOUTS, RaggedBatch, TokenSpans, make_batch, random_rows
+from torch import Tensor
+
+from mta_fast import MTAConfig, MTALoss, reference, token_importance
+from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
+from mta_fast.ops.pooling import normalize_weights, pooled_spans
+from mta_fast.ops.span_pairs import span_pair_terms
+
+pytest.importorskip("triton", reason="the triton backend needs the package triton")
+from mta_fast.kernels import _launch, importance
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# What rounding alone may cost where the eager result happens to be exact
+FLOOR = {torch.float64: 1e-15, torch.float32: 3e-7}
+
+
+@contextmanager
+def launched() -> Iterator[list[str]]:
+    """The names of the kernels that run inside."""
+    names: list[str] = []
+    with _launch.observe(lambda made: names.append(made.name)):
+        yield names
+
+
+def check(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Error against float64 at most twice that of plain PyTorch in the same dtype, plus rounding."""
+    assert ours.shape == exact.shape
+    compute = torch.float64 if ours.dtype == torch.float64 else torch.float32
+    rounding = FLOOR[compute] if ours.dtype == compute else torch.finfo(ours.dtype).eps
+    error, allowed = ((x.double() - exact.double()).norm() for x in (ours, eager))
+    assert error <= 2 * allowed + rounding * exact.double().norm(), f"{error:.2e} against {allowed:.2e}"
+
+
+def words(length: int) -> tuple[int, TokenSpans]:
+    """A row of one-token spans."""
+    return length, [(j, j + 1) for j in range(length)]
+
+
+# --- importance --------------------------------------------------------------------------------------------------
+
+# 0, 1 and 2 tokens; around a strip of queries (32 or 64); around the longest row of one pass (256); two super-tiles
+LENGTHS = [0, 1, 2, 5, 31, 32, 33, 65, 256, 257, 300]
+OPTIONS = [{}, {"causal": True}, {"count_padding": True}, {"causal": True, "count_padding": True}]
+
+
+def _importance_case(lengths: list[int], width: int, dtype: torch.dtype, layout: str = "right") -> RaggedBatch:
+    batch = make_batch(layout, [(n, []) for n in lengths])
+    batch.hidden = batch.lay([row.to(dtype) for row in random_rows(lengths, width)], padding=0.5).to(DEVICE)
+    return batch
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_importance(dtype: torch.dtype, options: dict[str, bool]) -> None:
+    # float64 has small tiles: fewer tokens reach the same branches
+    lengths = [1, 33, 2, 0, 270] if dtype == torch.float64 or "count_padding" in options else LENGTHS
+    batch = _importance_case(lengths, 40, dtype)
+    with launched() as names:
+        ours = token_importance(batch.hidden, batch.mask, backend="triton", **options)
+    assert ("strips" in names) == ("count_padding" not in options)
+    assert names[-4:] == ["statistics", "merge_statistics", "sums", "merge_sums"]
+    exact, eager = (
+        token_importance(hidden, batch.mask, backend="reference", **options)
+        for hidden in (batch.hidden.double(), batch.hidden)
+    )
+    check(ours, eager, exact)
+
+
+@pytest.mark.parametrize("width", [2, 3, 64, 577, 1600])
+def test_importance_of_any_width(width: int) -> None:
+    # 2: the least; 577: no multiple of anything; 1,600: several blocks of the standard deviation
+    batch = _importance_case([5, 40, 258], width, torch.float32)
+    for name in ("bfloat16", "float32"):
+        hidden = batch.hidden.to(getattr(torch, name))
+        results = (token_importance(h, batch.mask, backend=b) for h, b in _sides(hidden))
+        check(*results)
+
+
+def _sides(hidden: Tensor) -> Iterator[tuple[Tensor, str]]:
+    yield hidden, "triton"
+    yield hidden, "reference"
+    yield hidden.double(), "reference"
+
+
+def test_importance_of_large_means() -> None:
+    # the standard deviation is 1e-3 of the mean: a difference of squares would lose it
+    batch = _importance_case([5, 40], 700, torch.float32)
+    hidden = batch.hidden * 1e-3 + 1
+    check(*(token_importance(h, batch.mask, backend=b) for h, b in _sides(hidden)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2100, 4100, 8300])
+def test_importance_of_long_rows(length: int) -> None:
+    # super-tiles of 256, 512 and 1,024 tokens
+    batch = _importance_case([3, length, 40], 16, torch.float32)
+    check(*(token_importance(h, batch.mask, backend=b) for h, b in _sides(batch.hidden)))
+
+
+def test_importance_with_large_super_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    # rows of 530 tokens in super-tiles of 256, as rows of 2,100 have
+    if DEVICE == "cpu":  # the interpreter looks the function up as it runs
+        for name in ("_super_side", "_super_sides"):
+            monkeypatch.setattr(importance, name, lambda queries: queries * 0 + 256)
+    batch = _importance_case([3, 530, 40], 16, torch.float32)
+    for options in ({}, {"causal": True}):
+        check(*(token_importance(h, batch.mask, backend=b, **options) for h, b in _sides(batch.hidden)))
+
+
+def test_importance_layouts_and_neighbours_change_no_bit() -> None:
+    lengths = [7, 1, 0, 40, 300]
+    rows = random_rows(lengths, 24, dtype=torch.float32)
+    alone = torch.cat([token_importance(row[None].to(DEVICE), backend="triton")[0] for row in rows])
+    for layout in LAYOUTS:
+        batch = make_batch(layout, [(n, []) for n in lengths])
+        hidden = batch.lay(rows).to(DEVICE)
+        made = token_importance(hidden, batch.mask, cu_seqlens=batch.cu_seqlens, backend="triton")
+        assert torch.equal(batch.unlay(made.cpu()), alone.cpu())
+
+
+def test_importance_stays_in_its_row() -> None:
+    hidden = torch.randn(2, 40, 16, device=DEVICE)
+    hidden[1, 2, 0] = torch.inf
+    made = token_importance(hidden, backend="triton")
+    assert made[0].isfinite().all()
+    assert made[1].isnan().any()
+
+
+def test_more_rows_than_are_counted_at_a_time() -> None:
+    lengths = [3, 0, 1, 5] * 50  # 200 rows, 128 at a time
+    batch = _importance_case(lengths, 8, torch.float32)
+    check(*(token_importance(h, batch.mask, backend=b) for h, b in _sides(batch.hidden)))
+
+
+# --- pooling -----------------------------------------------------------------------------------------------------
+
+# one token, several, the whole row (more than a block of tokens), repeated, nested, unsorted; and a long span
+POOL_ROWS = [*EDGE_ROWS, (150, [(0, 150), (149, 150), (3, 90), (3, 90)])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_span_weights(dtype: torch.dtype) -> None:
+    batch = make_batch("left", POOL_ROWS)
+    values = batch.lay([row.abs().to(dtype) for row in random_rows(batch.lengths)])
+    values[4] = batch.lay([row * 0 for row in random_rows(batch.lengths)], padding=0)[4]  # a row of total 0
+    spans, values = batch.spans.to(DEVICE), values.to(DEVICE)
+    for ours, eager, exact in zip(*(normalize_weights(v, spans, backend=b) for v, b in _sides(values)), strict=True):
+        check(ours, eager, exact)
+
+
+@pytest.mark.parametrize("width", [16, 577])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pool_spans(dtype: torch.dtype, width: int) -> None:
+    batch = make_batch("right", POOL_ROWS)
+    spans = batch.spans.to(DEVICE)
+    hidden = batch.lay([row.to(dtype) for row in random_rows(batch.lengths, width)]).to(DEVICE)
+    weights = batch.lay([row.abs().float() for row in random_rows(batch.lengths)], padding=0).to(DEVICE)
+    weights[0, :2] = 0  # a span whose weights sum to 0
+    grad = torch.randn(spans.num_spans, width, dtype=torch.float64, device=DEVICE)
+    made = []
+    for h, backend in _sides(hidden):
+        leaf = h.detach().requires_grad_()
+        pooled = pooled_spans(leaf, weights, spans, backend=backend)
+        (gradient,) = torch.autograd.grad(pooled.states, leaf, grad.to(pooled.states.dtype))
+        made.append((*(x.detach() for x in pooled), gradient))
+    for ours, eager, exact in zip(*made, strict=True):
+        check(ours, eager, exact)
+    assert not made[0][3][2].any()  # a row of padding only has a gradient of 0
+
+
+# --- span pairs --------------------------------------------------------------------------------------------------
+
+# none, one (no pair), two, around a tile (32 or 64), more than a tile; 0 spans last
+PAIR_COUNTS = [0, 1, 2, 31, 32, 33, 65, 0]
+
+
+def _pair_inputs(dtype: torch.dtype, d_s: int = 40, d_t: int = 70) -> tuple[Any, ...]:
+    batch = make_batch("packed", [words(n) for n in PAIR_COUNTS])
+    n = sum(PAIR_COUNTS)
+    common = torch.randn(n, 1).double()  # a shared direction, as the spans of real models have
+    student, teacher = (torch.randn(n, d).double() + common for d in (d_s, d_t))
+    student[5] = 0  # a zero vector's cosine is 0
+    student, teacher = (x.to(dtype).to(DEVICE) for x in (student, teacher))
+    weights = torch.rand(n).to(torch.promote_types(dtype, torch.float32)).to(DEVICE)
+    return student, teacher, weights, batch.spans.to(DEVICE)
+
+
+def _pair_terms(student: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, ...]:
+    leaf = student.detach().requires_grad_()
+    numerator, denominator = span_pair_terms(leaf, *rest, reduction="none", **options)
+    (gradient,) = torch.autograd.grad(numerator, leaf)
+    return numerator.detach(), denominator, gradient
+
+
+@pytest.mark.parametrize("method", ["pairwise", "gram"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_span_pairs(dtype: torch.dtype, method: str) -> None:
+    student, teacher, weights, spans = _pair_inputs(dtype)
+    with launched() as names:
+        ours = _pair_terms(student, teacher, weights, spans, method=method, backend="triton")
+    kernels = {"pairwise": ["pairs"], "gram": ["gram_products", "gram_gradient"]}[method]
+    assert names == [*kernels, "row_totals"]
+    eager = _pair_terms(student, teacher, weights, spans, method=method, backend="reference")
+    double = student.double(), teacher.double(), weights.double()
+    exact = _pair_terms(*double, spans, method="pairwise", backend="reference")
+    for x, y, z in zip(ours, eager, exact, strict=True):
+        check(x, y, z)
+    with torch.no_grad():  # without a gradient other tiles are visited
+        value, _ = span_pair_terms(student, teacher, weights, spans, reduction="none", method=method, backend="triton")
+    check(value, eager[0], exact[0])
+
+
+def test_the_cost_model_picks_per_row() -> None:
+    # widths 8 and 8: the Gram form from 14 spans on
+    assert reference.gram_from(8, 8) == 14
+    student, teacher, weights, spans = _pair_inputs(torch.float32, 8, 8)
+    with launched() as names:
+        ours = _pair_terms(student, teacher, weights, spans, backend="triton")
+    assert names == ["pairs", "gram_products", "gram_gradient", "row_totals"]
+    double = student.double(), teacher.double(), weights.double()
+    exact = _pair_terms(*double, spans, backend="reference", method="pairwise")
+    for x, y, z in zip(ours, _pair_terms(student, teacher, weights, spans, backend="reference"), exact, strict=True):
+        check(x, y, z)
+
+
+def test_span_pairs_of_two_dtypes() -> None:
+    student, teacher, weights, spans = _pair_inputs(torch.float32)
+    student, teacher = student.bfloat16(), teacher.half()
+    for method in ("pairwise", "gram"):
+        ours = _pair_terms(student, teacher, weights, spans, method=method, backend="triton")
+        eager = _pair_terms(student, teacher, weights, spans, method=method, backend="reference")
+        double = student.double(), teacher.double(), weights.double()
+        for x, y, z in zip(ours, eager, _pair_terms(*double, spans, backend="reference"), strict=True):
+            check(x, y, z)
+
+
+# --- hidden alignment --------------------------------------------------------------------------------------------
+
+
+def _eager_numerator(
+    student: Tensor, teacher: Tensor, tokens: Tensor, weights: Tensor, matrix: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Hid's numerator in plain PyTorch, as a script without this package computes it in these dtypes."""
+    kind = torch.promote_types(student.dtype, matrix.dtype)
+    p = F.linear(student[tokens.long()].to(kind), matrix.to(kind), None if bias is None else bias.to(kind))
+    acc = torch.promote_types(kind, torch.float32)
+    cosine = F.cosine_similarity(p.to(acc), teacher[tokens.long()].to(acc), dim=-1, eps=1e-30)
+    return (weights.to(acc) * (1 - cosine)).sum()
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("float64", "float64", "float64"),
+        ("float32", "float32", "float32"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float16", "float16", "float16"),
+        ("bfloat16", "float16", "float32"),
+        ("float32", "bfloat16", "bfloat16"),
+    ],
+    ids=" ".join,
+)
+def test_hidden_alignment(monkeypatch: pytest.MonkeyPatch, dtypes: tuple[str, str, str], bias: bool) -> None:
+    monkeypatch.setattr(sys.modules["mta_fast.kernels.hidden_alignment"], "TOKEN_CHUNK", 16)  # 35 tokens: 16, 16, 3
+    d_s, d_t, tokens = 24, 40, torch.arange(0, 70, 2, dtype=torch.int32, device=DEVICE)
+    kinds = [getattr(torch, name) for name in dtypes]
+    student, teacher = (torch.randn(70, d).to(kind).to(DEVICE) for d, kind in ((d_s, kinds[0]), (d_t, kinds[1])))
+    teacher[4] = 0
+    matrix = (torch.randn(d_t, d_s) / d_s**0.5).to(kinds[2]).to(DEVICE)
+    vector = torch.randn(d_t).to(kinds[2]).to(DEVICE) if bias else None
+    weights = torch.rand(len(tokens), device=DEVICE)
+    made = []
+    with launched() as names:
+        for function, cast in (
+            (_numerator, Tensor.clone),
+            (_eager_numerator, Tensor.clone),
+            (_eager_numerator, Tensor.double),
+        ):
+            learnt = [cast(x.detach()).requires_grad_() for x in (student, matrix, vector) if x is not None]
+            value = function(learnt[0], cast(teacher), tokens, weights, learnt[1], learnt[2] if bias else None)
+            made.append((value.detach(), *torch.autograd.grad(value, learnt)))
+    assert names == ["align"] * 3
+    for ours, eager, exact in zip(*made, strict=True):
+        check(ours, eager, exact)
+
+
+def _numerator(*inputs: Any) -> Tensor:
+    return hidden_alignment_numerator(*inputs, backend="triton")
+
+
+def test_a_half_precision_projection_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 40 equal tokens in chunks of one: a bfloat16 sum would stop growing
+    monkeypatch.setattr(sys.modules["mta_fast.kernels.hidden_alignment"], "TOKEN_CHUNK", 1)
+    student, teacher = (torch.randn(d).bfloat16().expand(40, d).contiguous().to(DEVICE) for d in (8, 16))
+    matrix = torch.randn(16, 8, device=DEVICE).bfloat16().requires_grad_()
+    one, many = (
+        torch.autograd.grad(
+            _numerator(student, teacher, tokens, torch.ones(len(tokens), device=DEVICE), matrix, None), matrix
+        )[0]
+        for tokens in (torch.arange(1, device=DEVICE), torch.arange(40, device=DEVICE))
+    )
+    torch.testing.assert_close(many.float(), 40 * one.float(), rtol=2**-7, atol=0)
+
+
+def test_autocast_chooses_the_dtype_of_the_products() -> None:
+    student, teacher = torch.randn(20, 8, device=DEVICE), torch.randn(20, 16, device=DEVICE)
+    matrix = torch.randn(16, 8, device=DEVICE).requires_grad_()
+    inputs = (torch.arange(20, device=DEVICE), torch.ones(20, device=DEVICE), matrix, None)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        value = _numerator(student, teacher, *inputs)
+    half = matrix.detach().bfloat16().requires_grad_()
+    plain = _numerator(student.bfloat16(), teacher, *inputs[:2], half, None)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, plain)
+    (gradient,) = torch.autograd.grad(value, matrix)  # float32, where the half-precision weight's is rounded
+    assert torch.equal(gradient.bfloat16(), torch.autograd.grad(plain, half)[0])
+
+
+# --- the whole loss ----------------------------------------------------------------------------------------------
+
+LOSS_ROWS = [*EDGE_ROWS, words(66)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"student_pooling": "own", "count_padding": True}], ids=["paper", "public"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loss(dtype: torch.dtype, changes: dict[str, Any]) -> None:
+    batch = make_batch("left", LOSS_ROWS)
+    spans = {kind: batch.spans.to(DEVICE) for kind in ("word", "phrase")}
+    padding = 0.5 if changes else torch.nan
+    hidden = [
+        {i: batch.lay([row.to(dtype) for row in random_rows(batch.lengths, d)], padding).to(DEVICE) for i in range(2)}
+        for d in (24, 40)
+    ]
+    made = []
+    for cast, backend in ((Tensor.clone, "triton"), (Tensor.clone, "reference"), (Tensor.double, "reference")):
+        settings = {"layer_pairs": [(0, 0), (1, 1)], "granularity": ["word", "phrase"], "backend": backend}
+        torch.manual_seed(1)
+        loss = MTALoss(MTAConfig(**settings, **changes), 24, 40).to(DEVICE)
+        loss = loss.double() if cast is Tensor.double else loss
+        student, teacher = ({i: cast(h) for i, h in side.items()} for side in hidden)
+        leaves = [*(h.requires_grad_() for h in student.values()), *loss.parameters()]
+        output = loss(student, teacher, spans)
+        made.append((output.dsa.detach(), output.hid.detach(), *torch.autograd.grad(output.loss, leaves)))
+    for ours, eager, exact in zip(*made, strict=True):
+        check(ours, eager, exact)
+
+
+def test_launches_of_a_layer_pair() -> None:
+    # one row for each path: one pass, two passes, pairwise and Gram form
+    rows = [words(40), words(300), (8, [(0, 4), (4, 8)])]
+    batch = make_batch("packed", rows)
+    spans = batch.spans.to(DEVICE)
+    student, teacher = (batch.lay(random_rows(batch.lengths, 8, dtype=torch.float32)).to(DEVICE) for _ in range(2))
+    loss = MTALoss(MTAConfig(layer_pairs=[(0, 0)], backend="triton"), 8, 8).to(DEVICE)
+    with launched() as names:
+        loss({0: student.requires_grad_()}, {0: teacher}, {"phrase": spans}).loss.backward()
+    assert names.count("align") == 1
+    assert len(names) - 1 <= 14, names
+    assert len(set(names)) == len(names) - 1, "only pooling runs twice, once a side"

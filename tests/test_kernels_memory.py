@@ -1,0 +1,172 @@
+"""The kernels touch nothing beside their tensors: guard pages, poisoned outputs, offsets beyond 2^31."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from batches import make_batch, random_rows
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the triton backend needs the package triton")
+from mta_fast import kernels
+from mta_fast.reference import Spans
+
+if torch.cuda.is_available():
+    pytest.skip("guard pages are for the interpreter: on a GPU use compute-sanitizer", allow_module_level=True)
+
+# one pass and two, rows of padding, spans of one token and of many, beginning and ending with the tokens
+ROWS = [(5, [(0, 2), (0, 5)]), (1, [(0, 1)]), (0, []), (270, [(0, 270), (3, 4), (269, 270)]), (33, [(30, 33)])]
+WIDTHS = (19, 37)  # no multiple of anything
+
+
+def guarded(tensor: Tensor, end: bool) -> Tensor:
+    """A copy whose last byte (or first, without ``end``) touches a page that may not be accessed."""
+    page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
+    body = -(-max(size, 1) // page) * page
+    memory = mmap.mmap(-1, body + 2 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for fence in (address, address + page + body):
+        assert libc.mprotect(ctypes.c_void_p(fence), page, 0) == 0
+    offset = page + (body - size if end else 0)
+    copy = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset) if size else torch.empty(0)
+    if size:
+        copy = copy.view(tensor.dtype).reshape(tensor.shape)
+        copy.copy_(tensor)
+    return copy if size else tensor
+
+
+def run_all(end: bool) -> Iterator[Tensor]:
+    """Every backend function on guarded inputs, and NaN wherever an output is not written."""
+    torch.use_deterministic_algorithms(True)  # torch.empty is then filled with NaN
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    batch = make_batch("packed", ROWS)
+    student, teacher = (batch.lay(random_rows(batch.lengths, d, dtype=torch.float32)) for d in WIDTHS)
+    rows, host = guarded(batch.spans.rows.table, end), batch.spans.rows.host
+    index = batch.spans.index_tensors()
+    spans = Spans(*(guarded(x, end) for x in index[:-1]), index.host)
+    student, teacher = guarded(student, end), guarded(teacher, end)
+    for causal in (False, True):
+        importance = kernels.token_importance(teacher, rows, host, 0, causal, False)
+        yield importance
+    token, span, totals = kernels.span_weights(guarded(importance.abs() + 0.1, end), spans)
+    yield from (token, span, totals)
+    token = guarded(token, end)
+    pooled = [kernels.pool_spans(states, token, spans, rows, host) for states in (student, teacher)]
+    yield from (*pooled[0], *pooled[1])
+    yield kernels.pool_spans_gradient(guarded(pooled[0][0], end), guarded(span, end), token, spans, torch.float32)
+    sides = [guarded(x, end) for x in (pooled[0][0], pooled[1][0], span, pooled[0][2], pooled[1][2])]
+    for method in ("pairwise", "gram"):
+        for with_gradient in (False, True):
+            yield from kernels.span_pairs(*sides, spans.span_splits, spans.host, method, with_gradient)
+    matrix, bias = guarded(torch.randn(WIDTHS[1], WIDTHS[0]), end), guarded(torch.randn(WIDTHS[1]), end)
+    weights = guarded(token[spans.covered], end)
+    value, gradient = kernels.hidden_alignment(
+        student, teacher, spans.covered, weights, matrix, bias, torch.float32, True
+    )
+    assert gradient is not None
+    yield from (value, *(x for x in gradient if x is not None))
+
+
+def in_a_process(code: str) -> subprocess.CompletedProcess[str]:
+    """Python code run beside this file; a segmentation fault ends that process, not the tests."""
+    here = Path(__file__).parent
+    program = f"import conftest; conftest.pytest_configure(); {code}"
+    return subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("end", [True, False], ids=["end", "start"])
+def test_nothing_is_read_outside_and_everything_is_written(end: bool) -> None:
+    code = f"import test_kernels_memory as t; print(sum(int(x.isfinite().all()) - 1 for x in t.run_all({end})), 'done')"
+    made = in_a_process(code)
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert made.stdout == "0 done\n"
+
+
+PLANTED = """
+import os, torch, triton, triton.language as tl, test_kernels_memory as t
+from mta_fast.kernels import importance, token_importance
+inside = importance._row_geometry
+def beyond(*args):  # one token more than the row has
+    first, queries, first_key, end_key = inside(*args)
+    return first, queries + {more}, first_key, end_key
+importance._row_geometry = beyond
+hidden = t.guarded(torch.randn(40, 1024), True)
+rows = torch.tensor([[0, 40]], dtype=torch.int32)
+token_importance(hidden, rows, rows, 0, False, False)
+print("survived")
+"""
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_planted_error_kills_the_process(more: int) -> None:
+    made = in_a_process(PLANTED.format(more=more))
+    assert made.returncode == (-signal.SIGSEGV if more else 0), made.stderr[-2000:]
+    assert ("survived" in made.stdout) == (not more)
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    # 40 tokens, 2^26 elements apart, in memory that is only reserved; row 32 and later lie beyond 2^31
+    tokens, width, stride = 40, 16, 2**26
+    memory = mmap.mmap(-1, 4 * (stride * (tokens - 1) + width), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    wide = torch.frombuffer(memory, dtype=torch.float32).as_strided((tokens, width), (stride, 1))
+    dense = torch.randn(tokens, width)
+    wide.copy_(dense)
+    batch = make_batch("packed", [(tokens, [(0, 3), (33, 40), (39, 40)])])
+    rows, spans = batch.spans.rows, batch.spans.index_tensors()
+    importance = [kernels.token_importance(x, rows.table, rows.host, 0, False, False) for x in (wide, dense)]
+    assert torch.equal(*importance)
+    token, span, _ = kernels.span_weights(importance[0], spans)
+    pooled = [kernels.pool_spans(x, token, spans, rows.table, rows.host) for x in (wide, dense)]
+    assert all(torch.equal(*pair) for pair in zip(*pooled, strict=True))
+    pooled_wide = wide[37:].copy_(pooled[1][0])
+    norm = pooled[1][2]
+    pairs = [
+        kernels.span_pairs(x, x, span, norm, norm, spans.span_splits, spans.host, method, True)
+        for method in ("pairwise", "gram")
+        for x in (pooled_wide, pooled[1][0])
+    ]
+    for i in (0, 2):
+        assert all(torch.equal(*pair) for pair in zip(*pairs[i : i + 2], strict=True))
+    wide.copy_(dense)
+    matrix = torch.randn(width, width)
+    aligned = [
+        kernels.hidden_alignment(dense, x, spans.covered, token[spans.covered], matrix, None, torch.float32, True)
+        for x in (wide, dense)
+    ]
+    assert torch.equal(aligned[0][0], aligned[1][0])
+
+
+def test_strided_inputs() -> None:
+    # a slice of a wider tensor, a transposed one, every other token
+    batch = make_batch("packed", [(40, [(0, 3), (33, 40)])])
+    rows, spans = batch.spans.rows, batch.spans.index_tensors()
+    base = torch.randn(40, 16)
+    views = [torch.randn(40, 20)[:, 2:18], torch.randn(16, 40).T, torch.randn(80, 16)[::2]]
+    for view in views:
+        view.copy_(base)
+        for x in (view, base):
+            assert x.stride() != (16, 1) or x is base
+        importance = [kernels.token_importance(x, rows.table, rows.host, 0, False, False) for x in (view, base)]
+        assert torch.equal(*importance)
+        token, span, _ = kernels.span_weights(importance[0], spans)
+        pooled = [kernels.pool_spans(x, token, spans, rows.table, rows.host)[0] for x in (view, base)]
+        assert torch.equal(*pooled)
+        grads = [kernels.pool_spans_gradient(x[:2], span, token, spans, torch.float32) for x in (view, base)]
+        assert torch.equal(*grads)
+        norm = base[:2].norm(dim=1)
+        for method in ("pairwise", "gram"):
+            pairs = [
+                kernels.span_pairs(x[:2], x[:2], span, norm, norm, spans.span_splits, spans.host, method, True)
+                for x in (view, base)
+            ]
+            torch.testing.assert_close(*pairs, rtol=1e-6, atol=1e-7)  # torch's own products depend on strides
