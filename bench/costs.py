@@ -1,7 +1,7 @@
-"""What a launch of each Triton kernel costs: operations of its products, and bytes of device memory.
+"""What launches cost: operations of their products and bytes of device memory; what data sheets allow.
 
-One function a kernel, in ``COSTS``. They are counted from the launch's arguments and the lengths of the batch's rows
-and spans, and hold for the program as it is written: ``tests/test_bench_model.py`` compares every one with the
+One function for each Triton kernel, in ``COSTS``. It counts from the launch's arguments and the lengths of the batch's
+rows and spans, and holds for the program as it is written: ``tests/test_bench_model.py`` compares every one with the
 products, loads and stores of the interpreted kernel, byte by byte.
 
 Operations: 2 M N K of every tile that is multiplied, so the padding of a row's last tile and of the width to whole
@@ -11,17 +11,19 @@ blocks is included. Arithmetic outside of the tensor cores is not counted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mta_fast import SpanBatch
 from mta_fast.kernels._launch import Launch
-from mta_fast.kernels.importance import SHORT_ROW
+from mta_fast.kernels.importance import SHORT_ROW, _super_sides
 
 INDEX = 4  # bytes of an int32
 DOUBLE = 8
@@ -93,6 +95,31 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """Dense peaks and memory bandwidth of a data sheet, per second."""
+
+    name: str
+    sheet: str
+    bfloat16: float
+    tf32: float
+    float32: float
+    bandwidth: float
+
+    def peak(self, precision: str) -> float:
+        """Operations a second; a float32 product in split precision is three of TF32."""
+        peaks = {"bfloat16": self.bfloat16, "tf32": self.tf32, "tf32x3": self.tf32 / 3, "ieee": self.float32}
+        return peaks[precision]
+
+
+_SPARSE = "half of its rates with sparsity"
+GPUS = (
+    Gpu("A100", "NVIDIA A100 data sheet, SXM 80GB", 312e12, 156e12, 19.5e12, 2.039e12),
+    Gpu("H100", f"NVIDIA H100 data sheet, SXM; {_SPARSE}", 989.5e12, 494.5e12, 67e12, 3.35e12),
+    Gpu("B200", f"NVIDIA HGX B200 data sheet, one of eight; {_SPARSE}", 2250e12, 1125e12, 75e12, 8e12),
+)
+
+
 def cost(launch: Launch, batch: Batch) -> Cost:
     """What a launch costs; ``batch`` is the one that it works on."""
     return COSTS[launch.name](launch.arguments, batch, launch.grid)
@@ -101,8 +128,12 @@ def cost(launch: Launch, batch: Batch) -> Cost:
 def precision(launch: Launch) -> str:
     """What its products are multiplied in: "bfloat16" for both half precisions, "tf32x3", "tf32" or "ieee"."""
     states = launch.arguments.get("hidden", launch.arguments.get("student"))
-    half = states is not None and states.dtype in (torch.bfloat16, torch.float16)
-    return "bfloat16" if half else launch.arguments.get("PRECISION", "ieee")
+    return "bfloat16" if is_half(states) else launch.arguments.get("PRECISION", "ieee")
+
+
+def is_half(tensor: Tensor | None) -> bool:
+    """Whether it holds bfloat16 or float16."""
+    return tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 Arguments = dict[str, Any]
@@ -117,12 +148,36 @@ def _padded(width: int, block: int) -> int:
     return -(-width // block) * block
 
 
+# --- torch's launches --------------------------------------------------------------------------------------------
+
+GEMMS = {"mm", "addmm", "addmm_"}
+FILLS = {"zeros", "new_zeros", "ones_like", "scalar_tensor"}
+GATHERS = {"index", "index_select"}
+
+
+def torch_cost(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Cost:
+    """What one of torch's operators costs on tensors of these shapes, in one launch."""
+    read, written = [_distinct_bytes(t) for t in inputs], sum(map(_distinct_bytes, outputs))
+    if name in GEMMS:
+        return Cost(2 * outputs[0].numel() * inputs[-2].shape[-1], sum(read), written)
+    if name in FILLS:
+        return Cost(outputs=written)
+    if name in GATHERS:  # of the tensor only what is gathered
+        return Cost(inputs=written + sum(read[1:]), outputs=written)
+    if name == "copy_":
+        return Cost(inputs=read[1], outputs=written)
+    if name == "index_copy_":  # to, index, from
+        return Cost(inputs=sum(read[1:]), outputs=read[2])
+    return Cost(inputs=sum(read), outputs=written)
+
+
+def _distinct_bytes(tensor: Tensor) -> int:
+    """An expanded dimension counts once."""
+    sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    return math.prod(sizes) * tensor.element_size()
+
+
 # --- importance --------------------------------------------------------------------------------------------------
-
-
-def super_side(length: int) -> int:
-    """Tokens on the side of a super-tile of a row, as ``kernels.importance._super_side``."""
-    return 1024 if length > 8192 else 512 if length > 4096 else 256 if length > 2048 else 128
 
 
 def _short(batch: Batch) -> np.ndarray:
@@ -143,7 +198,7 @@ def _strip_partials(batch: Batch, strip: int) -> int:
 
 
 def _super_partials(batch: Batch) -> int:
-    return sum(int(length) * -(-int(length) // super_side(int(length))) for length in _long(batch))
+    return int((_long(batch) * -(-_long(batch) // _super_sides(_long(batch)))).sum())
 
 
 def _token_scale(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
@@ -167,9 +222,8 @@ def _strips(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
 def _partial_accesses(length: int, tile: int) -> tuple[int, int]:
     """Loads and stores of the partials of a long row by ``statistics`` (in pairs) and by ``sums``."""
     tiles = [min(tile, length - start) for start in range(0, length, tile)]
-    strips = [
-        tiles[first : first + super_side(length) // tile] for first in range(0, len(tiles), super_side(length) // tile)
-    ]
+    side = int(_super_sides(np.array(length))) // tile
+    strips = [tiles[first : first + side] for first in range(0, len(tiles), side)]
     statistics = sums = 0
     for i, j in itertools.combinations_with_replacement(range(len(strips)), 2):
         if i != j:  # each row of tiles but the first adds to what is there; then the slot of I is stored
@@ -299,31 +353,21 @@ def _gram_rows(a: Arguments, batch: Batch) -> np.ndarray:
     return batch.counts[batch.counts >= a["gram_above"]]
 
 
-def _gram_inputs(a: Arguments, batch: Batch, per_span: int) -> int:
-    """Row table, both sides' spans, their means, and ``per_span`` further numbers a span."""
-    counts, size = _gram_rows(a, batch), _size(a, "student")
-    width = a["student_width"] + a["teacher_width"]
-    means = int((counts > 0).sum()) * width
-    return INDEX * (len(batch.counts) + 1) + size * (int(counts.sum()) * (width + per_span) + means)
-
-
-def _tangents(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
-    counts = _gram_rows(a, batch)
-    omegas = int((counts > 0).sum()) * DOUBLE
-    return Cost(
-        inputs=_gram_inputs(a, batch, 3) + omegas,
-        outputs=int(counts.sum()) * (DOUBLE + 2 * _size(a, "bends")),
-    )
+def _gram_inputs(a: Arguments, batch: Batch, per_span: int, means: int) -> int:
+    """Row table, both sides' spans, the means of some rows, and ``per_span`` further numbers a span."""
+    spans, width = int(_gram_rows(a, batch).sum()), a["student_width"] + a["teacher_width"]
+    return INDEX * (len(batch.counts) + 1) + _size(a, "student") * (spans * (width + per_span) + means * width)
 
 
 def _gram_products(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
     counts, size = _gram_rows(a, batch), _size(a, "gram_xx")
     matrices = a["student_width"] * (a["student_width"] + a["teacher_width"])
     depth = int((-(-counts // a["BLOCK_U"]) * a["BLOCK_U"]).sum())
+    terms = int(counts.sum()) * (DOUBLE + 2 * size)  # of the programs that follow the tiles
     return Cost(
-        flops=grid[0] * 2 * a["TILE"] ** 2 * depth,
-        inputs=_gram_inputs(a, batch, 3),
-        outputs=len(counts) * (matrices * size + grid[0] * DOUBLE),
+        flops=a["num_tiles"] * 2 * a["TILE"] ** 2 * depth,
+        inputs=_gram_inputs(a, batch, 3, len(counts)) + len(counts) * DOUBLE,
+        outputs=len(counts) * (matrices * size + a["num_tiles"] * DOUBLE) + terms,
     )
 
 
@@ -331,10 +375,11 @@ def _gram_gradient(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
     counts, size = _gram_rows(a, batch), _size(a, "gradient")
     width_s, width_t = a["student_width"], a["teacher_width"]
     depth = _padded(width_s, a["BLOCK_D"]) + _padded(width_t, a["BLOCK_D"])
-    kept = int((counts > 0).sum()) * width_s * (width_s + width_t + 1)  # X'DX, Y'DX and the pull
+    rows = int((counts > 0).sum())
+    kept = rows * width_s * (width_s + width_t + 1)  # X'DX, Y'DX and the pull
     return Cost(
         flops=grid[0] * grid[1] * 2 * a["TILE"] ** 2 * depth,
-        inputs=_gram_inputs(a, batch, 4) + kept * size,
+        inputs=_gram_inputs(a, batch, 4, rows) + kept * size,
         outputs=int(counts.sum()) * width_s * size,
     )
 
@@ -361,7 +406,6 @@ COSTS: dict[str, Callable[[Arguments, Batch, tuple[int, ...]], Cost]] = {
     "pool_gradient": _pool_gradient,
     "pairs": _pairs,
     "row_totals": _row_totals,
-    "tangents": _tangents,
     "gram_products": _gram_products,
     "gram_gradient": _gram_gradient,
     "align": _align,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,50 +26,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.costs import Batch, cost, precision
+from bench.costs import GEMMS, GPUS, Batch, Cost, Gpu, cost, is_half, precision, torch_cost
 from bench.report import Row, make_row
 from bench.workload import COVERED_SHARE
 from mta_fast import MTAConfig, MTALoss, SpanBatch, __version__, backends, kernels
 from mta_fast.errors import BackendUnavailableError
 from mta_fast.kernels._launch import INTERPRETED, Launch, observe
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Dense peaks and memory bandwidth of a data sheet, per second."""
-
-    name: str
-    sheet: str
-    bfloat16: float
-    tf32: float
-    float32: float
-    bandwidth: float
-
-    def peak(self, precision: str) -> float:
-        """Products a second, times two; a float32 product in split precision is three of TF32."""
-        peaks = {"bfloat16": self.bfloat16, "tf32": self.tf32, "tf32x3": self.tf32 / 3, "ieee": self.float32}
-        return peaks[precision]
-
-
-GPUS = (
-    Gpu("A100", "NVIDIA A100 Tensor Core GPU data sheet, SXM 80GB", 312e12, 156e12, 19.5e12, 2.039e12),
-    Gpu(
-        "H100",
-        "NVIDIA H100 Tensor Core GPU data sheet, SXM; half of the rates with sparsity",
-        989.5e12,
-        494.5e12,
-        67e12,
-        3.35e12,
-    ),
-    Gpu(
-        "B200",
-        "NVIDIA HGX B200 data sheet, an eighth of the board's; half of the rates with sparsity",
-        2250e12,
-        1125e12,
-        75e12,
-        8e12,
-    ),
-)
 ARCHITECTURE = "sm_90"  # whose launch parameters are modelled on all three
 
 
@@ -96,26 +58,20 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Work:
-    """One launch: whose it is, its operations and its bytes."""
+    """One launch: whose it is, what it multiplies in, and what it costs."""
 
     name: str
     precision: str
-    flops: int
-    bytes: int
-    minimum: int  # every input read once, every output written once
-    without_l2: int  # with what further programs read again; of pool, pool_gradient and align only
+    cost: Cost
 
     def seconds(self, gpu: Gpu) -> tuple[float, float]:
         """What the products and what the bytes take."""
-        return self.flops / gpu.peak(self.precision), self.bytes / gpu.bandwidth
+        return self.cost.flops / gpu.peak(self.precision), self.cost.bytes / gpu.bandwidth
 
 
 # --- recording ---------------------------------------------------------------------------------------------------
 
 GEMM, OTHER = "GEMM", "torch"  # names of what is not the package's own
-GEMMS = {"mm", "addmm", "addmm_"}
-FILLS = {"zeros", "new_zeros", "ones_like", "scalar_tensor"}
-GATHERS = {"index", "index_select"}
 NO_LAUNCH = {"empty", "new_empty", "empty_like", "squeeze_"}
 
 
@@ -138,22 +94,25 @@ class Recorder(TorchDispatchMode):
         """Observer of the package's own launches."""
         tensors = [a for a in launch.arguments.values() if isinstance(a, Tensor)]
         batch = next(self.batches[_storage(t)] for t in tensors if _storage(t) in self.batches)
-        made = cost(launch, batch)
-        self.works.append(
-            Work(launch.name, precision(launch), made.flops, made.bytes, made.minimum, made.minimum + made.shared)
-        )
+        self.works.append(Work(launch.name, precision(launch), cost(launch, batch)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run and count one of torch's operators, or open one of the package's ops."""
         kwargs = kwargs or {}
         if func.namespace == "mta_fast":
             return self._run_op(func, args, kwargs)
+        with self:  # what torch composes of others, such as matmul, arrives whole where autograd is off
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
         out = func(*args, **kwargs)
         inputs, outputs = _device_tensors((args, kwargs)), _device_tensors(out)
         known = {_storage(t) for t in inputs}
         self._allocated([t for t in outputs if _storage(t) not in known])
         if outputs and not func.is_view and func._opname not in NO_LAUNCH:
-            self.works.append(_torch_work(func._opname, inputs, outputs))
+            name = GEMM if func._opname in GEMMS else OTHER
+            kind = "bfloat16" if is_half(inputs[-1] if inputs else None) else "ieee"
+            self.works.append(Work(name, kind, torch_cost(func._opname, inputs, outputs)))
         return out
 
     def _run_op(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -182,34 +141,6 @@ def _device_tensors(values: Any) -> list[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _nbytes(tensor: Tensor) -> int:
-    """Distinct bytes of a tensor: an expanded dimension counts once."""
-    sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
-    return math.prod(sizes) * tensor.element_size()
-
-
-def _torch_work(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Work:
-    """One of torch's launches: every input read once, every output written once."""
-    written = sum(map(_nbytes, outputs))
-    if name in GEMMS:
-        left = inputs[-2]
-        half = left.dtype in (torch.bfloat16, torch.float16)
-        moved = sum(map(_nbytes, inputs)) + written
-        flops = 2 * outputs[0].numel() * left.shape[-1]
-        return Work(GEMM, "bfloat16" if half else "ieee", flops, moved, moved, moved)
-    if name in FILLS:
-        moved = written
-    elif name in GATHERS:
-        moved = 2 * written + sum(map(_nbytes, inputs[1:]))
-    elif name == "copy_":
-        moved = written + _nbytes(inputs[1])
-    elif name == "index_copy_":
-        moved = _nbytes(inputs[1]) + 2 * _nbytes(inputs[2])
-    else:
-        moved = sum(map(_nbytes, inputs)) + written
-    return Work(OTHER, "ieee", 0, moved, moved, moved)
 
 
 @contextmanager
@@ -275,6 +206,7 @@ def record(shape: Shape) -> Recorder:
 
 IMPORTANCE = ("strips", "statistics", "sums")
 TRAFFIC = ("pool", "pool_gradient", "align")
+SCRATCH_OPS = ("token_importance", "span_pairs", "hidden_alignment")
 ASSUMPTIONS = (
     "Time of a launch: the longer of products / dense peak and bytes / memory bandwidth of the data sheet, launch "
     "latency left out; launches run one after another, none finds its inputs in a cache. A bound that no measurement "
@@ -301,12 +233,14 @@ def _kernel_rows(works: Sequence[Work]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "kernel": name,
-                "products": made[0].precision if any(work.flops for work in made) else "",
+                "products": ", ".join(sorted({work.precision for work in made if work.cost.flops})),
                 "launches": len(made),
-                "flops": sum(work.flops for work in made),
-                "bytes": sum(work.bytes for work in made),
-                "minimum_bytes": sum(work.minimum for work in made),
-                "without_l2_bytes": sum(work.without_l2 for work in made) if name in TRAFFIC else None,
+                "flops": sum(work.cost.flops for work in made),
+                "bytes": sum(work.cost.bytes for work in made),
+                "minimum_bytes": sum(work.cost.minimum for work in made),
+                "without_l2_bytes": sum(work.cost.bytes + work.cost.shared for work in made)
+                if name in TRAFFIC
+                else None,
                 "ms": {gpu: round(1e3 * seconds, 6) for gpu, seconds in total.items()},
                 "bound": {gpu: "products" if 2 * products[gpu] > total[gpu] else "memory" for gpu in total},
             }
@@ -396,7 +330,7 @@ def _markdown(report: dict[str, Any]) -> str:
 
 
 def _shape_tables(shapes: Sequence[dict[str, Any]]) -> list[str]:
-    work, times = [], []
+    work, memory, times = [], [], []
     for made in shapes:
         shape, launches = made["shape"], made["launches_per_pair"]
         sizes = [shape[name] for name in ("batch", "seq_len", "student_dim", "teacher_dim", "pairs")]
@@ -406,17 +340,17 @@ def _shape_tables(shapes: Sequence[dict[str, Any]]) -> list[str]:
         )
         largest = made["largest_allocation"]
         counts = (f"{launches[name]:g}" for name in ("kernels", "align", GEMM, OTHER))
-        work.append(
-            [shape["name"], *sizes, *counts, f"{made['importance_products']:.4f}", *traffic]
-            + [f"{made['importance_scratch_per_row']:,}", f"{made['scratch_bytes']['hidden_alignment'] / 1e6:.1f} MB"]
-            + [f"{largest['shape']} {largest['dtype']}, {largest['bytes'] / 1e6:.1f} MB"]
-        )
+        work.append([shape["name"], *sizes, *counts, f"{made['importance_products']:.4f}", *traffic])
+        scratch = (f"{made['scratch_bytes'][op] / 1e6:.2f}" for op in SCRATCH_OPS)
+        made_tensor = f"{largest['shape']} {largest['dtype']}, {largest['bytes'] / 1e6:.1f}"
+        memory.append([shape["name"], *scratch, f"{made['importance_scratch_per_row']:,}", made_tensor])
         for part, ms in made["ms"].items():
             times.append([shape["name"], part, *(f"{value:.3f}" for value in ms.values())])
     head = ("shape", "B", "S", "d_S", "d_T", "pairs", "own launches a pair", "align", "GEMMs", "torch launches beside")
-    head += ("importance products", *(f"{name} bytes / minimum (without L2)" for name in TRAFFIC))
-    head += ("importance scratch, bytes a row", "Hid scratch", "largest tensor made")
-    return _table(head, work) + _table(("shape", "ms, modelled", *(gpu.name for gpu in GPUS)), times)
+    head += ("importance products", *(f"{name}: bytes / minimum (without L2)" for name in TRAFFIC))
+    scratch_head = ("shape", *(f"scratch of {op}, MB" for op in SCRATCH_OPS), "importance scratch, bytes a row")
+    lines = _table(head, work) + _table((*scratch_head, "largest tensor made, MB"), memory)
+    return lines + _table(("shape", "ms, modelled", *(gpu.name for gpu in GPUS)), times)
 
 
 def _kernel_table(made: dict[str, Any]) -> list[str]:

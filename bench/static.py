@@ -2,7 +2,7 @@
 
 Every op is called on tensors without data. The launches are recorded, not run, and each distinct one (kernel, dtypes,
 constants, divisibility, launch parameters) is compiled for each target, specialised by Triton's own JIT code.
-Registers, spills and instructions are read from the machine code, with the disassembler that comes with Triton.
+Registers, spills and loads are read from the machine code, with the disassembler that comes with Triton.
 """
 
 from __future__ import annotations
@@ -117,8 +117,7 @@ class Variant:
         target: key of TARGETS.
         kernel: row name in kernels/_table.py.
         rows: which rows of the table it is launched with, as they are written there.
-        dtype: what the op was called with; student/teacher where they differ. Where float32 products matter, also
-            torch's float32 matmul precision.
+        called: (dtype, float32 matmul precision) of the ops' calls that launch it; student/teacher if they differ.
         options: what else makes it another variant.
         blocks, num_warps, num_stages: the row.
         source: (module, function, signature, constants, attributes), of which Triton makes the program.
@@ -128,7 +127,7 @@ class Variant:
     target: str
     kernel: str
     rows: str
-    dtype: str
+    called: tuple[tuple[str, str], ...]
     options: str
     blocks: dict[str, int]
     num_warps: int
@@ -138,12 +137,10 @@ class Variant:
 
 
 def variants(target: str) -> list[Variant]:
-    """Every distinct variant that the calls of ``_calls`` launch on a target, in the order of the table."""
+    """Every distinct variant that the calls of ``_calls`` launch on a target."""
     from mta_fast.kernels._launch import observe
-    from mta_fast.kernels._table import TABLE
 
     found: dict[str, Variant] = {}
-    dtypes: dict[str, list[str]] = {}
     before = torch.get_float32_matmul_precision()
     try:
         for dtype, precision, call in _calls():
@@ -154,13 +151,12 @@ def variants(target: str) -> list[Variant]:
             for launch in launches:
                 made = _variant(launch, target)
                 key = str((made.source, made.settings))
-                found.setdefault(key, made)
-                dtypes.setdefault(key, []).append(dtype)
+                called = (*found.get(key, made).called, (dtype, precision))
+                found[key] = replace(made, called=tuple(dict.fromkeys(called)))
     finally:
         torch.set_float32_matmul_precision(before)
-    order = list(dict.fromkeys(name for name, _ in TABLE))
-    made_of = [replace(variant, dtype=_joined(dtypes[key])) for key, variant in found.items()]
-    return sorted(made_of, key=lambda variant: order.index(variant.kernel))
+    kernels = list(dict.fromkeys(variant.kernel for variant in found.values()))
+    return sorted(found.values(), key=lambda variant: kernels.index(variant.kernel))
 
 
 def _variant(launch: Launch, target: str) -> Variant:
@@ -183,7 +179,7 @@ def _variant(launch: Launch, target: str) -> Variant:
         target,
         launch.name,
         rows,
-        dtype="",
+        called=(),
         options=", ".join([*options, *(["odd width"] if odd else [])]),
         blocks=blocks,
         num_warps=launch.options["num_warps"],
@@ -203,21 +199,14 @@ def _table_rows(launch: Launch, target: str) -> tuple[str, dict[str, int]]:
             continue
         row = table_row(name, kind, target)
         made = {key: launch.arguments[key] for key in row.blocks}
-        if (made, row.num_warps, row.num_stages) == (row.blocks, *(launch.options[k] for k in ("num_warps", "num_stages"))):
+        if (made, row.num_warps, row.num_stages) == (
+            row.blocks,
+            *(launch.options[k] for k in ("num_warps", "num_stages")),
+        ):
             key = (name, kind, target)
             names.append(f"OVERRIDES{list(key)}" if key in OVERRIDES else f"TABLE{[name, kind]}")
             blocks = made
     return " or ".join(names), blocks
-
-
-def _joined(dtypes: Sequence[str]) -> str:
-    """Labels without repeats; float32 stands for "float32 highest" and "float32 high" together."""
-    found = set(dtypes)
-    both = {label.removesuffix(" high") for label in found if label.endswith(" high")}
-    plain = (label.removesuffix(" highest") for label in dict.fromkeys(dtypes) if not label.endswith(" high"))
-    labels = [name if name in both or f"{name} highest" not in found else f"{name} highest" for name in plain]
-    alone = [f"{name} high" for name in sorted(both) if not {name, f"{name} highest"} & found]
-    return ", ".join([*labels, *alone])
 
 
 def _gpu(target: str) -> Any:
@@ -233,30 +222,28 @@ def _gpu(target: str) -> Any:
 def _calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(dtype, float32 matmul precision, call) of every op in every dtype.
 
-    Options of the importance, odd widths and dtypes that differ are called in bfloat16 only, or for span pairs, which
-    see float32 unless pooled spans are made in half precision, in float32. Half-precision products do not depend on
-    the matmul precision; float32 ones do, such as those of the span pairs' gradient.
+    Only in bfloat16: options of the importance, odd widths of everything but span pairs. Span pairs see float32
+    whatever the hidden states are, unless somebody pools in half precision: their odd widths are float32. Products of
+    two halves don't depend on the matmul precision; the gradient of span pairs multiplies float32 in any case.
     """
-    half = torch.bfloat16
-    for label, dtype in DTYPES.items():
-        for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
-            name = f"{label} {precision}" if dtype == torch.float32 else label
+    half, single = torch.bfloat16, torch.float32
+    for name, dtype in DTYPES.items():
+        for precision in ("highest", "high") if dtype == single else ("highest",):
             yield name, precision, partial(_importance, dtype)
             yield name, precision, partial(_pooling, dtype)
             yield name, precision, partial(_pairs, dtype, dtype, False)
             yield name, precision, partial(_alignment, dtype, dtype)
         for precision in ("highest",) if dtype == torch.float64 else ("highest", "high"):
-            name = label if dtype == torch.float64 else f"{label} {precision}"
             yield name, precision, partial(_pairs, dtype, dtype, True)
     for causal, count_padding in ((True, False), (False, True), (True, True)):
         yield "bfloat16", "highest", partial(_importance, half, causal=causal, count_padding=count_padding)
     yield "bfloat16", "highest", partial(_importance, half, width=ODD_WIDTHS[1])
     yield "bfloat16", "highest", partial(_pooling, half, width=ODD_WIDTHS[0])
     yield "bfloat16", "highest", partial(_alignment, half, half, widths=ODD_WIDTHS)
-    yield "bfloat16/float32", "highest", partial(_alignment, half, torch.float32)
+    yield "bfloat16/float32", "highest", partial(_alignment, half, single)
     for with_gradient in (False, True):
-        yield "float32 highest", "highest", partial(_pairs, torch.float32, torch.float32, with_gradient, ODD_WIDTHS)
-        yield "bfloat16/float32 highest", "highest", partial(_pairs, half, torch.float32, with_gradient)
+        yield "float32", "highest", partial(_pairs, single, single, with_gradient, ODD_WIDTHS)
+        yield "bfloat16/float32", "highest", partial(_pairs, half, single, with_gradient)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -289,9 +276,7 @@ def _pooling(dtype: torch.dtype, width: int = WIDTHS[0]) -> None:
     pool_spans_gradient(pooled, span_weight, weights, spans, dtype)
 
 
-def _pairs(
-    student: torch.dtype, teacher: torch.dtype, with_gradient: bool, widths: tuple[int, int] = WIDTHS
-) -> None:
+def _pairs(student: torch.dtype, teacher: torch.dtype, with_gradient: bool, widths: tuple[int, int] = WIDTHS) -> None:
     from mta_fast.kernels import span_pairs
 
     spans, count = _spans(), sum(SPANS)
@@ -324,8 +309,8 @@ class Code:
         registers: of a thread (NVIDIA) or lane (AMD: vector registers).
         spilled: bytes of a thread's stack (NVIDIA), or of a lane's scratch memory (AMD).
         shared: bytes of shared memory of a program.
-        products: dtype and precision of the ``tl.dot`` in it, such as "f32 tf32x3".
-        matrix: how often each tensor-core instruction occurs in it.
+        products: dtypes and precision of the ``tl.dot`` in it, such as "f32 tf32x3".
+        matrix: how often each tensor-core instruction occurs in its PTX or AMD assembly.
         load: bytes of the widest load from global memory.
         programs: how many fit on an SM or CU (``occupancy``).
     """
@@ -416,13 +401,163 @@ def _nvidia_matrix(ptx: str) -> dict[str, int]:
 
 def _amd_code(compiled: Any) -> Code:
     text = compiled.asm["amdgcn"]
-    names = ("vgpr_count", "private_segment_fixed_size")
+    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     usage = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in names}  # type: ignore[index]
     sizes = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
     loads = re.findall(r"\b(?:global|buffer)_load_(?:lds_)?[us]?(byte|short|dword(?:x\d)?)", text)
     return Code(
         registers=usage["vgpr_count"],
-        spilled=usage["private_segment_fixed_size"],
+        spilled=max(usage["private_segment_fixed_size"], 4 * usage["vgpr_spill_count"]),
         matrix=dict(Counter(re.findall(r"\bv_s?mfma_\w+", text))),
         load=max((sizes[load] for load in loads), default=0),
     )
+
+
+# --- the report --------------------------------------------------------------------------------------------------
+
+# dtype of the factors, as tensor-core instructions name it (tcgen05 has one kind for both halves)
+FACTORS = {"bf16": {"bf16", "kind::f16"}, "f16": {"f16", "kind::f16"}, "f32": {"tf32", "kind::tf32", "xf32", "f32"}}
+
+
+def faults(code: Code, target: Target) -> list[str]:
+    """Why a variant must not stay as it is, each with the mend; empty when it is fine."""
+    if code.error:
+        return [f"does not compile ({code.error})"]
+    found = []
+    if code.spilled:
+        found.append(f"spills {code.spilled} bytes a thread: take smaller blocks or more warps")
+    if code.shared > target.shared:
+        found.append(
+            f"needs {code.shared} bytes of shared memory where a program may have {target.shared}: take smaller blocks "
+            f"or fewer stages"
+        )
+    used = {re.split("[ _]", name)[-1] for name in code.matrix}
+    for product in code.products:
+        exact = product == "f32 ieee" and target.backend == "cuda"  # NVIDIA has no such instruction
+        if not exact and not used & FACTORS.get(product.split()[0], used):
+            found.append(f"its {product} products use no tensor cores: take blocks of at least 16 x 16 x 16")
+    return found
+
+
+def main(targets: list[str] | None, out: Path | None) -> int:
+    """Compile every variant for the targets (None: all), print the report, and write OUT.json and OUT.md.
+
+    Returns:
+        1 if a variant does not compile, spills, does not fit the shared memory, or leaves tensor cores unused; else 0.
+
+    Raises:
+        InputError: an unknown target, or the kernels are interpreted.
+        MissingPackageError: triton is not installed.
+    """
+    names = list(dict.fromkeys(targets or TARGETS))
+    for name in names:
+        if name not in TARGETS:
+            raise InputError(f"--target: expected one of {', '.join(TARGETS)}, got {name!r}")
+    if importlib.util.find_spec("triton") is None:
+        raise MissingPackageError(
+            "bench static: expected the package triton, got none; pip install '.[triton]' in the checkout"
+        )
+    if backends._interpreted():
+        raise InputError(
+            f"bench static: expected kernels to compile, got TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')}, "
+            f"with which they are interpreted; unset it and start again"
+        )
+    import triton
+
+    found = [variant for name in names for variant in variants(name)]
+    rows = [_row(variant, code) for variant, code in zip(found, compile_all(found), strict=True)]
+    versions = {
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "mta_fast": __version__,
+    }
+    report = {"versions": versions, "targets": {name: asdict(TARGETS[name]) for name in names}, "rows": rows}
+    text = _markdown(report)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    return 1 if any(row["faults"] for row in rows) else 0
+
+
+def _row(variant: Variant, code: Code) -> dict[str, Any]:
+    row = asdict(variant) | asdict(code)
+    del row["source"], row["settings"], row["called"]
+    return row | {"dtype": _dtype(variant, code), "faults": faults(code, TARGETS[variant.target])}
+
+
+def _dtype(variant: Variant, code: Code) -> str:
+    """The dtypes a variant is launched for, with the float32 matmul precision if that makes it another one."""
+    matters = code.error or any(product.startswith("f32") for product in code.products)
+    labels = []
+    for name in dict.fromkeys(name for name, _ in variant.called):
+        precisions = [precision for dtype, precision in variant.called if dtype == name]
+        labels.append(f"{name} {precisions[0]}" if matters and len(precisions) == 1 else name)
+    return ", ".join(labels)
+
+
+COLUMNS = (
+    "kernel", "dtype", "options", "blocks", "warps", "stages", "registers", "spilled", "shared", "tensor cores", "load",
+    "programs",
+)  # fmt: skip
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        f"`mta-fast bench static`: {versions}.",
+        "",
+        "Compiled, not run: nothing here is measured. Registers of a thread, bytes it spills, bytes of shared memory of",
+        "a program, tensor-core instructions in the code, bytes of the widest global load, and how many programs fit an",
+        "SM (AMD: workgroups a CU), computed from registers, warps, shared memory and tensor memory. dtype is that of the",
+        "op's call (student/teacher if they differ), with torch's float32 matmul precision where it matters.",
+        "",
+        "| target | variants | most registers | most shared memory | spills | faults |",
+        "|---|---|---|---|---|---|",
+    ]
+    by_target = {name: [row for row in report["rows"] if row["target"] == name] for name in report["targets"]}
+    lines += [_summary(name, rows) for name, rows in by_target.items()]
+    broken = [row for row in report["rows"] if row["faults"]]
+    lines += ["", f"## Faults: {len(broken) or 'none'}", ""] + [_fault(row) for row in broken]
+    for name, rows in by_target.items():
+        limits = report["targets"][name]
+        lines += ["", f"## {name}", "", f"At most {limits['shared']} bytes of shared memory. {limits['source']}.", ""]
+        lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *map(_line, rows)]
+    return "\n".join(lines)
+
+
+def _summary(target: str, rows: list[dict[str, Any]]) -> str:
+    registers, shared = (max(rows, key=lambda row: row[key]) for key in ("registers", "shared"))
+    return " | ".join(
+        [
+            f"| {target}",
+            f"{len(rows)}",
+            f"{registers['registers']}: {_name(registers)}",
+            f"{shared['shared']}: {_name(shared)}",
+            f"{sum(row['spilled'] > 0 for row in rows)}",
+            f"{sum(bool(row['faults']) for row in rows)} |",
+        ]
+    )
+
+
+def _fault(row: dict[str, Any]) -> str:
+    where = f"change {row['rows']} in kernels/_table.py" + (
+        "" if row["rows"].startswith("OVERRIDES") else f", or for {row['target']} alone add it to OVERRIDES"
+    )
+    return f"- {row['target']} {_name(row)}: {'; '.join(row['faults'])}; {where}"
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['kernel']} {row['dtype']}" + (f" ({row['options']})" if row["options"] else "")
+
+
+def _line(row: dict[str, Any]) -> str:
+    blocks, matrix = (
+        ", ".join(f"{name} {count}" for name, count in row["blocks"].items()),
+        ", ".join(f"{count} {name}" for name, count in row["matrix"].items()),
+    )
+    numbers = [row[name] for name in ("num_warps", "num_stages", "registers", "spilled", "shared")]
+    cells = [row["kernel"], row["dtype"], row["options"], blocks, *numbers, matrix, row["load"], row["programs"]]
+    return "| " + " | ".join(map(str, cells)) + " |"

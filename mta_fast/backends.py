@@ -25,6 +25,8 @@ OLDEST_TRITON = (3, 6)
 OLDEST_CUDA = (8, 0)  # compute capability: bfloat16 and TF32 tensor cores
 Reasons = Callable[[str, Sequence[Tensor]], list[str]]
 
+_LAUNCH = "mta_fast.kernels._launch"  # not imported here: it needs Triton
+
 OPS = ("token_importance", "span_weights", "pool_spans", "pool_spans_gradient", "span_pairs", "hidden_alignment")
 
 
@@ -61,7 +63,7 @@ def _reasons_against_triton(op: str, tensors: Sequence[Tensor]) -> list[str]:
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_CUDA:
             return [f"expected compute capability 8.0 or later, got {'.'.join(map(str, capability))}"]
-    if device.type not in ("cpu", "cuda", "meta"):
+    if device.type not in ("cpu", "cuda") and not (device.type == "meta" and _dry_run()):
         return [f"expected CUDA or ROCm tensors, got {device.type}"]
     return []
 
@@ -76,11 +78,16 @@ def _reasons_to_avoid_triton(op: str, tensors: Sequence[Tensor]) -> list[str]:
 
 def _interpreted() -> bool:
     """Whether the kernels are (or, not yet imported, would be) decorated for the interpreter."""
-    launch = sys.modules.get("mta_fast.kernels._launch")
+    launch = sys.modules.get(_LAUNCH)
     if launch is None:
         return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
     interpreted: bool = launch.INTERPRETED
     return interpreted
+
+
+def _dry_run() -> bool:
+    """Whether an observer watches the launches without executing them: tensors may then be without data."""
+    return _LAUNCH in sys.modules and sys.modules[_LAUNCH].dry_run()
 
 
 BACKENDS: dict[str, Backend] = {

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from batches import RaggedBatch, make_batch, random_rows
+from batches import make_batch, random_rows
+from torch import Tensor
 
-from bench.costs import COSTS, SCRATCH, Batch, Cost, cost
 from mta_fast import MTAConfig, MTALoss, token_importance
 
 pytest.importorskip("triton")
+pytest.importorskip("typer")
 
 from triton.runtime.interpreter import InterpreterBuilder
 
+from bench.costs import COSTS, SCRATCH, Batch, Cost, cost
+from bench.model import Recorder
 from mta_fast.kernels._launch import INTERPRETED, Launch, observe
+
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
 
@@ -131,21 +142,69 @@ def test_costs_are_those_of_the_interpreted_kernels(
     with counted(monkeypatch) as launches:
         _run_loss(dtype, method, with_gradient)
     _compare(launches, Batch.of(make_batch("packed", ROWS).spans))
+    names = {made.launch.name for made in launches}
+    absent = {"gram_products", "gram_gradient"} if method == "pairwise" else {"pairs"}
+    assert names == set(COSTS) - absent - (set() if with_gradient else {"pool_gradient"})
 
 
 def _compare(launches: list[Counts], batch: Batch) -> None:
-    _dbg(launches, batch)
     modelled = [(made.launch.name, cost(made.launch, batch)) for made in launches]
     assert modelled == [(made.launch.name, made.cost()) for made in launches]
 
 
 @interpreted
 def test_costs_of_large_super_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = make_batch("packed", [(2100, []), (700, [])])  # 256 tokens on a side, two tiles
+    batch = make_batch("packed", [(2100, [])])  # 256 tokens on a side: two tiles
     with counted(monkeypatch) as launches:
-        hidden = torch.randn(2800, 8, dtype=torch.bfloat16)
+        hidden = torch.randn(2100, 8, dtype=torch.bfloat16)
         token_importance(hidden, rows=batch.spans.rows, backend="triton")
     _compare(launches, Batch.of(batch.spans))
 
-def _dbg(launches,batch):
-    for m in launches: print(m.launch.name, m.launch.grid, cost(m.launch,batch), flush=True)
+
+@pytest.mark.parametrize("read", [Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.nonzero, Tensor.unique, bool])
+def test_a_read_on_the_host_ends_the_dry_run(read: Callable[[Tensor], Any]) -> None:
+    with Recorder({}):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            read(torch.empty(1, device="meta"))
+
+
+def test_torch_launches() -> None:
+    recorder = Recorder({})
+    rows, columns, index = (torch.empty(*size, device="meta") for size in ((6, 4), (4, 5), (2,)))
+    with recorder:
+        made = rows @ columns
+        made.T[:3].detach()  # views launch nothing
+        made.new_zeros(7).index_copy_(0, index.long(), index)
+    assert [(work.name, work.cost.flops, work.cost.bytes) for work in recorder.works] == [
+        ("GEMM", 2 * 6 * 4 * 5, 4 * (6 * 4 + 4 * 5 + 6 * 5)),
+        ("torch", 0, 4 * 7),
+        ("torch", 0, 4 * 2 + 8 * 2),
+        ("torch", 0, 8 * 2 + 2 * 4 * 2),
+    ]
+    assert [shape for _, shape, _ in recorder.allocations] == [(6, 5), (7,), (2,)]
+
+
+def test_the_committed_report_is_what_the_command_computes(tmp_path: Path) -> None:
+    committed = json.loads((RESULTS / "model.json").read_text())
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "mta_fast", "bench", "model", "--json", str(tmp_path / "model.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stderr, done.returncode) == ("", 0 if all(row["reached"] for row in committed["rows"]) else 1)
+    made = json.loads((tmp_path / "model.json").read_text())
+    if made["about"] != committed["about"]:  # other versions of torch may launch something else
+        pytest.skip(f"committed for {committed['about']}, here {made['about']}")
+    assert made == committed
+    assert (tmp_path / "model.md").read_text() == (RESULTS / "model.md").read_text()
+
+
+def test_hidden_alignment_and_importance_multiply_what_the_formulas_say() -> None:
+    for made in json.loads((RESULTS / "model.json").read_text())["shapes"]:
+        shape = SimpleNamespace(**made["shape"])
+        flops = {row["kernel"]: row["flops"] for row in made["kernels"]}
+        covered = [shape.seq_len * 4 // 5] + [shape.seq_len * 4 // 5 // 2 * 2] * (shape.pairs - 1)
+        projected = 6 * shape.batch * sum(covered) * shape.student_dim * shape.teacher_dim
+        assert flops["GEMM"] == pytest.approx(projected, rel=1e-3)  # beside the means of the Gram form
+        tiles = -(-shape.seq_len // 128)
+        square = 2 * shape.batch * shape.seq_len**2 * shape.teacher_dim * shape.pairs
+        expected = square if shape.seq_len <= 256 else square * (tiles + 1) / tiles
+        assert sum(flops.get(name, 0) for name in ("strips", "statistics", "sums")) == expected

@@ -48,6 +48,7 @@ def run_all(end: bool) -> Iterator[Tensor]:
     """Every backend function on guarded inputs, and NaN wherever an output is not written."""
     torch.use_deterministic_algorithms(True)  # torch.empty is then filled with NaN
     torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1000).isnan().all()
     torch.manual_seed(0)
     batch = make_batch("packed", ROWS)
     student, teacher = (batch.lay(random_rows(batch.lengths, d, dtype=torch.float32)) for d in WIDTHS)

@@ -374,7 +374,9 @@ def test_nothing_grows_with_the_square_of_the_batch() -> None:
         reference.pool_spans_gradient(pooled, salience, token, index, torch.float32)
         for method in ("pairwise", "gram"):
             reference.span_pairs(pooled, pooled, salience, norm, norm, index.span_splits, index.host, method, True)
-        reference.hidden_alignment(student, teacher, index.covered, token, torch.randn(dim, dim), None, torch.float32, True)
+        reference.hidden_alignment(
+            student, teacher, index.covered, token, torch.randn(dim, dim), None, torch.float32, True
+        )
     assert recorder.largest == tokens * dim
     assert not recorder.names & WAITING  # inside the ops; their host tables are read with tolist
     assert {"mm", "segment_reduce"} <= recorder.names
