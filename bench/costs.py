@@ -322,7 +322,7 @@ def _pool_gradient(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
 
 
 def _pairs(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
-    counts = batch.counts[batch.counts < a["gram_above"]]
+    counts = batch.counts[batch.counts < a["gram_from"]]
     spans, tiles = int(counts.sum()), -(-counts // a["TILE"])
     width_s, width_t, size = a["student_width"], a["teacher_width"], _size(a, "student_norm")
     depth = _padded(width_s, a["BLOCK_D"]) + _padded(width_t, a["BLOCK_D"])
@@ -342,7 +342,7 @@ def _pairs(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
 
 def _row_totals(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
     rows, spans, size = len(batch.counts), int(batch.counts.sum()), _size(a, "weights")
-    gram_terms = int((batch.counts >= a["gram_above"]).sum()) * a["num_tiles"]
+    gram_terms = int((batch.counts >= a["gram_from"]).sum()) * a["num_tiles"]
     return Cost(
         inputs=INDEX * (rows + 1) + spans * (DOUBLE + size) + gram_terms * DOUBLE,
         outputs=2 * rows * _size(a, "numerators"),
@@ -350,7 +350,7 @@ def _row_totals(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
 
 
 def _gram_rows(a: Arguments, batch: Batch) -> np.ndarray:
-    return batch.counts[batch.counts >= a["gram_above"]]
+    return batch.counts[batch.counts >= a["gram_from"]]
 
 
 def _gram_inputs(a: Arguments, batch: Batch, per_span: int, means: int) -> int:

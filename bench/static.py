@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 # --- targets -----------------------------------------------------------------------------------------------------
 
 SCHEDULERS = 4  # of an SM (NVIDIA) or CU (AMD)
-REGISTERS = 512  # a lane of a scheduler has: NVIDIA 16,384 a warp of 32 lanes, AMD vector registers (AGPRs included)
-REGISTER_UNIT = 8  # registers a lane is given at a time: NVIDIA 256 a warp, AMD 8 a lane
-TENSOR_MEMORY = 512  # columns of an SM, of which programs with tcgen05.mma take some
+REGISTERS = 512  # of each lane of a scheduler: NVIDIA 16,384 for 32 lanes; AMD vector registers, AGPRs included
+REGISTER_UNIT = 8  # registers of a lane that are given at a time: NVIDIA 256 for 32 lanes
+TENSOR_MEMORY = 512  # columns of an SM, of which a program with tcgen05.mma takes some
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,7 @@ def _variant(launch: Launch, target: str) -> Variant:
     _, signature, constants, attributes = kernel._pack_args(
         backend, dict(launch.options), bound, specialization, launch.options
     )
-    numbers = {i: name for i, name in enumerate(signature) if name.endswith("width")}
-    odd = any(not attributes.get((i,)) for i in numbers)
+    odd = any(name.endswith("width") and not attributes.get((i,)) for i, name in enumerate(signature))
     words = {"CAUSAL": "causal", "COUNT_PADDING": "count_padding", "WITH_GRADIENT": "gradient"}
     options = [word for name, word in words.items() if launch.arguments.get(name)]
     rows, blocks = _table_rows(launch, target)
@@ -193,19 +192,17 @@ def _table_rows(launch: Launch, target: str) -> tuple[str, dict[str, int]]:
     """The rows of kernels/_table.py that a launch can be from, as they are written there, and their blocks."""
     from mta_fast.kernels._table import OVERRIDES, TABLE, table_row
 
-    names, blocks = [], {}
+    names: list[str] = []
+    blocks: dict[str, int] = {}
     for name, kind in TABLE:
         if name != launch.name:
             continue
         row = table_row(name, kind, target)
-        made = {key: launch.arguments[key] for key in row.blocks}
-        if (made, row.num_warps, row.num_stages) == (
-            row.blocks,
-            *(launch.options[k] for k in ("num_warps", "num_stages")),
-        ):
-            key = (name, kind, target)
-            names.append(f"OVERRIDES{list(key)}" if key in OVERRIDES else f"TABLE{[name, kind]}")
-            blocks = made
+        launched = {block: launch.arguments[block] for block in row.blocks}
+        options = launch.options
+        if (launched, options["num_warps"], options["num_stages"]) == (row.blocks, row.num_warps, row.num_stages):
+            names.append(f"{(name, kind, target) if (name, kind, target) in OVERRIDES else (name, kind)}")
+            blocks = launched
     return " or ".join(names), blocks
 
 
@@ -252,10 +249,19 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 def _spans() -> Spans:
     """Spans of two rows: one in pairwise form, one in Gram form."""
-    tokens, count, covered = sum(LENGTHS), sum(SPANS), 3000
-    host = torch.tensor([[0, 0], [SPANS[0], SPANS[0]], [count, count]], dtype=torch.int32)
-    sizes = ((count, 2), (count,), (3,), (covered,), (covered,), (3,), (covered + 1,), (count,), (tokens + 1,))
-    return Spans(*(_empty(*size) for size in sizes), host)
+    count, covered = sum(SPANS), 3000
+    return Spans(
+        ranges=_empty(count, 2),
+        span_rows=_empty(count),
+        span_splits=_empty(3),
+        covered=_empty(covered),
+        covered_rows=_empty(covered),
+        covered_splits=_empty(3),
+        cover_splits=_empty(covered + 1),
+        cover_spans=_empty(count),
+        token_splits=_empty(sum(LENGTHS) + 1),
+        host=torch.tensor([[0, 0], [SPANS[0], SPANS[0]], [count, count]], dtype=torch.int32),
+    )
 
 
 def _importance(dtype: torch.dtype, width: int = WIDTHS[1], causal: bool = False, count_padding: bool = False) -> None:
@@ -269,32 +275,34 @@ def _importance(dtype: torch.dtype, width: int = WIDTHS[1], causal: bool = False
 def _pooling(dtype: torch.dtype, width: int = WIDTHS[0]) -> None:
     from mta_fast.kernels import pool_spans, pool_spans_gradient, span_weights
 
-    spans, hidden = _spans(), _empty(sum(LENGTHS), width, dtype=dtype)
+    spans, tokens = _spans(), sum(LENGTHS)
     rows = torch.tensor([[0, LENGTHS[0]], LENGTHS], dtype=torch.int32)
-    weights, _, _ = span_weights(hidden[:, 0].contiguous(), spans)
-    pooled, span_weight, _ = pool_spans(hidden, weights, spans, rows.to("meta"), rows)
+    weights, _, _ = span_weights(_empty(tokens, dtype=dtype), spans)
+    pooled, span_weight, _ = pool_spans(_empty(tokens, width, dtype=dtype), weights, spans, rows.to("meta"), rows)
     pool_spans_gradient(pooled, span_weight, weights, spans, dtype)
 
 
-def _pairs(student: torch.dtype, teacher: torch.dtype, with_gradient: bool, widths: tuple[int, int] = WIDTHS) -> None:
+def _pairs(
+    student_dtype: torch.dtype, teacher_dtype: torch.dtype, gradient: bool, widths: tuple[int, int] = WIDTHS
+) -> None:
     from mta_fast.kernels import span_pairs
 
     spans, count = _spans(), sum(SPANS)
-    sides = [_empty(count, width, dtype=dtype) for width, dtype in zip(widths, (student, teacher), strict=True)]
-    weights = _empty(count, dtype=compute_dtype(*sides))
-    method = "auto" if student in (torch.float32, torch.float64) else "pairwise"  # the Gram form is float32 anyway
-    span_pairs(*sides, weights, weights, weights, spans.span_splits, spans.host, method, with_gradient)
+    student, teacher = _empty(count, widths[0], dtype=student_dtype), _empty(count, widths[1], dtype=teacher_dtype)
+    weights = _empty(count, dtype=compute_dtype(student, teacher))
+    method = "pairwise" if student.element_size() == 2 else "auto"  # the Gram form turns halves to float32 beforehand
+    span_pairs(student, teacher, weights, weights, weights, spans.span_splits, spans.host, method, gradient)
 
 
-def _alignment(student: torch.dtype, teacher: torch.dtype, widths: tuple[int, int] = WIDTHS) -> None:
+def _alignment(student_dtype: torch.dtype, teacher_dtype: torch.dtype, widths: tuple[int, int] = WIDTHS) -> None:
     from mta_fast.kernels import hidden_alignment
 
     spans, tokens = _spans(), sum(LENGTHS)
-    sides = [_empty(tokens, width, dtype=dtype) for width, dtype in zip(widths, (student, teacher), strict=True)]
-    weights = _empty(spans.covered.shape[0], dtype=compute_dtype(*sides))
-    matrix, bias = _empty(*reversed(widths), dtype=student), _empty(widths[1], dtype=student)
-    for with_gradient in (False, True):
-        hidden_alignment(*sides, spans.covered, weights, matrix, bias, student, with_gradient)
+    student, teacher = _empty(tokens, widths[0], dtype=student_dtype), _empty(tokens, widths[1], dtype=teacher_dtype)
+    weights = _empty(spans.covered.shape[0], dtype=compute_dtype(student, teacher))
+    matrix, bias = _empty(widths[1], widths[0], dtype=student_dtype), _empty(widths[1], dtype=student_dtype)
+    for gradient in (False, True):
+        hidden_alignment(student, teacher, spans.covered, weights, matrix, bias, student_dtype, gradient)
 
 
 # --- compiling and reading the machine code ----------------------------------------------------------------------
@@ -509,12 +517,13 @@ def _markdown(report: dict[str, Any]) -> str:
     lines = [
         f"`mta-fast bench static`: {versions}.",
         "",
-        "Compiled, not run: nothing here is measured. Registers of a thread, bytes it spills, bytes of shared memory of",
-        "a program, tensor-core instructions in the code, bytes of the widest global load, and how many programs fit an",
-        "SM (AMD: workgroups a CU), computed from registers, warps, shared memory and tensor memory. dtype is that of the",
-        "op's call (student/teacher if they differ), with torch's float32 matmul precision where it matters.",
+        "Compiled, not run: nothing here is measured. dtype: of the op's call (student/teacher if they differ), with",
+        "torch's float32 matmul precision where it matters. Registers and spilled bytes: of a thread (AMD: a lane).",
+        "Shared memory: bytes of a program. Tensor cores: instructions in the code. Load: bytes of the widest load of",
+        "global memory. Programs: how many fit on an SM (AMD: workgroups on a CU) at once, computed from registers,",
+        "warps, shared memory and tensor memory.",
         "",
-        "| target | variants | most registers | most shared memory | spills | faults |",
+        "| target | variants | most registers | most shared memory | most spilled | faults |",
         "|---|---|---|---|---|---|",
     ]
     by_target = {name: [row for row in report["rows"] if row["target"] == name] for name in report["targets"]}
@@ -522,31 +531,27 @@ def _markdown(report: dict[str, Any]) -> str:
     broken = [row for row in report["rows"] if row["faults"]]
     lines += ["", f"## Faults: {len(broken) or 'none'}", ""] + [_fault(row) for row in broken]
     for name, rows in by_target.items():
-        limits = report["targets"][name]
-        lines += ["", f"## {name}", "", f"At most {limits['shared']} bytes of shared memory. {limits['source']}.", ""]
+        lines += ["", f"## {name}", "", _limits(TARGETS[name]), ""]
         lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *map(_line, rows)]
     return "\n".join(lines)
 
 
 def _summary(target: str, rows: list[dict[str, Any]]) -> str:
-    registers, shared = (max(rows, key=lambda row: row[key]) for key in ("registers", "shared"))
-    return " | ".join(
-        [
-            f"| {target}",
-            f"{len(rows)}",
-            f"{registers['registers']}: {_name(registers)}",
-            f"{shared['shared']}: {_name(shared)}",
-            f"{sum(row['spilled'] > 0 for row in rows)}",
-            f"{sum(bool(row['faults']) for row in rows)} |",
-        ]
+    worst = {key: max(rows, key=lambda row: row[key]) for key in ("registers", "shared", "spilled")}
+    cells = [f"{row[key]}: {_name(row)}" if row[key] else "none" for key, row in worst.items()]
+    return f"| {target} | {len(rows)} | {' | '.join(cells)} | {sum(bool(row['faults']) for row in rows)} |"
+
+
+def _limits(target: Target) -> str:
+    return (
+        f"Shared memory: {target.shared} bytes a program, {target.shared_total} an SM or CU, of which each program "
+        f"reserves {target.shared_reserved}; {SCHEDULERS} schedulers with {target.warps} warps and {REGISTERS} registers "
+        f"a lane; {target.programs} programs ({target.source})."
     )
 
 
 def _fault(row: dict[str, Any]) -> str:
-    where = f"change {row['rows']} in kernels/_table.py" + (
-        "" if row["rows"].startswith("OVERRIDES") else f", or for {row['target']} alone add it to OVERRIDES"
-    )
-    return f"- {row['target']} {_name(row)}: {'; '.join(row['faults'])}; {where}"
+    return f"- {row['target']} {_name(row)}: {'; '.join(row['faults'])} (kernels/_table.py, {row['rows']})"
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -554,10 +559,8 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    blocks, matrix = (
-        ", ".join(f"{name} {count}" for name, count in row["blocks"].items()),
-        ", ".join(f"{count} {name}" for name, count in row["matrix"].items()),
-    )
+    blocks = ", ".join(f"{name} {count}" for name, count in row["blocks"].items())
+    matrix = ", ".join(f"{count} {name}" for name, count in row["matrix"].items())
     numbers = [row[name] for name in ("num_warps", "num_stages", "registers", "spilled", "shared")]
     cells = [row["kernel"], row["dtype"], row["options"], blocks, *numbers, matrix, row["load"], row["programs"]]
     return "| " + " | ".join(map(str, cells)) + " |"

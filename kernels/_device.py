@@ -84,10 +84,7 @@ def find_span_row(span_splits, num_rows, i_program, gram_from, GRAM: tl.constexp
             span_splits + o_row, mask=m_row, other=0
         )
         m_gram = m_row & (counts >= gram_from)
-        if BLOCK == 0:
-            programs = m_row.to(tl.int32)
-        else:
-            programs = tl.cdiv(counts, BLOCK)
+        programs = m_row.to(tl.int32) if BLOCK == 0 else tl.cdiv(counts, BLOCK)
         programs = tl.where(m_gram, programs, 0) if GRAM else tl.where(m_gram, 0, programs)
         passed = m_row & (before + tl.cumsum(programs, 0) <= i_program)
         row += tl.sum(passed.to(tl.int32), 0)

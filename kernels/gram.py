@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_fast.kernels._device import find_span_row, load, reciprocal, triangle
+from mta_fast.kernels._device import find_span_row, reciprocal, triangle
 from mta_fast.kernels._launch import launch, numerics
 
-LENGTHS = ("num_rows", "gram_above")
+LENGTHS = ("num_rows", "gram_from")
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def _gram_products(
     student_width,
     teacher_width,
     num_rows,
-    gram_above,
+    gram_from,
     num_tiles,
     TILE: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -143,7 +143,7 @@ def _gram_products(
     which depend on no product: one launch for both.
     """
     i_program = tl.program_id(0)
-    row, _, rank = find_span_row(span_splits, num_rows, tl.program_id(1), gram_above, True, 0)
+    row, _, rank = find_span_row(span_splits, num_rows, tl.program_id(1), gram_from, True, 0)
     first, end = tl.load(span_splits + row), tl.load(span_splits + row + 1)
     big_rank = rank.to(tl.int64)
     p_student_mean = student_mean + big_rank * student_width
@@ -218,14 +218,14 @@ def _gram_gradient(
     student_width,
     teacher_width,
     num_rows,
-    gram_above,
+    gram_from,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """d num / d u = 4 W_u (omega (delta + b_u) m + sum_v W_v b_v x_v + x_u X'DX - y_u Y'DX), TILE spans x columns."""
-    row, i_tile, rank = find_span_row(span_splits, num_rows, tl.program_id(0), gram_above, True, TILE)
+    row, i_tile, rank = find_span_row(span_splits, num_rows, tl.program_id(0), gram_from, True, TILE)
     first, end = tl.load(span_splits + row), tl.load(span_splits + row + 1)
     o_u = first + i_tile * TILE + tl.arange(0, TILE)
     m_u = o_u < end
@@ -269,11 +269,11 @@ def add_rows(
     teacher_norm: Tensor,
     weights: Tensor,
     gradient: Tensor,
-    gram_above: int,
+    gram_from: int,
     terms: Tensor,
     **shared: Any,
 ) -> Tensor:
-    """Fill ``terms`` and ``gradient`` of the rows with at least ``gram_above`` spans.
+    """Fill ``terms`` and ``gradient`` of the rows with at least ``gram_from`` spans.
 
     Their scratch, [rows, d_S + d_T, d_S], is smaller than their pooled spans wherever the cost model picks this form.
 
@@ -281,7 +281,7 @@ def add_rows(
         [rows in Gram form, tiles] float64: further terms of each row's num.
     """
     starts = host[:, 0].tolist()
-    rows = [slice(starts[b], starts[b + 1]) for b, count in enumerate(counts) if count >= gram_above]
+    rows = [slice(starts[b], starts[b + 1]) for b, count in enumerate(counts) if count >= gram_from]
     spans = [row.stop - row.start for row in rows]
     num = numerics(weights, exact=True)
     student, teacher = student.to(num.dtype), teacher.to(num.dtype)
@@ -313,7 +313,7 @@ def add_rows(
         "stride_td": teacher.stride(1),
         "student_width": d_s,
         "teacher_width": d_t,
-        "gram_above": gram_above,
+        "gram_from": gram_from,
         **shared,
     }
     bends, offsets = torch.empty_like(weights), torch.empty_like(weights)
@@ -339,9 +339,8 @@ def add_rows(
     if not with_gradient:
         return gram_terms
     bent = weights * bends
-    pulls = torch.stack(
-        [(bent[row] * inverse_s[row]) @ student[row] - bent[row].sum() * mean for row, mean in zip(rows, means[0])]
-    )
+    pulls = torch.stack([(bent[row] * inverse_s[row]) @ student[row] for row in rows])
+    pulls -= torch.stack([bent[row].sum() for row in rows])[:, None] * means[0]
     tile = num.row("gram_gradient").blocks["TILE"]
     grid = (sum(-(-count // tile) for count in spans), -(-d_s // tile))
     launch(

@@ -71,7 +71,7 @@ def hidden_alignment(
     matmul_dtype: torch.dtype,
     with_gradient: bool = False,
 ) -> tuple[Tensor, AlignmentGradient | None]:
-    """``reference.hidden_alignment``: P h and its gradient in ``matmul_dtype``, one buffer for both; sums in float32."""
+    """``reference.hidden_alignment``: P h and its gradient share a buffer in ``matmul_dtype``; sums are float32."""
     dtype = compute_dtype(student, teacher, proj_weight)
     num = numerics(student.new_empty(0, dtype=dtype))
     matrix = proj_weight.to(matmul_dtype)

@@ -165,10 +165,7 @@ def _strips(
     b_scale_i = tl.load(scales + first_query + o_i, mask=m_i, other=0.0)
     b_scale_j = tl.load(scales + first_query + o_j, mask=m_j, other=0.0)
     m_seen = m_i[:, None] & ((o_j >= first_key) & (o_j < end_key))[None, :]
-    if CAUSAL:
-        m_seen = m_seen & (o_j[None, :] < o_i[:, None])
-    else:
-        m_seen = m_seen & (o_j[None, :] != o_i[:, None])
+    m_seen = m_seen & (o_j[None, :] < o_i[:, None] if CAUSAL else o_j[None, :] != o_i[:, None])
     b_scores = tl.where(m_seen, b_products * b_scale_i[:, None] * b_scale_j[None, :], float("-inf"))
     peak = tl.max(b_scores, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)  # an empty softmax adds 0
@@ -254,7 +251,7 @@ def _statistics(
     p_row, p_scale = hidden + first_query * stride_t, scales + first_query
     slot_i = partials + i_column.to(tl.int64) * queries  # of the tokens of I
     slot_j = partials + i_row.to(tl.int64) * queries
-    for ti in range(0, tiles_i):
+    for ti in range(tiles_i):
         o_i = (i_row * side + ti) * TILE + tl.arange(0, TILE)
         m_key_i = (o_i >= first_key) & (o_i < end_key)
         peak_i = tl.full((TILE,), float("-inf"), dtype=ACC)
@@ -318,7 +315,7 @@ def _merge_statistics(
     peak = tl.full((TOKENS,), float("-inf"), dtype=ACC)
     total = tl.zeros((TOKENS,), dtype=ACC)
     slots = tl.where(queries <= SHORT_ROW, 0, tl.cdiv(queries, _super_side(queries)))
-    for slot in range(0, slots):
+    for slot in range(slots):
         o_slot = partials + slot * queries.to(tl.int64) + o_t
         peak, total = _merge_peaks(partial_max + o_slot, partial_sums + o_slot, peak, total, m_t)
     tl.store(peaks + first_query + o_t, tl.where(peak == float("-inf"), 0.0, peak), mask=m_t)
@@ -354,7 +351,7 @@ def _sums(
     p_row, p_scale = hidden + first_query * stride_t, scales + first_query
     slot_i = partials + i_column.to(tl.int64) * queries  # of the tokens of I
     slot_j = partials + i_row.to(tl.int64) * queries
-    for ti in range(0, tiles_i):
+    for ti in range(tiles_i):
         o_i = (i_row * side + ti) * TILE + tl.arange(0, TILE)
         m_i = o_i < queries
         m_key_i = (o_i >= first_key) & (o_i < end_key)
@@ -407,7 +404,7 @@ def _merge_sums(
     m_key = (o_t >= first_key) & (o_t < end_key)
     total = tl.zeros((TOKENS,), dtype=ACC)
     slots = tl.where(queries <= SHORT_ROW, tl.cdiv(queries, STRIP), tl.cdiv(queries, _super_side(queries)))
-    for slot in range(0, slots):
+    for slot in range(slots):
         total += tl.load(partial_sums + partials + slot * queries.to(tl.int64) + o_t, mask=m_key, other=0.0)
     mean = tl.where(end_key - first_key == 1, 1.0, total / queries.to(ACC))
     tl.store(importance + first_query + o_t, mean, mask=m_key)

@@ -7,18 +7,19 @@ many spans take the Gram form (``gram``).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mta_fast import reference
 from mta_fast.kernels import gram
 from mta_fast.kernels._device import find_span_row, load, products, reciprocal
 from mta_fast.kernels._launch import launch, numerics
-from mta_fast.reference import gram_from
 
-
-LENGTHS = ("num_rows", "gram_above")  # change every step: no variant is compiled for their divisors
+LENGTHS = ("num_rows", "gram_from")  # change every step: no variant is compiled for their divisors
 NEVER = 2**31 - 1  # more spans than an int32 counts
 
 
@@ -39,7 +40,7 @@ def _pairs(
     student_width,
     teacher_width,
     num_rows,
-    gram_above,
+    gram_from,
     WITH_GRADIENT: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -54,7 +55,7 @@ def _pairs(
     u_i is 4 W_i sum_j W_j e_ij cos^S_ij. The gradient grows in memory, which this program alone writes: the barriers
     order its stores before its own loads of what other threads stored.
     """
-    row, i_tile, _ = find_span_row(span_splits, num_rows, tl.program_id(0), gram_above, False, TILE)
+    row, i_tile, _ = find_span_row(span_splits, num_rows, tl.program_id(0), gram_from, False, TILE)
     first, end = tl.load(span_splits + row), tl.load(span_splits + row + 1)
     o_i = first + i_tile * TILE + tl.arange(0, TILE)
     m_i = o_i < end
@@ -124,7 +125,7 @@ def _row_totals(
     numerators,
     denominators,
     num_rows,
-    gram_above,
+    gram_from,
     num_tiles,
     BLOCK_U: tl.constexpr,
 ):
@@ -140,14 +141,14 @@ def _row_totals(
         b_numerator += tl.load(terms + o_u, mask=o_u < end, other=0.0)
         b_weight += b_w
         b_square += b_w * b_w
-    if end - first >= gram_above:
-        rank = 0
+    if end - first >= gram_from:
+        rank = row * 0
         for start in range(0, row, BLOCK_U):
             o_row = start + tl.arange(0, BLOCK_U)
             m_row = o_row < row
             counts = tl.load(span_splits + o_row + 1, mask=m_row, other=0)
             counts -= tl.load(span_splits + o_row, mask=m_row, other=0)
-            rank += tl.sum((m_row & (counts >= gram_above)).to(tl.int32), 0)
+            rank += tl.sum((m_row & (counts >= gram_from)).to(tl.int32), 0)
         for start in range(0, num_tiles, BLOCK_U):
             o_tile = start + tl.arange(0, BLOCK_U)
             p_tile = gram_terms + rank.to(tl.int64) * num_tiles + o_tile
@@ -172,20 +173,20 @@ def span_pairs(
     """``reference.span_pairs``."""
     num = numerics(student, teacher)
     widths = student.shape[1], teacher.shape[1]
-    gram_above = {"pairwise": NEVER, "gram": 0, "auto": gram_from(*widths)}[method]
+    gram_from = {"pairwise": NEVER, "gram": 0, "auto": reference.gram_from(*widths)}[method]
     counts = host[:, 0].diff().tolist()
     spans, rows = student.shape[0], len(counts)
     terms = student.new_empty(spans, dtype=torch.float64)
     gradient = student.new_empty(spans if with_gradient else 0, widths[0], dtype=num.dtype)
     tile = num.row("pairs").blocks["TILE"]
-    shared = {
+    shared: dict[str, Any] = {
         "weights": weights.to(num.dtype),
         "span_splits": span_splits,
         "terms": terms,
         "num_rows": rows,
-        "gram_above": gram_above,
+        "gram_from": gram_from,
     }
-    sides = {
+    sides: dict[str, Any] = {
         "student": student,
         "teacher": teacher,
         "student_norm": student_norm.to(num.dtype),
@@ -195,7 +196,7 @@ def span_pairs(
     launch(
         "pairs",
         _pairs,
-        (sum(-(-count // tile) for count in counts if count < gram_above),),
+        (sum(-(-count // tile) for count in counts if count < gram_from),),
         num,
         stride_su=student.stride(0),
         stride_sd=student.stride(1),

@@ -17,7 +17,7 @@ from mta_fast._version import __version__
 from mta_fast.backends import BACKENDS, OPS
 from mta_fast.spans.extract import DEFAULT_MODEL, DEFAULT_MODEL_ON_PYPI
 
-PLANNED_BACKENDS = {"triton": "fused GPU kernels", "cpp": "C++ kernels for CPUs"}
+PLANNED_BACKENDS = {"cpp": "C++ kernels for CPUs"}
 # package -> the extra that brings it, and what needs it
 OPTIONAL = {
     "transformers": ("train", "layer capture and tokenizers"),
@@ -29,6 +29,7 @@ OPTIONAL = {
     "yaml": ("train", "settings in YAML"),
     "typer": ("train", "the command line"),
     "matplotlib": ("train", "pictures"),
+    "triton": ("triton", "fused GPU kernels"),
 }
 _DISTRIBUTIONS = {"yaml": "pyyaml"}
 
@@ -44,9 +45,12 @@ def _lines() -> Iterator[str]:
     yield f"torch {torch.__version__}, numpy {np.__version__}, {torch.get_num_threads()} CPU threads"
     yield from _devices()
     yield "backends"
+    sample = [torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")]
     for name, backend in BACKENDS.items():
-        reasons = [reason for op in OPS for reason in backend.reasons_against(op, [torch.empty(0)])]
-        yield f"  {name}: {'; '.join(sorted(set(reasons))) or 'ready (any device)'}"
+        reasons = {reason for op in OPS for reason in backend.reasons_against(op, sample)}
+        avoided = {reason for op in OPS for reason in backend.reasons_to_avoid(op, sample)}
+        ready = f"ready for {sample[0].device.type} tensors" + "".join(f", by name only: {why}" for why in avoided)
+        yield f"  {name}: {'; '.join(sorted(reasons)) or ready}"
     for name, what in PLANNED_BACKENDS.items():
         if name not in BACKENDS:
             yield f"  {name}: missing, mta_fast {__version__} ships without its {what}"

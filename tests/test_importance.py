@@ -132,7 +132,7 @@ def test_errors_name_expected_and_received() -> None:
         token_importance(hidden[0], cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(InputError, match="rows: made for tokens of shape"):
         token_importance(hidden, rows=Rows.full(2, 5))
-    with pytest.raises(InputError, match="backend: expected one of auto, reference, got 'cuda'"):
+    with pytest.raises(InputError, match="backend: expected one of auto, triton, reference, got 'cuda'"):
         token_importance(hidden, backend="cuda")
 
 

@@ -235,7 +235,7 @@ def test_errors_name_expected_and_received() -> None:
 def test_opcheck() -> None:
     student, teacher, weights = _inputs()
     spans = make_batch("packed", ROWS).spans
-    index = [spans.span_rows, spans.span_splits, spans.host]
-    torch.library.opcheck(_span_pairs, (student, teacher, weights, index, "auto", False, "reference"))
+    norms, index = [student.norm(dim=1), teacher.norm(dim=1)], [spans.span_rows, spans.span_splits, spans.host]
+    torch.library.opcheck(_span_pairs, (student, teacher, weights, norms, index, "auto", False, "reference"))
     student.requires_grad_()
-    torch.library.opcheck(_span_pairs, (student, teacher, weights, index, "gram", True, "reference"))
+    torch.library.opcheck(_span_pairs, (student, teacher, weights, norms, index, "gram", True, "reference"))
