@@ -6,7 +6,8 @@ tokens. No padding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +35,36 @@ class Workload:
     char_spans: dict[str, list[list[tuple[int, int]]]]
     spans: dict[str, SpanBatch]
 
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Workload:
+        """The same workload with states and projections in ``dtype`` on ``device``."""
+        loss, public_loss = (copy.deepcopy(x).to(device, dtype) for x in (self.loss, self.public_loss))
+        public_loss.projections = loss.projections
+        student, teacher = (
+            {i: h.detach().to(device, dtype) for i, h in side.items()}
+            for side in (self.student_hidden, self.teacher_hidden)
+        )
+        for hidden in student.values():
+            hidden.requires_grad_()
+        return replace(
+            self,
+            loss=loss,
+            public_loss=public_loss,
+            student_hidden=student,
+            teacher_hidden=teacher,
+            attention_mask=self.attention_mask.to(device),
+            offset_mapping=self.offset_mapping.to(device),
+            spans={kind: spans.to(device) for kind, spans in self.spans.items()},
+        )
+
+    def with_backend(self, backend: str) -> Workload:
+        """The same tensors, computed by another backend."""
+        made = []
+        for loss in (self.loss, self.public_loss):
+            other = copy.copy(loss)
+            other.config = replace(loss.config, backend=backend)
+            made.append(other)
+        return replace(self, loss=made[0], public_loss=made[1])
+
     def learnt(self) -> list[Tensor]:
         """The tensors that receive a gradient."""
         return [*self.student_hidden.values(), *self.loss.parameters()]
@@ -43,19 +74,21 @@ class Workload:
         return [self.char_spans[kind] for kind in self.loss.config.granularity]
 
 
-def standard_workload(batch: int, seq_len: int, dims: tuple[int, int] = (STUDENT_DIM, TEACHER_DIM)) -> Workload:
+def standard_workload(
+    batch: int, seq_len: int, dims: tuple[int, int] = (STUDENT_DIM, TEACHER_DIM), pairs: int = 3
+) -> Workload:
     """Make the inputs: random hidden states, float32, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     settings: dict[str, Any] = {
-        "layer_pairs": [(0, 0), (1, 1), (2, 2)],
-        "granularity": ["word", "phrase", "phrase"],
+        "layer_pairs": [(i, i) for i in range(pairs)],
+        "granularity": ["word", *["phrase"] * (pairs - 1)],
         "lambda_dsa": 1.0,
         "lambda_hid": 0.1,
     }
     loss, public_loss = (MTALoss(make(**settings), *dims) for make in (MTAConfig.paper, MTAConfig.public))
     public_loss.projections = loss.projections
     student, teacher = (
-        {layer: torch.randn(batch, seq_len, dim, generator=generator) for layer in range(3)} for dim in dims
+        {layer: torch.randn(batch, seq_len, dim, generator=generator) for layer in range(pairs)} for dim in dims
     )
     for hidden in student.values():
         hidden.requires_grad_()

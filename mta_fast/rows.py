@@ -52,6 +52,7 @@ class Rows:
         attention_mask = as_tensor("attention_mask", attention_mask, "[B, S]")
         if attention_mask.ndim != 2:
             raise InputError(f"attention_mask: expected [B, S], got shape {tuple(attention_mask.shape)}")
+        _check_size(attention_mask.numel())
         mask = attention_mask.detach().cpu() != 0
         length = mask.sum(1)
         start = mask.int().argmax(1) if mask.shape[1] else torch.zeros_like(length)
@@ -71,6 +72,7 @@ class Rows:
     @classmethod
     def full(cls, batch: int, length: int) -> Rows:
         """Rows of a [batch, length] batch without padding, on the CPU."""
+        _check_size(batch * length)
         start = torch.arange(batch, dtype=torch.int32) * length
         host = torch.stack([start, torch.full_like(start, length)], 1)
         return cls(host, host, (batch, length))
@@ -89,6 +91,7 @@ class Rows:
                 f"cu_seqlens: expected [B + 1] of int32 or int64, got shape {tuple(cu_seqlens.shape)} "
                 f"of {cu_seqlens.dtype}"
             )
+        _check_size(num_tokens)
         bounds = cu_seqlens.detach().cpu()
         length = bounds.diff()
         if int(bounds[0]) != 0 or bool((length < 0).any()) or int(bounds[-1]) > num_tokens:
@@ -111,3 +114,8 @@ class Rows:
     def pin_memory(self) -> Rows:
         """The same rows with ``table`` in pinned memory."""
         return replace(self, table=self.table.pin_memory())
+
+
+def _check_size(tokens: int) -> None:
+    if tokens >= 2**31:
+        raise InputError(f"rows: expected fewer than 2^31 tokens (indices are int32), got {tokens}; split the batch")

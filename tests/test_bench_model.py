@@ -161,6 +161,7 @@ def _compare(launches: list[Counts], batch: Batch) -> None:
     assert modelled == [(made.launch.name, made.cost()) for made in launches]
 
 
+@pytest.mark.slow
 @interpreted
 def test_costs_of_large_super_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch("packed", [(2100, [])])  # 256 tokens on a side: two tiles

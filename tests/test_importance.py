@@ -132,6 +132,14 @@ def test_errors_name_expected_and_received() -> None:
         token_importance(hidden[0], cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(InputError, match="rows: made for tokens of shape"):
         token_importance(hidden, rows=Rows.full(2, 5))
+    huge = torch.ones(1, 1).expand(2**16, 2**15)  # without memory of its own
+    for make in (
+        lambda: Rows.from_mask(huge),
+        lambda: Rows.full(2**16, 2**15),
+        lambda: Rows.from_cu_seqlens([0, 2**31], 2**31),
+    ):
+        with pytest.raises(InputError, match=r"fewer than 2\^31 tokens \(indices are int32\), got 2147483648"):
+            make()
     with pytest.raises(InputError, match="backend: expected one of auto, triton, reference, got 'cuda'"):
         token_importance(hidden, backend="cuda")
 

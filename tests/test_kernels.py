@@ -22,6 +22,7 @@ pytest.importorskip("triton", reason="the triton backend needs the package trito
 from mta_fast.kernels import _launch, importance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What rounding alone may cost where the eager result happens to be exact
 FLOOR = {torch.float64: 1e-15, torch.float32: 3e-7}

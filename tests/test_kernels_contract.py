@@ -29,6 +29,7 @@ from mta_fast import kernels
 from mta_fast.kernels import _launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 SMALL: list[tuple[int, TokenSpans]] = [(4, [(0, 2), (1, 4), (3, 4)]), (1, [(0, 1)]), (0, []), (3, [(0, 1), (1, 3)])]
 
 

@@ -23,7 +23,12 @@ def test_wheel_holds_the_package_and_only_it(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("mta_fast-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"mta_fast", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
-    assert {"mta_fast/py.typed", "mta_fast/data/sample.jsonl", "mta_fast/ops/importance.py", "mta_fast/kernels/importance.py"} <= set(names)
+    assert {
+        "mta_fast/py.typed",
+        "mta_fast/data/sample.jsonl",
+        "mta_fast/ops/importance.py",
+        "mta_fast/kernels/importance.py",
+    } <= set(names)
     code = (
         "from mta_fast.distill.data import load_sample; import mta_fast; print(mta_fast.__file__, len(load_sample()))"
     )

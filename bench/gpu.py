@@ -1,0 +1,171 @@
+"""Times on a real GPU: ``mta-fast bench gpu``. Skips with the reason where there is none.
+
+The loss, forward + backward in bfloat16, of the Triton kernels against the reference, the reference compiled, and the
+public algorithm, each where it fits; importance alone against flash-colreduce where that is installed. Compared times
+are taken in turn within each round. Nothing is timed before the two sides agree.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.model import SHAPES, Shape
+from bench.public_algorithm import public_loss
+from bench.report import Row, machine, make_row, publish, seconds
+from bench.workload import Workload, standard_workload
+from mta_fast import token_importance
+
+ROUNDS, WARM_UP = 20, 3
+# Relative difference of loss and gradients between two sides in bfloat16: their products round differently
+PARITY = 2e-2
+PUBLIC_PAIRS = 30_000  # the public algorithm's matrices hold (all spans of the batch)^2 values: 7 GB each
+MODELLED_MS = 0.25  # the first shape's target on an H100
+
+
+def main(out: Path | None) -> int:
+    """Print the figures, write them beside ``out``, and return 1 if a target was missed."""
+    if not torch.cuda.is_available():
+        print("bench gpu: skipped, no CUDA or ROCm device answers; bench static and bench model need none")
+        return 0
+    rows = [row for shape in SHAPES for row in loss_rows(shape, "cuda", torch.bfloat16, ROUNDS)]
+    rows += importance_rows("cuda")
+    out = out.with_suffix("") if out is not None else None
+    return publish(rows, machine(None, **_device()), out)
+
+
+def _device() -> dict[str, Any]:
+    """Device, driver and versions."""
+    found = {"gpu": torch.cuda.get_device_name(), "triton": importlib.metadata.version("triton")}
+    if torch.version.hip:
+        return found | {"rocm": torch.version.hip}
+    return found | {"cuda": torch.version.cuda, "driver": _driver()}
+
+
+def _driver() -> str:
+    version: int = torch._C._cuda_getDriverVersion()
+    return f"CUDA {version // 1000}.{version % 1000 // 10}"
+
+
+# --- the loss ----------------------------------------------------------------------------------------------------
+
+Step = Callable[[], Sequence[Tensor]]
+
+
+def loss_rows(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[Row]:
+    """Ratios to the Triton kernels' time of one shape, and that time."""
+    dims = shape.student_dim, shape.teacher_dim
+    workload = standard_workload(shape.batch, shape.seq_len, dims, shape.pairs).to(device, dtype)
+    ours = workload.with_backend("triton")
+    what = f"{shape.name}, B={shape.batch} S={shape.seq_len}"
+    rows = [_time_row(f"{what}: triton, forward + backward", ours.loss, ours, rounds, device)]
+    others: dict[str, tuple[Step, Any]] = {}
+    if shape.seq_len <= 8192:  # an hour of reference for the longest row
+        reference = workload.with_backend("reference")
+        compiled = torch.compile(reference.loss, fullgraph=True, dynamic=False)
+        others["reference"] = functools.partial(_step, reference, reference.loss), ours.loss
+        others["compiled reference"] = functools.partial(_step, reference, compiled), ours.loss
+    if max(_spans(workload)) < PUBLIC_PAIRS:
+        others["public algorithm"] = functools.partial(_public_step, workload), ours.public_loss
+    for name, (step, loss) in others.items():
+        mine = functools.partial(_step, ours, loss)
+        _check_parity(f"{what}: {name}", mine(), step())
+        rows.append(_ratio_row(f"{what}: {name} / triton", step, mine, rounds, device))
+    return rows
+
+
+def _spans(workload: Workload) -> list[int]:
+    return [spans.num_spans for spans in workload.spans.values()]
+
+
+def _step(workload: Workload, loss: Any) -> tuple[Tensor, ...]:
+    value = loss(workload.student_hidden, workload.teacher_hidden, workload.spans).loss
+    return value.detach(), *torch.autograd.grad(value, workload.learnt())
+
+
+def _public_step(workload: Workload) -> tuple[Tensor, ...]:
+    value = public_loss(
+        workload.loss.projections,
+        workload.attention_mask,
+        workload.student_hidden,
+        workload.teacher_hidden,
+        workload.offset_mapping,
+        workload.pair_spans(),
+    )
+    return value.detach(), *torch.autograd.grad(value, workload.learnt())
+
+
+def _check_parity(what: str, ours: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for mine, other in zip(ours, others, strict=True):
+        error = ((mine.double() - other.double()).norm() / other.double().norm()).item()
+        if not error < PARITY:
+            sys.exit(f"bench gpu: {what}: expected parity below {PARITY}, got {error}; nothing timed")
+
+
+def _time_row(what: str, loss: Any, workload: Workload, rounds: int, device: str) -> Row:
+    times = [1e3 * _time(functools.partial(_step, workload, loss), device) for _ in range(WARM_UP + rounds)]
+    first = workload.attention_mask.shape == (SHAPES[0].batch, SHAPES[0].seq_len)
+    if device == "cuda" and first and "H100" in torch.cuda.get_device_name():
+        return make_row(what, "ms", "<", MODELLED_MS, times[WARM_UP:])
+    return make_row(what, "ms", "<", float("inf"), times[WARM_UP:])
+
+
+def _ratio_row(what: str, other: Step, ours: Step, rounds: int, device: str) -> Row:
+    ratios = [_time(other, device) / _time(ours, device) for _ in range(WARM_UP + rounds)]
+    return make_row(what, "x", ">=", 1.0, ratios[WARM_UP:])
+
+
+def _time(step: Step, device: str) -> float:
+    """Seconds of one call, on the device's own clock where there is one."""
+    if device == "cpu":
+        return seconds(step)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+# --- importance alone --------------------------------------------------------------------------------------------
+
+
+def importance_rows(device: str) -> list[Row]:
+    """Importance against flash-colreduce, which holds the width on chip and has no self-loop mask: time only."""
+    if importlib.util.find_spec("flash_colreduce") is None:
+        print("flash-colreduce is not installed: importance is not compared with it (pip install flash-colreduce)")
+        return []
+    from flash_colreduce import flash_colreduce
+
+    rows = []
+    for length in (512, 4096, 32768):
+        hidden = torch.randn(1, length, 128, device=device, dtype=torch.bfloat16)
+        z = (hidden / (hidden.float().std(-1, keepdim=True) + 1e-5)).to(hidden.dtype)[:, None]
+        _check_self_loop(flash_colreduce(z, z, "mean"), hidden)
+        rows.append(
+            _ratio_row(
+                f"importance, B=1 S={length} d=128: flash-colreduce / triton",
+                functools.partial(flash_colreduce, z, z, "mean"),
+                functools.partial(token_importance, hidden, backend="triton"),
+                ROUNDS,
+                device,
+            )
+        )
+    return rows
+
+
+def _check_self_loop(other: Tensor, hidden: Tensor) -> None:
+    """What flash-colreduce computes is importance with a self-loop: check it against that in float32."""
+    z = hidden[0].float() / (hidden[0].float().std(-1, keepdim=True) + 1e-5)
+    total = torch.zeros(len(z), device=z.device)
+    for block in z.split(1024):
+        total += (block @ z.T / z.shape[1] ** 0.5).softmax(-1).sum(0)
+    _check_parity("flash-colreduce", [other.flatten()], [total / len(z)])
