@@ -196,7 +196,7 @@ def _gram_products(
     tl.store(gram_terms + big_rank * num_tiles + i_program, total)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=(*LENGTHS, "num_spans"))
 def _gram_gradient(
     student,
     teacher,
@@ -211,6 +211,7 @@ def _gram_gradient(
     offsets,
     pulls,  # [rows in Gram form, d_S] sum_v W_v b_v x_v
     gradient,
+    along,  # [programs of a span, N] g . u over the columns of each
     stride_su,
     stride_sd,
     stride_tu,
@@ -219,12 +220,13 @@ def _gram_gradient(
     teacher_width,
     num_rows,
     gram_from,
+    num_spans,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """d num / d u = 4 W_u (omega (delta + b_u) m + sum_v W_v b_v x_v + x_u X'DX - y_u Y'DX), TILE spans x columns."""
+    """g = 4 W_u (omega (delta + b_u) m + sum_v W_v b_v x_v + x_u X'DX - y_u Y'DX) of TILE spans x TILE columns."""
     row, i_tile, rank = find_span_row(span_splits, num_rows, tl.program_id(0), gram_from, True, TILE)
     first, end = tl.load(span_splits + row), tl.load(span_splits + row + 1)
     o_u = first + i_tile * TILE + tl.arange(0, TILE)
@@ -251,11 +253,13 @@ def _gram_gradient(
         acc = tl.dot(b_mean[None, :] - b_unit, b_gram, acc, input_precision=PRECISION, out_dtype=ACC)
     b_weight = tl.load(weights + o_u, mask=m_u, other=0.0)
     b_offset = tl.load(offsets + o_u, mask=m_u, other=0.0)
-    b_mean = tl.load(p_student_mean + o_d, mask=m_d, other=0.0)
+    b_unit, b_mean = _unit(student, stride_su, stride_sd, student_norm, o_u, m_u, o_d, m_d, p_student_mean, ACC)
     b_pull = tl.load(pulls + big_rank * student_width + o_d, mask=m_d, other=0.0)
     acc = 4 * b_weight[:, None] * (acc + b_offset[:, None] * b_mean[None, :] + b_pull[None, :])
     p_gradient = gradient + o_u.to(tl.int64)[:, None] * student_width + o_d[None, :]
     tl.store(p_gradient, acc, mask=m_u[:, None] & m_d[None, :])
+    p_along = along + tl.program_id(1).to(tl.int64) * num_spans + o_u
+    tl.store(p_along, tl.sum(acc * b_unit, 1), mask=m_u)
 
 
 def add_rows(
@@ -342,14 +346,24 @@ def add_rows(
     pulls = torch.stack([(bent[row] * inverse_s[row]) @ student[row] for row in rows])
     pulls -= torch.stack([bent[row].sum() for row in rows])[:, None] * means[0]
     tile = num.row("gram_gradient").blocks["TILE"]
-    grid = (sum(-(-count // tile) for count in spans), -(-d_s // tile))
+    columns = -(-d_s // tile)
+    along = student.new_empty(columns, student.shape[0], dtype=num.dtype)
     launch(
-        "gram_gradient", _gram_gradient, grid, num, offsets=offsets, pulls=pulls, gradient=gradient, **products, **sides
+        "gram_gradient",
+        _gram_gradient,
+        (sum(-(-count // tile) for count in spans), columns),
+        num,
+        offsets=offsets,
+        pulls=pulls,
+        gradient=gradient,
+        along=along,
+        num_spans=student.shape[0],
+        **products,
+        **sides,
     )
     for row in rows:  # through the normalisation: the part orthogonal to u, over the length
-        made, states, inverse = gradient[row], student[row], inverse_s[row]
-        along = torch.linalg.vecdot(made, states) * inverse.square()
-        made.addcmul_(states, along[:, None], value=-1).mul_(inverse[:, None])
+        scale = inverse_s[row, None]
+        gradient[row].addcmul_(student[row], along[:, row].sum(0)[:, None] * scale, value=-1).mul_(scale)
     return gram_terms
 
 

@@ -21,16 +21,19 @@ def _align(
     tokens,
     weights,
     distances,
+    scales,
     stride_t,
     stride_d,
     width,
     WITH_GRADIENT: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """g (1 - cos(p, h)) of one token and, in place of p, -g (h / (|p| |h|) - cos p / |p|^2).
 
-    Both rows are read twice; the second time they come from the cache.
+    With UNIT the gradient is stored over g / |p|, which goes to ``scales``: float16 has no exponents for it, and the
+    caller's loss scale comes later. Both rows are read twice; the second time they come from the cache.
     """
     i_c = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + i_c)
@@ -47,12 +50,16 @@ def _align(
         b_pt += b_p * b_t
         b_tt += b_t * b_t
     inverse_p = reciprocal(tl.sqrt(tl.sum(b_pp, 0)))
-    scale = inverse_p * reciprocal(tl.sqrt(tl.sum(b_tt, 0)))
-    cosine = tl.sum(b_pt, 0) * scale
+    inverse_t = reciprocal(tl.sqrt(tl.sum(b_tt, 0)))
+    cosine = tl.sum(b_pt, 0) * inverse_p * inverse_t
     tl.store(distances + i_c, weight * (1 - cosine))
     if WITH_GRADIENT:
-        along_p = weight * cosine * inverse_p * inverse_p
-        along_t = weight * scale
+        factor = weight * inverse_p
+        if UNIT:
+            tl.store(scales + i_c, factor)
+            factor = tl.where(factor == 0, 0.0, 1.0)
+        along_p = factor * cosine * inverse_p
+        along_t = factor * inverse_t
         for start in range(0, width, BLOCK_D):
             o_d = start + tl.arange(0, BLOCK_D)
             b_p = load(p_projected + o_d, o_d < width, ACC, True)
@@ -76,7 +83,8 @@ def hidden_alignment(
     num = numerics(student.new_empty(0, dtype=dtype))
     matrix = proj_weight.to(matmul_dtype)
     bias = None if proj_bias is None else proj_bias.to(matmul_dtype)
-    distances = student.new_empty(tokens.shape[0], dtype=dtype)
+    unit = matmul_dtype == torch.float16
+    distances, scales = (student.new_empty(tokens.shape[0], dtype=dtype) for _ in range(2))
     gradient = None
     if with_gradient:
         gradient = AlignmentGradient(
@@ -99,25 +107,41 @@ def hidden_alignment(
             tokens=tokens[chunk],
             weights=weights[chunk].to(dtype),
             distances=distances[chunk],
+            scales=scales[chunk],
             stride_t=teacher.stride(0),
             stride_d=teacher.stride(1),
             width=p.shape[1],
             WITH_GRADIENT=with_gradient,
+            UNIT=unit,
         )
         if gradient is not None:
-            dp = p.to(matmul_dtype)
-            gradient.student[chunk] = torch.mm(dp, matrix)
-            _add_product(gradient.weight, dp.T, h)
-            if gradient.bias is not None:
-                gradient.bias.add_(dp.sum(0, dtype=dtype))
+            _add_gradients(gradient, chunk, p.to(matmul_dtype), h, matrix, scales[chunk] if unit else None)
     return distances.double().sum().to(dtype), gradient
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; half-precision factors are not rounded on the way to a float32 total."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        total.add_(torch.mm(left, right, out_dtype=total.dtype))
-    else:  # only CUDA has the product of halves in float32
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+def _add_gradients(
+    gradient: AlignmentGradient, chunk: slice, dp: Tensor, h: Tensor, matrix: Tensor, scales: Tensor | None
+) -> None:
+    """dh, dW and dbias of a chunk; ``scales`` [chunk] are what the rows of ``dp`` still have to be multiplied by."""
+    bias = gradient.bias
+    if scales is None:
+        gradient.student[chunk] = torch.mm(dp, matrix)
+        gradient.weight.add_(_product(dp.T, h, gradient.weight.dtype))
+        if bias is not None:
+            bias.add_(dp.sum(0, dtype=bias.dtype))
+        return
+    torch.mul(torch.mm(dp, matrix), scales[:, None], out=gradient.student[chunk])
+    largest = scales.amax()  # the scales of the second product, relative to it, are in float16's range
+    relative = torch.where(largest == 0, 0.0, scales / largest)[:, None]
+    gradient.weight.addcmul_(_product(dp.T, (h * relative).to(h.dtype), gradient.weight.dtype), largest)
+    if bias is not None:
+        bias.add_((dp * scales[:, None]).sum(0))
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in ``dtype``: sums of half-precision products are not rounded to half precision."""
+    if left.dtype == dtype:
+        return torch.mm(left, right)
+    if left.device.type == "cpu":  # has no product of halves in float32
+        return torch.mm(left.to(dtype), right.to(dtype))
+    return torch.mm(left, right, out_dtype=dtype)

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,5 +152,7 @@ def run(op: str, backend: str, tensors: Sequence[Tensor], /, *args: Any, **optio
     """
     chosen = BACKENDS[choose(op, tensors, backend).name]
     function = getattr(importlib.import_module(chosen.module), op)
-    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+    device = tensors[0].device.type
+    has_autocast = torch.amp.is_autocast_available(device)
+    with torch.no_grad(), torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         return function(*args, **options)

@@ -198,14 +198,17 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # outputs without a gradient cost no tensor of zeros
     student, _teacher, tokens, _weights, proj_weight, proj_bias, _, ctx.with_gradient, _backend = inputs
     ctx.num_tokens, ctx.dtypes = student.shape[0], (student.dtype, proj_weight.dtype)
     ctx.bias_dtype = None if proj_bias is None else proj_bias.dtype
     ctx.save_for_backward(tokens, *output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Any, ...]:
     refuse_double_backward("hidden_alignment_loss")
+    if grad is None:
+        return (None,) * 9
     if not ctx.with_gradient:
         raise RuntimeError("hidden_alignment: expected with_gradient=True for a backward, got False")
     tokens, student, weight, bias = ctx.saved_tensors

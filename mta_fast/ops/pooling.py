@@ -140,15 +140,18 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # outputs without a gradient cost no tensor of zeros
     hidden, weights, spans, _rows, ctx.backend = inputs
     ctx.dtype = hidden.dtype
     ctx.save_for_backward(output[1], weights, *spans)
 
 
-def _backward(ctx: Any, grad: Tensor, *_unused: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Any, ...]:
     refuse_double_backward("pool_spans")
     span_weight, weights, *spans = ctx.saved_tensors
-    grad_hidden = _pool_spans_gradient(grad, span_weight, weights, spans, ctx.dtype, ctx.backend)
+    grad_hidden = None
+    if grad is not None:
+        grad_hidden = _pool_spans_gradient(grad, span_weight, weights, spans, ctx.dtype, ctx.backend)
     return grad_hidden, None, [None] * len(spans), [None, None], None
 
 

@@ -149,16 +149,19 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # outputs without a gradient cost no tensor of zeros
     ctx.dtype, ctx.with_gradient = inputs[0].dtype, inputs[6]
     ctx.save_for_backward(output[2], inputs[4][0])
 
 
-def _backward(ctx: Any, grad: Tensor, _grad_den: Tensor, _grad_gradient: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Any, ...]:
     refuse_double_backward("span_pair_loss")
     gradient, span_rows = ctx.saved_tensors
     if not ctx.with_gradient:
         raise RuntimeError("span_pairs: expected with_gradient=True for a backward, got False")
-    scaled = (gradient * grad.index_select(0, span_rows)[:, None]).to(ctx.dtype)
+    scaled = None
+    if grad is not None:
+        scaled = (gradient * grad.index_select(0, span_rows)[:, None]).to(ctx.dtype)
     return scaled, None, None, [None] * 2, [None] * 3, None, None, None
 
 
