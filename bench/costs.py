@@ -380,7 +380,7 @@ def _gram_gradient(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
     return Cost(
         flops=grid[0] * grid[1] * 2 * a["TILE"] ** 2 * depth,
         inputs=_gram_inputs(a, batch, 4, rows) + kept * size,
-        outputs=int(counts.sum()) * width_s * size,
+        outputs=int(counts.sum()) * (width_s + grid[1]) * size,
     )
 
 
@@ -390,7 +390,9 @@ def _gram_gradient(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
 def _align(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
     projected = a["width"] * _size(a, "projected")
     token = _size(a, "tokens") + _size(a, "weights") + projected + a["width"] * _size(a, "teacher")
-    written = _size(a, "distances") + (projected if a["WITH_GRADIENT"] else 0)
+    written = _size(a, "distances")
+    if a["WITH_GRADIENT"]:
+        written += projected + (_size(a, "scales") if a["UNIT"] else 0)
     return Cost(inputs=grid[0] * token, outputs=grid[0] * written)
 
 

@@ -315,7 +315,7 @@ class Code:
     Attributes:
         error: why it made nothing.
         registers: of a thread (NVIDIA) or lane (AMD: vector registers).
-        spilled: bytes of a thread's stack (NVIDIA), or of a lane's scratch memory (AMD).
+        spilled: bytes of a thread's stack (NVIDIA), or of a lane's scratch memory if it is read or written (AMD).
         shared: bytes of shared memory of a program.
         products: dtypes and precision of the ``tl.dot`` in it, such as "f32 tf32x3".
         matrix: how often each tensor-core instruction occurs in its PTX or AMD assembly.
@@ -409,13 +409,13 @@ def _nvidia_matrix(ptx: str) -> dict[str, int]:
 
 def _amd_code(compiled: Any) -> Code:
     text = compiled.asm["amdgcn"]
-    names = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    names = ("vgpr_count", "private_segment_fixed_size")
     usage = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in names}  # type: ignore[index]
     sizes = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
     loads = re.findall(r"\b(?:global|buffer)_load_(?:lds_)?[us]?(byte|short|dword(?:x\d)?)", text)
     return Code(
         registers=usage["vgpr_count"],
-        spilled=max(usage["private_segment_fixed_size"], 4 * usage["vgpr_spill_count"]),
+        spilled=usage["private_segment_fixed_size"] if re.search(r"\bscratch_(load|store)", text) else 0,
         matrix=dict(Counter(re.findall(r"\bv_s?mfma_\w+", text))),
         load=max((sizes[load] for load in loads), default=0),
     )
@@ -441,8 +441,8 @@ def faults(code: Code, target: Target) -> list[str]:
         )
     used = {re.split("[ _]", name)[-1] for name in code.matrix}
     for product in code.products:
-        exact = product == "f32 ieee" and target.backend == "cuda"  # NVIDIA has no such instruction
-        if not exact and not used & FACTORS.get(product.split()[0], used):
+        exact = product == "f64" or (product == "f32 ieee" and target.backend == "cuda")  # not every GPU has them
+        if not exact and not used & FACTORS[product.split()[0]]:
             found.append(f"its {product} products use no tensor cores: take blocks of at least 16 x 16 x 16")
     return found
 
@@ -545,7 +545,7 @@ def _summary(target: str, rows: list[dict[str, Any]]) -> str:
 def _limits(target: Target) -> str:
     return (
         f"Shared memory: {target.shared} bytes a program, {target.shared_total} an SM or CU, of which each program "
-        f"reserves {target.shared_reserved}; {SCHEDULERS} schedulers with {target.warps} warps and {REGISTERS} registers "
+        f"reserves {target.shared_reserved}; {SCHEDULERS} schedulers of {target.warps} warps and {REGISTERS} registers "
         f"a lane; {target.programs} programs ({target.source})."
     )
 

@@ -313,11 +313,16 @@ def _concat(parts: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class AlignmentGradient(NamedTuple):
-    """Gradients of the Hid numerator, in the compute dtype."""
+    """Gradients of the Hid numerator, weight and bias in the compute dtype."""
 
-    student: Tensor  # [C, d_S], one row per listed token
+    student: Tensor  # [C, d_S], one row per listed token, in ``kept_dtype``
     weight: Tensor  # [d_T, d_S]
     bias: Tensor | None  # [d_T]
+
+
+def kept_dtype(student: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """What the listed tokens' gradients wait for the backward in: bfloat16 has float32's exponents, float16 not."""
+    return torch.bfloat16 if student == torch.bfloat16 else compute
 
 
 def hidden_alignment(
@@ -350,7 +355,7 @@ def hidden_alignment(
     gradient = None
     if with_gradient:
         gradient = AlignmentGradient(
-            student.new_empty(tokens.shape[0], student.shape[1], dtype=dtype),
+            student.new_empty(tokens.shape[0], student.shape[1], dtype=kept_dtype(student.dtype, dtype)),
             torch.zeros_like(matrix),
             None if bias is None else torch.zeros_like(bias),
         )
@@ -365,7 +370,7 @@ def hidden_alignment(
         total = total + (g * (1 - cosine)).double().sum()
         if gradient is not None:
             dp = p.mul_((g * cosine * p_scale.square())[:, None]).sub_(t.mul_((g * scale)[:, None]))
-            torch.mm(dp, matrix, out=gradient.student[chunk])
+            gradient.student[chunk] = torch.mm(dp, matrix)
             gradient.weight.addmm_(dp.T, h)
             if gradient.bias is not None:
                 gradient.bias.add_(dp.sum(0))

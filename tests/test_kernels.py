@@ -18,8 +18,9 @@ from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
 from mta_fast.ops.pooling import normalize_weights, pooled_spans
 from mta_fast.ops.span_pairs import span_pair_terms
 
-pytest.importorskip("triton", reason="the triton backend needs the package triton")
-from mta_fast.kernels import _launch, importance
+triton = pytest.importorskip("triton", reason="the triton backend needs the package triton")
+tl = triton.language
+from mta_fast.kernels import _launch, importance  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -387,3 +388,37 @@ def test_launches_of_a_layer_pair() -> None:
     assert names.count("align") == 1
     assert len(names) - 1 <= 14, names
     assert len(set(names)) == len(names) - 1, "only pooling runs twice, once a side"
+
+
+# --- the layout of programs --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _list_super_tiles(out, queries, first, COUNT: tl.constexpr, TILE: tl.constexpr):  # noqa: N803
+    o_pair = first + tl.arange(0, COUNT)
+    row, column, _, _, _ = importance._super_tile(queries, o_pair, TILE)
+    tl.store(out + 2 * tl.arange(0, COUNT), row)
+    tl.store(out + 2 * tl.arange(0, COUNT) + 1, column)
+
+
+def _super_tiles(sides: int, first: int, count: int) -> list[tuple[int, int]]:
+    out = torch.empty(count, 2, dtype=torch.int32, device=DEVICE)
+    _list_super_tiles[(1,)](out, sides * 1024, first, COUNT=count, TILE=128)  # super-tiles of 1,024 tokens
+    return [tuple(pair) for pair in out.tolist()]
+
+
+def test_every_super_tile_has_one_program() -> None:
+    # one column, a patch less one, a patch, a patch and one, several patches and a part of one
+    for sides in (17, 23, 24, 25, 31):
+        count = sides * (sides + 1) // 2
+        found = _super_tiles(sides, 0, 1024)[:count]
+        assert sorted(found) == [(i, j) for i in range(sides) for j in range(i, sides)]
+
+
+def test_rounding_of_the_root_loses_no_super_tile() -> None:
+    # a row of 8 million tokens: the root of 8 i + 1 is beyond float32's integers
+    column = 12 * 650
+    first = column * (column + 1) // 2
+    before, after = _super_tiles(8192, first - 512, 1024)[:512], _super_tiles(8192, first, 1024)
+    assert {j for _, j in before} <= set(range(column - 12, column))
+    assert after[:13] == [(i, column + j) for i in range(2) for j in range(12)][:13]

@@ -20,7 +20,7 @@ from mta_fast.ops._common import (
     refuse_double_backward,
 )
 from mta_fast.ops.pooling import normalize_weights
-from mta_fast.reference import compute_dtype, quotient
+from mta_fast.reference import compute_dtype, kept_dtype, quotient
 from mta_fast.spans.batch import SpanBatch
 
 
@@ -189,12 +189,13 @@ def _(
     backend: str,
 ) -> tuple[Tensor, ...]:
     dtype = compute_dtype(student, teacher, proj_weight)
-    nothing = (0,)
-    shapes: list[Any] = [nothing] * 3
+    nothing = student.new_empty(0, dtype=dtype)
+    gradients = (nothing, nothing.clone(), nothing.clone())
     if with_gradient:
-        bias = nothing if proj_bias is None else proj_bias.shape
-        shapes = [(tokens.shape[0], student.shape[1]), proj_weight.shape, bias]
-    return student.new_empty((), dtype=dtype), *(student.new_empty(shape, dtype=dtype) for shape in shapes)
+        bias = nothing if proj_bias is None else student.new_empty(proj_bias.shape, dtype=dtype)
+        listed = student.new_empty(tokens.shape[0], student.shape[1], dtype=kept_dtype(student.dtype, dtype))
+        gradients = (listed, student.new_empty(proj_weight.shape, dtype=dtype), bias)
+    return student.new_empty((), dtype=dtype), *gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
