@@ -152,7 +152,11 @@ def run(op: str, backend: str, tensors: Sequence[Tensor], /, *args: Any, **optio
     """
     chosen = BACKENDS[choose(op, tensors, backend).name]
     function = getattr(importlib.import_module(chosen.module), op)
-    device = tensors[0].device.type
-    has_autocast = torch.amp.is_autocast_available(device)
-    with torch.no_grad(), torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+    device = tensors[0].device
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False) if has_autocast else nullcontext(),
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),  # where Triton launches
+    ):
         return function(*args, **options)

@@ -81,10 +81,10 @@ def test_importance(dtype: torch.dtype, options: dict[str, bool]) -> None:
     check(ours, eager, exact)
 
 
-@pytest.mark.parametrize("width", [2, 3, 64, 577, 1600])
+@pytest.mark.parametrize("width", [2, 3, 64, 577, 1600, 8192])
 def test_importance_of_any_width(width: int) -> None:
-    # 2: the least; 577: no multiple of anything; 1,600: several blocks of the standard deviation
-    batch = _importance_case([5, 40, 258], width, torch.float32)
+    # 2: the least; 577: no multiple of anything; 1,600: several blocks of the standard deviation; 8,192: the widest
+    batch = _importance_case([5, 40, 258] if width < 1600 else [3, 258], width, torch.float32)
     for name in ("bfloat16", "float32"):
         hidden = batch.hidden.to(getattr(torch, name))
         results = (token_importance(h, batch.mask, backend=b) for h, b in _sides(hidden))
@@ -183,6 +183,20 @@ def test_pool_spans(dtype: torch.dtype, width: int) -> None:
     assert not made[0][3][2].any()  # a row of padding only has a gradient of 0
 
 
+@pytest.mark.slow
+def test_pool_a_span_of_thousands() -> None:
+    batch = make_batch("packed", [(3000, [(0, 3000), (0, 1), (2999, 3000), (100, 2900)])])
+    spans, hidden = batch.spans.to(DEVICE), torch.randn(3000, 40, device=DEVICE)
+    weights = torch.rand(3000, device=DEVICE)
+    made = []
+    for h, backend in _sides(hidden):
+        leaf = h.detach().requires_grad_()
+        pooled = pooled_spans(leaf, weights, spans, backend=backend)
+        made.append((pooled.states.detach(), *torch.autograd.grad(pooled.states.sum(), leaf)))
+    for ours, eager, exact in zip(*made, strict=True):
+        check(ours, eager, exact)
+
+
 # --- span pairs --------------------------------------------------------------------------------------------------
 
 # none, one (no pair), two, around a tile (32 or 64), more than a tile; 0 spans last
@@ -223,6 +237,21 @@ def test_span_pairs(dtype: torch.dtype, method: str) -> None:
     with torch.no_grad():  # without a gradient other tiles are visited
         value, _ = span_pair_terms(student, teacher, weights, spans, reduction="none", method=method, backend="triton")
     check(value, eager[0], exact[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pairwise", "gram"])
+def test_span_pairs_of_a_long_row(method: str) -> None:
+    batch = make_batch("packed", [words(1500), words(3)])
+    spans = batch.spans.to(DEVICE)
+    student, teacher = (torch.randn(1503, d, device=DEVICE) + 1 for d in (24, 40))
+    weights = torch.rand(1503, device=DEVICE)
+    ours, eager = (
+        _pair_terms(student, teacher, weights, spans, method=method, backend=b) for b in ("triton", "reference")
+    )
+    double = student.double(), teacher.double(), weights.double()
+    for x, y, z in zip(ours, eager, _pair_terms(*double, spans, backend="reference"), strict=True):
+        check(x, y, z)
 
 
 def test_the_cost_model_picks_per_row() -> None:
