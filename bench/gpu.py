@@ -7,11 +7,14 @@ are taken in turn within each round. Nothing is timed before the two sides agree
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.metadata
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +54,9 @@ def _device() -> dict[str, Any]:
 
 
 def _driver() -> str:
-    version: int = torch._C._cuda_getDriverVersion()
-    return f"CUDA {version // 1000}.{version % 1000 // 10}"
+    """Of the kernel driver; nvidia-smi comes with it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 # --- the loss ----------------------------------------------------------------------------------------------------
@@ -66,7 +70,6 @@ def loss_rows(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> lis
     workload = standard_workload(shape.batch, shape.seq_len, dims, shape.pairs).to(device, dtype)
     ours = workload.with_backend("triton")
     what = f"{shape.name}, B={shape.batch} S={shape.seq_len}"
-    rows = [_time_row(f"{what}: triton, forward + backward", ours.loss, ours, rounds, device)]
     others: dict[str, tuple[Step, Any]] = {}
     if shape.seq_len <= 8192:  # an hour of reference for the longest row
         reference = workload.with_backend("reference")
@@ -76,10 +79,28 @@ def loss_rows(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> lis
     if max(_spans(workload)) < PUBLIC_PAIRS:
         others["public algorithm"] = functools.partial(_public_step, workload), ours.public_loss
     for name, (step, loss) in others.items():
+        _check_parity(f"{what}: {name}", _step(ours, loss), step())
+    if not others:
+        _check_parity(f"{what}: reference, one layer pair", *_first_pair(workload))
+    rows = [_time_row(f"{what}: triton, forward + backward", ours.loss, ours, rounds, device)]
+    for name, (step, loss) in others.items():
         mine = functools.partial(_step, ours, loss)
-        _check_parity(f"{what}: {name}", mine(), step())
         rows.append(_ratio_row(f"{what}: {name} / triton", step, mine, rounds, device))
     return rows
+
+
+def _first_pair(workload: Workload) -> list[Sequence[Tensor]]:
+    """Loss and gradients of the first layer pair by the kernels and by the reference, where that is all it can do."""
+    config = workload.loss.config
+    made = []
+    for backend in ("triton", "reference"):
+        loss = copy.copy(workload.loss)
+        first = {"layer_pairs": config.layer_pairs[:1], "granularity": config.granularity[:1]}
+        loss.config = replace(config, backend=backend, **first)
+        value = loss(workload.student_hidden, workload.teacher_hidden, workload.spans).loss
+        learnt = [workload.student_hidden[0], *loss.projections[0].parameters()]
+        made.append((value.detach(), *torch.autograd.grad(value, learnt)))
+    return made
 
 
 def _spans(workload: Workload) -> list[int]:

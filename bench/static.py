@@ -116,7 +116,7 @@ class Variant:
     Attributes:
         target: key of TARGETS.
         kernel: row name in kernels/_table.py.
-        rows: which rows of the table it is launched with, as they are written there.
+        place: where in that file its row stands.
         called: (dtype, float32 matmul precision) of the ops' calls that launch it; student/teacher if they differ.
         options: what else makes it another variant.
         blocks, num_warps, num_stages: the row.
@@ -126,7 +126,7 @@ class Variant:
 
     target: str
     kernel: str
-    rows: str
+    place: str
     called: tuple[tuple[str, str], ...]
     options: str
     blocks: dict[str, int]
@@ -173,37 +173,18 @@ def _variant(launch: Launch, target: str) -> Variant:
     odd = any(name.endswith("width") and not attributes.get((i,)) for i, name in enumerate(signature))
     words = {"CAUSAL": "causal", "COUNT_PADDING": "count_padding", "WITH_GRADIENT": "gradient"}
     options = [word for name, word in words.items() if launch.arguments.get(name)]
-    rows, blocks = _table_rows(launch, target)
     return Variant(
         target,
         launch.name,
-        rows,
+        launch.place,
         called=(),
         options=", ".join([*options, *(["odd width"] if odd else [])]),
-        blocks=blocks,
+        blocks={name: launch.arguments[name] for name in launch.row.blocks if name in launch.arguments},
         num_warps=launch.options["num_warps"],
         num_stages=launch.options["num_stages"],
         source=(kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes),
         settings=launch.options,
     )
-
-
-def _table_rows(launch: Launch, target: str) -> tuple[str, dict[str, int]]:
-    """The rows of kernels/_table.py that a launch can be from, as they are written there, and their blocks."""
-    from mta_fast.kernels._table import OVERRIDES, TABLE, table_row
-
-    names: list[str] = []
-    blocks: dict[str, int] = {}
-    for name, kind in TABLE:
-        if name != launch.name:
-            continue
-        row = table_row(name, kind, target)
-        launched = {block: launch.arguments[block] for block in row.blocks}
-        options = launch.options
-        if (launched, options["num_warps"], options["num_stages"]) == (row.blocks, row.num_warps, row.num_stages):
-            names.append(f"{(name, kind, target) if (name, kind, target) in OVERRIDES else (name, kind)}")
-            blocks = launched
-    return " or ".join(names), blocks
 
 
 def _gpu(target: str) -> Any:
@@ -551,7 +532,7 @@ def _limits(target: Target) -> str:
 
 
 def _fault(row: dict[str, Any]) -> str:
-    return f"- {row['target']} {_name(row)}: {'; '.join(row['faults'])} (kernels/_table.py, {row['rows']})"
+    return f"- {row['target']} {_name(row)}: {'; '.join(row['faults'])} (kernels/_table.py, {row['place']})"
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -29,6 +29,8 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]  # pointers, numbers and constants by parameter name
     options: dict[str, Any]  # num_warps, num_stages, enable_fp_fusion
+    place: str  # of its row in kernels/_table.py
+    row: Row
 
 
 Observer = Callable[[Launch], None]
@@ -61,18 +63,20 @@ class Numerics:
     Attributes:
         kind: "half", "single" or "double".
         architecture: what the kernel is compiled for.
+        aligned: whether all widths are multiples of 16.
         dtype: what is accumulated and stored in.
         constants: ACC, PRECISION and UPCAST of ``_device``.
     """
 
     kind: str
     architecture: str
+    aligned: bool
     dtype: torch.dtype
     constants: dict[str, Any]
 
     def row(self, name: str) -> Row:
         """The table's row for a kernel."""
-        return table_row(name, self.kind, self.architecture)
+        return table_row(name, self.kind, self.architecture, self.aligned)[1]
 
 
 def numerics(*tensors: Tensor, exact: bool = False) -> Numerics:
@@ -90,17 +94,18 @@ def numerics(*tensors: Tensor, exact: bool = False) -> Numerics:
         "PRECISION": "ieee" if kind == DOUBLE else float32_precision(architecture, exact),
         "UPCAST": len(dtypes) > 1 or (INTERPRETED and half),
     }
-    return Numerics(kind, architecture, torch.float64 if kind == DOUBLE else torch.float32, constants)
+    aligned = all(tensor.shape[-1] % 16 == 0 for tensor in tensors if tensor.ndim == 2)
+    return Numerics(kind, architecture, aligned, torch.float64 if kind == DOUBLE else torch.float32, constants)
 
 
 def launch(name: str, kernel: Any, grid: tuple[int, ...], num: Numerics, **arguments: Any) -> None:
     """Launch ``kernel`` with its row of the table and the constants it takes; nothing happens for an empty grid."""
     if 0 in grid:
         return
-    row = num.row(name)
+    place, row = table_row(name, num.kind, num.architecture, num.aligned)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages, "enable_fp_fusion": FP_FUSION}
     arguments |= {key: value for key, value in (row.blocks | num.constants).items() if key in kernel.arg_names}
-    made = Launch(name, kernel, grid, arguments, options)
+    made = Launch(name, kernel, grid, arguments, options, place, row)
     for observer, _, _ in _observers:
         observer(made)
     if not dry_run():

@@ -33,7 +33,7 @@ _MEMORY_BOUND = {
     "pool": _row(4, 1, BLOCK_J=4, BLOCK_D=1024),
     "pool_gradient": _row(4, 1, BLOCK_D=1024),
     "row_totals": _row(4, 1, BLOCK_U=1024),
-    "align": _row(8, 1, BLOCK_D=2048),
+    "align": _row(8, 1, BLOCK_D=1024),
 }
 for _kind in (HALF, SINGLE, DOUBLE):
     TABLE.update({(name, _kind): row for name, row in _MEMORY_BOUND.items()})
@@ -48,7 +48,7 @@ TABLE.update(
         ("sums", HALF): _row(8, 3, TILE=128, BLOCK_D=64),
         ("sums", SINGLE): _row(8, 3, TILE=64, BLOCK_D=32),
         ("sums", DOUBLE): _row(8, 1, TILE=32, BLOCK_D=16),
-        ("pairs", HALF): _row(8, 2, TILE=64, BLOCK_D=32, BLOCK_G=64),
+        ("pairs", HALF): _row(8, 1, TILE=64, BLOCK_D=16, BLOCK_G=32),
         ("pairs", SINGLE): _row(8, 2, TILE=64, BLOCK_D=16, BLOCK_G=64),
         ("pairs", DOUBLE): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=32),
         ("gram_products", SINGLE): _row(8, 2, TILE=64, BLOCK_U=32, BLOCK_V=16, BLOCK_D=256),
@@ -65,6 +65,8 @@ OVERRIDES: dict[tuple[str, str, str], Row] = {
     ("sums", HALF, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=64),
     ("sums", SINGLE, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=32),
     # mma.sync takes both factors of a split product from registers
+    ("statistics", SINGLE, "sm_80"): _row(4, 2, TILE=64, BLOCK_D=16),
+    ("sums", SINGLE, "sm_80"): _row(4, 2, TILE=64, BLOCK_D=16),
     ("pairs", SINGLE, "sm_80"): _row(8, 2, TILE=32, BLOCK_D=32, BLOCK_G=64),
     ("pairs", HALF, "sm_80"): _row(8, 2, TILE=32, BLOCK_D=32, BLOCK_G=64),
     # 64 KB of shared memory
@@ -73,6 +75,29 @@ OVERRIDES: dict[tuple[str, str, str], Row] = {
 }
 
 
-def table_row(name: str, kind: str, architecture: str) -> Row:
-    """The row of a kernel for a kind of number on an architecture such as "sm_90"."""
-    return OVERRIDES.get((name, kind, architecture), TABLE[name, kind])
+# Rows of widths that are no multiple of 16, on every architecture: each element then has a pointer of its own
+UNALIGNED: dict[tuple[str, str], Row] = {
+    ("strips", HALF): _row(8, 3, STRIP=64, BLOCK_D=32),
+    ("strips", SINGLE): _row(8, 2, STRIP=32, BLOCK_D=16),
+    ("statistics", HALF): _row(8, 3, TILE=64, BLOCK_D=32),
+    ("statistics", SINGLE): _row(8, 2, TILE=64, BLOCK_D=16),
+    ("sums", HALF): _row(8, 3, TILE=64, BLOCK_D=32),
+    ("sums", SINGLE): _row(8, 2, TILE=64, BLOCK_D=16),
+    ("pairs", HALF): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=32),
+    ("pairs", SINGLE): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=32),
+    ("gram_products", SINGLE): _row(8, 2, TILE=64, BLOCK_U=16, BLOCK_V=8, BLOCK_D=256),
+    ("gram_gradient", SINGLE): _row(8, 2, TILE=64, BLOCK_D=16),
+}
+
+
+def table_row(name: str, kind: str, architecture: str, aligned: bool) -> tuple[str, Row]:
+    """Where the row of a kernel stands, and the row.
+
+    Args:
+        kind: of number; architecture: such as "sm_90"; aligned: whether all widths are multiples of 16.
+    """
+    if not aligned and (name, kind) in UNALIGNED:
+        return f"UNALIGNED[{name}, {kind}]", UNALIGNED[name, kind]
+    if (name, kind, architecture) in OVERRIDES:
+        return f"OVERRIDES[{name}, {kind}, {architecture}]", OVERRIDES[name, kind, architecture]
+    return f"TABLE[{name}, {kind}]", TABLE[name, kind]

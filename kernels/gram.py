@@ -287,8 +287,8 @@ def add_rows(
     starts = host[:, 0].tolist()
     rows = [slice(starts[b], starts[b + 1]) for b, count in enumerate(counts) if count >= gram_from]
     spans = [row.stop - row.start for row in rows]
-    num = numerics(weights, exact=True)
-    student, teacher = student.to(num.dtype), teacher.to(num.dtype)
+    student, teacher = student.to(weights.dtype), teacher.to(weights.dtype)
+    num = numerics(student, teacher, exact=True)
     d_s, d_t = student.shape[1], teacher.shape[1]
     tile = num.row("gram_products").blocks["TILE"]
     tiles_s, tiles_t = -(-d_s // tile), -(-d_t // tile)

@@ -8,13 +8,13 @@ it. A backend that is asked for by name either runs or raises: nothing falls bac
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from mta_fast.errors import BackendUnavailableError, InputError
 
 OLDEST_TRITON = (3, 6)
 OLDEST_CUDA = (8, 0)  # compute capability: bfloat16 and TF32 tensor cores
+AMD = ("gfx90a", "gfx942", "gfx950")  # matrix instructions of float32, waves of 64
 Reasons = Callable[[str, Sequence[Tensor]], list[str]]
 
 _LAUNCH = "mta_fast.kernels._launch"  # not imported here: it needs Triton
@@ -49,24 +50,37 @@ class Backend:
 
 
 def _reasons_against_triton(op: str, tensors: Sequence[Tensor]) -> list[str]:
-    if importlib.util.find_spec("triton") is None:
-        return ["triton is not installed (pip install triton; CUDA and ROCm builds of torch bring their own)"]
-    version = importlib.metadata.version("triton")
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-        return [f"expected triton >= {'.'.join(map(str, OLDEST_TRITON))}, got {version}"]
     device = tensors[0].device
-    interpreted = _interpreted()
-    if device.type == "cpu" and not interpreted:
+    if device.type == "cpu" and not _interpreted():
         return ["CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 before the first call; slow, for tests)"]
-    if device.type == "cuda" and interpreted:
+    if device.type == "cuda" and _interpreted():
         return ["TRITON_INTERPRET=1 is set, which interprets the kernels on the CPU; unset it and start again"]
-    if device.type == "cuda" and not torch.version.hip:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < OLDEST_CUDA:
-            return [f"expected compute capability 8.0 or later, got {'.'.join(map(str, capability))}"]
     if device.type not in ("cpu", "cuda") and not (device.type == "meta" and _dry_run()):
         return [f"expected CUDA or ROCm tensors, got {device.type}"]
-    return []
+    reason = _triton_is_missing() or (_device_is_unfit(device) if device.type == "cuda" else None)
+    return [] if reason is None else [reason]
+
+
+@cache
+def _triton_is_missing() -> str | None:
+    """Why Triton can't be used; looked up once, as every op asks."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton; CUDA and ROCm builds of torch bring their own)"
+    version: str = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"expected triton >= {'.'.join(map(str, OLDEST_TRITON))}, got {version}"
+    return None
+
+
+@cache
+def _device_is_unfit(device: torch.device) -> str | None:
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return None if name in AMD else f"expected one of {', '.join(AMD)}, got {name}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CUDA:
+        return f"expected compute capability 8.0 or later, got {'.'.join(map(str, capability))}"
+    return None
 
 
 def _reasons_to_avoid_triton(op: str, tensors: Sequence[Tensor]) -> list[str]:

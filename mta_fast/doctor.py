@@ -5,6 +5,7 @@ Runs without the command line's packages too: ``python -m mta_fast.doctor``.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -74,7 +75,11 @@ def _devices() -> Iterator[str]:
 def _version(package: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         return None
-    return importlib.metadata.version(_DISTRIBUTIONS.get(package, package))
+    try:
+        return importlib.metadata.version(_DISTRIBUTIONS.get(package, package))
+    except importlib.metadata.PackageNotFoundError:  # from a distribution of another name, as ROCm's triton
+        version: str = importlib.import_module(package).__version__
+        return version
 
 
 def _install(extra: str) -> str:

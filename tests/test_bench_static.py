@@ -23,7 +23,7 @@ import triton
 
 from bench import static
 from bench.static import TARGETS, Code, Variant, compile_all, faults, occupancy
-from mta_fast.kernels._table import OVERRIDES, TABLE
+from mta_fast.kernels._table import TABLE, table_row
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 COMPILED = ("sm_80", "sm_90")
@@ -74,8 +74,9 @@ def test_report_holds_every_row_of_the_table(ran: subprocess.CompletedProcess[st
         made = [row for row in rows if row["target"] == target]
         assert {row["kernel"] for row in made} == {name for name, _ in TABLE}
         for name, kind in TABLE:
-            key = (name, kind, target) if (name, kind, target) in OVERRIDES else (name, kind)
-            assert any(str(key) in row["rows"] for row in made), key
+            for aligned in (True, False):
+                place, _ = table_row(name, kind, target, aligned)
+                assert place in {row["place"] for row in made}
     assert len({static._name(row) + row["target"] for row in rows}) == len(rows)  # each is named apart
     text = out.with_suffix(".md").read_text()
     assert ran.stdout == text
@@ -189,14 +190,14 @@ def test_a_row_that_asks_for_too_much_is_found(tmp_path: Path) -> None:
     assert row["blocks"] == {"TILE": 256, "BLOCK_D": 64}
     assert row["faults"][0] == f"spills {row['spilled']} bytes a thread: take smaller blocks or more warps"
     assert f"- sm_80 statistics bfloat16: {row['faults'][0]}" in ran.stdout
-    assert "(kernels/_table.py, ('statistics', 'half'))" in ran.stdout
+    assert "(kernels/_table.py, TABLE[statistics, half])" in ran.stdout
 
 
 def test_a_compiler_that_fails_or_dies_fails_its_own_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "deadly.py").write_text("import os; os._exit(1)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     made = Variant(
-        "sm_90", "pool", "('pool', 'half')", (("bfloat16", "highest"),), "", {}, 4, 1, ("", "", {}, {}, {}), {}
+        "sm_90", "pool", "TABLE[pool, half]", (("bfloat16", "highest"),), "", {}, 4, 1, ("", "", {}, {}, {}), {}
     )
     deadly, wrong = (replace(made, source=(module, "dumps", {}, {}, {})) for module in ("deadly", "json"))
     died, failed = compile_all([deadly, wrong])

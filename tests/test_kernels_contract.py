@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from mta_fast.ops.importance import _token_importance
 from mta_fast.ops.pooling import _pool_spans, _pool_spans_gradient, _span_weights
 from mta_fast.ops.span_pairs import _span_pairs, span_pair_terms
 
-pytest.importorskip("triton", reason="the triton backend needs the package triton")
+triton = pytest.importorskip("triton", reason="the triton backend needs the package triton")
 from mta_fast import kernels
 from mta_fast.kernels import _launch
 
@@ -274,11 +274,22 @@ def test_the_package_needs_no_triton() -> None:
     assert _without_interpreter(code).strip() == "[]"
 
 
+@pytest.fixture
+def forget() -> Iterator[None]:
+    """What was found about Triton and the devices is looked up again, before and after."""
+    for found in (backends._triton_is_missing, backends._device_is_unfit):
+        found.cache_clear()
+    yield
+    for found in (backends._triton_is_missing, backends._device_is_unfit):
+        found.cache_clear()
+
+
+@pytest.mark.usefixtures("forget")
 @pytest.mark.parametrize(
     ("patch", "message"),
     [
         (lambda m: m.setattr(importlib.util, "find_spec", lambda name: None), "triton is not installed"),
-        (lambda m: m.setattr(importlib.metadata, "version", lambda name: "3.5.1"), "expected triton >= 3.6, got 3.5.1"),
+        (lambda m: m.setattr(triton, "__version__", "3.5.1"), "expected triton >= 3.6, got 3.5.1"),
     ],
     ids=["missing", "old"],
 )
@@ -287,18 +298,42 @@ def test_a_missing_or_old_triton_is_refused(
 ) -> None:
     patch(monkeypatch)
     with pytest.raises(BackendUnavailableError, match=message):
-        token_importance(torch.randn(1, 3, 4), backend="triton")
-    assert token_importance(torch.randn(1, 3, 4)).shape == (1, 3)  # auto: the reference
+        token_importance(torch.randn(1, 3, 4, device=DEVICE), backend="triton")
+    assert token_importance(torch.randn(1, 3, 4, device=DEVICE)).shape == (1, 3)  # auto: the reference
 
 
-def test_gpus_without_tensor_cores_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stand:
-        device, dtype = torch.device("cuda:0"), torch.float32
+@dataclass
+class Stand:
+    """A tensor on a GPU that is not here."""
 
+    device: torch.device = torch.device("cuda:0")
+    dtype: torch.dtype = torch.float32
+
+
+@pytest.mark.usefixtures("forget")
+def test_unfit_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons_against: Any = backends.BACKENDS["triton"].reasons_against
     monkeypatch.setattr(backends, "_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    reasons = backends.BACKENDS["triton"].reasons_against("token_importance", [Stand()])  # type: ignore[list-item]
-    assert reasons == ["expected compute capability 8.0 or later, got 7.5"]
+    expected = ["expected compute capability 8.0 or later, got 7.5"]
+    assert reasons_against("token_importance", [Stand()]) == expected
+    backends._device_is_unfit.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    properties = type("Properties", (), {"gcnArchName": "gfx1100:sramecc+"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    expected = ["expected one of gfx90a, gfx942, gfx950, got gfx1100"]
+    assert reasons_against("token_importance", [Stand()]) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "family"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 0), "sm_80")],
+)
+def test_gpus_take_the_rows_of_their_family(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], family: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert _launch._device_architecture.__wrapped__(0) == family
 
 
 def test_every_op_has_a_kernel() -> None:

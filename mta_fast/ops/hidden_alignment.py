@@ -72,7 +72,7 @@ def hidden_alignment_loss(
     else:
         tokens = token_weights.detach().reshape(-1).nonzero().flatten()
     if reduction == "sample":
-        weights, denominator = _row_mean_weights(token_weights.detach(), tokens, spans)
+        weights, denominator = _row_mean_weights(token_weights.detach(), tokens, spans, backend)
     else:
         weights = token_weights.detach().reshape(-1)[tokens]
         denominator = weights.sum()
@@ -83,7 +83,9 @@ def hidden_alignment_loss(
     return (numerator, denominator) if reduction == "none" else quotient(numerator, denominator)
 
 
-def _row_mean_weights(token_weights: Tensor, tokens: Tensor, spans: SpanBatch | None) -> tuple[Tensor, Tensor]:
+def _row_mean_weights(
+    token_weights: Tensor, tokens: Tensor, spans: SpanBatch | None, backend: str
+) -> tuple[Tensor, Tensor]:
     """Weights [C] of the listed tokens divided by their row's sum, and the number of rows with a sum > 0."""
     if spans is None:
         total = token_weights.sum(1, keepdim=True)
@@ -92,7 +94,7 @@ def _row_mean_weights(token_weights: Tensor, tokens: Tensor, spans: SpanBatch | 
     counts = spans.cover_splits.diff()
     per_span = torch.zeros_like(token_weights).reshape(-1)
     per_span = per_span.index_copy(0, tokens.long(), token_weights.reshape(-1)[tokens] / counts)
-    made = normalize_weights(per_span.reshape(token_weights.shape), spans)
+    made = normalize_weights(per_span.reshape(token_weights.shape), spans, backend=backend)
     return made.token.reshape(-1)[tokens] * counts, (made.row_total > 0).sum()
 
 
