@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+WHOLE_ROW = tl.constexpr(0)  # as BLOCK of find_span_row: one program a row
 ROWS_AT_ONCE = tl.constexpr(128)  # rows whose programs are counted at a time when a program looks for its own
 
 
@@ -71,7 +72,7 @@ def find_span_row(span_splits, num_rows, i_program, gram_from, GRAM: tl.constexp
     """The row of a program, which of the row's programs it is, and how many rows in Gram form come before.
 
     Rows with at least ``gram_from`` spans are in Gram form; programs are dealt out for these with GRAM, else for the
-    others: one for BLOCK spans, or with BLOCK = 0 one a row.
+    others: one for BLOCK spans, or with WHOLE_ROW one a row.
     """
     row = 0
     local = i_program
@@ -84,7 +85,7 @@ def find_span_row(span_splits, num_rows, i_program, gram_from, GRAM: tl.constexp
             span_splits + o_row, mask=m_row, other=0
         )
         m_gram = m_row & (counts >= gram_from)
-        programs = m_row.to(tl.int32) if BLOCK == 0 else tl.cdiv(counts, BLOCK)
+        programs = m_row.to(tl.int32) if BLOCK == WHOLE_ROW else tl.cdiv(counts, BLOCK)
         programs = tl.where(m_gram, programs, 0) if GRAM else tl.where(m_gram, 0, programs)
         passed = m_row & (before + tl.cumsum(programs, 0) <= i_program)
         row += tl.sum(passed.to(tl.int32), 0)

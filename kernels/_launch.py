@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from mta_fast.errors import InputError
 from mta_fast.kernels._table import DOUBLE, HALF, SINGLE, Row, table_row
 
 INTERPRETED: bool = knobs.runtime.interpret  # decided when the kernels were decorated
@@ -88,7 +89,7 @@ def numerics(*tensors: Tensor, exact: bool = False) -> Numerics:
     half = dtypes <= {torch.bfloat16, torch.float16}
     kind = DOUBLE if torch.float64 in dtypes else HALF if half and len(dtypes) == 1 else SINGLE
     architecture = _architecture(tensors[0].device)
-    exact = exact or torch.get_float32_matmul_precision() == "highest"
+    exact = exact or torch.backends.cuda.matmul.fp32_precision != "tf32"  # says what either of torch's settings is
     constants = {
         "ACC": tl.float64 if kind == DOUBLE else tl.float32,
         "PRECISION": "ieee" if kind == DOUBLE else float32_precision(architecture, exact),
@@ -102,6 +103,7 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], num: Numerics, **argum
     """Launch ``kernel`` with its row of the table and the constants it takes; nothing happens for an empty grid."""
     if 0 in grid:
         return
+    arguments = {key: _readable(key, value) for key, value in arguments.items()}
     place, row = table_row(name, num.kind, num.architecture, num.aligned)
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages, "enable_fp_fusion": FP_FUSION}
     arguments |= {key: value for key, value in (row.blocks | num.constants).items() if key in kernel.arg_names}
@@ -116,15 +118,15 @@ def float32_precision(architecture: str, exact: bool) -> str:
     """What ``tl.dot`` makes of float32 factors.
 
     NVIDIA: one TF32 product, or for exactness three of the factors' high and low parts. AMD: its compiler refuses that
-    split, and its float32 matrix instructions are exact; only gfx942 has TF32.
+    split, and its float32 matrix instructions are exact.
     """
     if architecture.startswith("gfx"):
-        return "ieee" if exact or architecture != "gfx942" else "tf32"
+        return "ieee"
     return "tf32x3" if exact else "tf32"
 
 
 def _architecture(device: torch.device) -> str:
-    """Such as "sm_90" or "gfx942"; in a dry run what the observer asks for, in the interpreter that of an H100."""
+    """Whose rows of the table are taken; in a dry run what the observer asks for, in the interpreter an H100's."""
     for _, _, architecture in _observers:
         if architecture is not None:
             return architecture
@@ -135,12 +137,27 @@ def _architecture(device: torch.device) -> str:
 
 @cache
 def _device_architecture(index: int) -> str:
+    """The table's architecture that a device's compiler and shared memory are most like."""
     if torch.version.hip:
-        name: str = torch.cuda.get_device_properties(index).gcnArchName
-        return name.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+        return "gfx942"  # the others (backends.AMD) have as much shared memory or more
+    major, _ = torch.cuda.get_device_capability(index)
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")  # 8.6, 8.9 and 12.x have mma.sync and less shared memory
 
 
 def writable(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a buffer that a kernel writes: the interpreter truncates bfloat16, so there torch rounds."""
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
+
+
+def _readable(name: str, value: Any) -> Any:
+    """An argument as the kernels address it: vectors and index tensors contiguous, features within 2^31 elements."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim == 1 or not value.is_floating_point():
+        return value.contiguous()  # results, which are made contiguous, stay themselves
+    if value.ndim == 2 and (value.shape[1] - 1) * value.stride(1) >= 2**31:
+        raise InputError(
+            f"{name}: expected fewer than 2^31 elements from a row's first feature to its last, got a stride of "
+            f"{value.stride(1)} for {value.shape[1]} features; give .contiguous()"
+        )
+    return value

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_fast.kernels._device import find_span_row, reciprocal, triangle
+from mta_fast import reference
+from mta_fast.kernels._device import WHOLE_ROW, find_span_row, reciprocal, triangle
 from mta_fast.kernels._launch import launch, numerics
 
-LENGTHS = ("num_rows", "gram_from")
+LENGTHS = ("num_rows", "gram_from")  # change every step: no variant is compiled for their divisors
+SPANS_AT_ONCE = 4096  # spans whose weighted states are in memory at a time: 67 MB at d = 4,096
 
 
 @triton.jit
@@ -104,7 +106,7 @@ def _tile(
     return acc
 
 
-@triton.jit(do_not_specialize=(*LENGTHS, "num_tiles"))
+@triton.jit(do_not_specialize=(*LENGTHS, "num_tiles", "num_programs"))
 def _gram_products(
     student,
     teacher,
@@ -130,6 +132,7 @@ def _gram_products(
     num_rows,
     gram_from,
     num_tiles,
+    num_programs,  # of a row
     TILE: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -142,8 +145,9 @@ def _gram_products(
     The symmetric two are visited on and above the diagonal. Programs from ``num_tiles`` on do the row's ``_tangents``,
     which depend on no product: one launch for both.
     """
-    i_program = tl.program_id(0)
-    row, _, rank = find_span_row(span_splits, num_rows, tl.program_id(1), gram_from, True, 0)
+    i_program = tl.program_id(0) % num_programs
+    i_rank = tl.program_id(0) // num_programs
+    row, _, rank = find_span_row(span_splits, num_rows, i_rank, gram_from, True, WHOLE_ROW)
     first, end = tl.load(span_splits + row), tl.load(span_splits + row + 1)
     big_rank = rank.to(tl.int64)
     p_student_mean = student_mean + big_rank * student_width
@@ -297,10 +301,10 @@ def add_rows(
     if not rows:
         return gram_terms
     omegas = torch.stack([weights[row].double().sum() for row in rows])
-    inverse_s, inverse_t = (_reciprocal(norm) for norm in (student_norm, teacher_norm))
-    scale = _reciprocal(omegas).to(num.dtype)[:, None]
+    inverse_s, inverse_t = reference.reciprocal(student_norm), reference.reciprocal(teacher_norm)
+    scale = reference.reciprocal(omegas).to(num.dtype)[:, None]
     means = [
-        torch.stack([(weights[row] * inverse[row]) @ states[row] for row in rows]) * scale
+        torch.stack([_weighted_sum(states[row], weights[row] * inverse[row]) for row in rows]) * scale
         for states, inverse in ((student, inverse_s), (teacher, inverse_t))
     ]
     sides = {
@@ -329,11 +333,12 @@ def add_rows(
     launch(
         "gram_products",
         _gram_products,
-        (num_tiles + blocks, len(rows)),
+        ((num_tiles + blocks) * len(rows),),
         num,
         omegas=omegas,
         gram_terms=gram_terms,
         num_tiles=num_tiles,
+        num_programs=num_tiles + blocks,
         terms=terms,
         bends=bends,
         offsets=offsets,
@@ -343,7 +348,7 @@ def add_rows(
     if not with_gradient:
         return gram_terms
     bent = weights * bends
-    pulls = torch.stack([(bent[row] * inverse_s[row]) @ student[row] for row in rows])
+    pulls = torch.stack([_weighted_sum(student[row], bent[row] * inverse_s[row]) for row in rows])
     pulls -= torch.stack([bent[row].sum() for row in rows])[:, None] * means[0]
     tile = num.row("gram_gradient").blocks["TILE"]
     columns = -(-d_s // tile)
@@ -367,5 +372,9 @@ def add_rows(
     return gram_terms
 
 
-def _reciprocal(values: Tensor) -> Tensor:
-    return torch.where(values == 0, 0.0, 1 / values)
+def _weighted_sum(states: Tensor, weights: Tensor) -> Tensor:
+    """sum_u weights_u states_u [d]; no matrix product, which torch may make of TF32."""
+    total = states.new_zeros(states.shape[1])
+    for part, factors in zip(states.split(SPANS_AT_ONCE), weights.split(SPANS_AT_ONCE), strict=True):
+        total += (factors[:, None] * part).sum(0)
+    return total

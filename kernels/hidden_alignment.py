@@ -145,6 +145,6 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right in ``dtype``: sums of half-precision products are not rounded to half precision."""
     if left.dtype == dtype:
         return torch.mm(left, right)
-    if left.device.type == "cpu":  # has no product of halves in float32
-        return torch.mm(left.to(dtype), right.to(dtype))
-    return torch.mm(left, right, out_dtype=dtype)
+    if dtype == torch.float32 and left.device.type != "cpu" and not torch.version.hip:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left.to(dtype), right.to(dtype))  # only CUDA multiplies halves into float32

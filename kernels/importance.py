@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mta_fast import reference
 from mta_fast.kernels._device import ROWS_AT_ONCE, load, products, reciprocal, triangle
 from mta_fast.kernels._launch import Numerics, launch, numerics
 
 SHORT_ROW = tl.constexpr(256)
 PATCH = tl.constexpr(12)  # 12 columns x 11 rows of super-tiles on an H100's 132 multiprocessors: 23 tiles in the cache
-STD_EPS = tl.constexpr(1e-5)  # as reference.STD_EPS
+STD_EPS = tl.constexpr(reference.STD_EPS)
 LENGTHS = ("num_rows", "seq_len")  # change every step: no variant is compiled for their divisors
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -168,7 +168,7 @@ def pool_spans(
         states = hidden[start : start + length].to(dtype)
         offsets = lengths.cumsum(0) - lengths
         sums = F.embedding_bag(incidence, states, offsets, mode="sum", per_sample_weights=w)
-        pooled.append(sums * _reciprocal(total)[:, None])
+        pooled.append(sums * reciprocal(total)[:, None])
         totals.append(total)
         first += count
     vectors = _concat(pooled, hidden, dtype)
@@ -184,14 +184,14 @@ def pool_spans_gradient(grad: Tensor, span_weight: Tensor, weights: Tensor, span
     Returns:
         [T, d] in ``dtype``; 0 where no span covers the token.
     """
-    scaled = grad * _reciprocal(span_weight)[:, None]
+    scaled = grad * reciprocal(span_weight)[:, None]
     sums = F.embedding_bag(spans.cover_spans.long(), scaled, spans.cover_splits[:-1].long(), mode="sum")
     covered = spans.covered.long()
     sums = sums.mul_(weights[covered].to(grad.dtype)[:, None]).to(dtype)
     return grad.new_zeros(weights.shape[0], grad.shape[1], dtype=dtype).index_copy_(0, covered, sums)
 
 
-def _reciprocal(values: Tensor) -> Tensor:
+def reciprocal(values: Tensor) -> Tensor:
     """1 / values, and 0 where a value is 0."""
     return torch.where(values == 0, 0.0, 1 / values)
 
@@ -297,7 +297,7 @@ def span_distances(pooled: Tensor) -> Tensor:
 
 def _unit(vectors: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [N, d] scaled from length ``norm`` [N] to 1 (zero rows stay zero), and the scales [N, 1]."""
-    scale = _reciprocal(norm.to(vectors.dtype))[:, None]
+    scale = reciprocal(norm.to(vectors.dtype))[:, None]
     return vectors * scale, scale
 
 
@@ -364,8 +364,8 @@ def hidden_alignment(
         t = teacher.index_select(0, tokens[chunk]).to(dtype)
         g = weights[chunk].to(dtype)
         p = F.linear(h, matrix, bias)
-        p_scale = _reciprocal(torch.linalg.vector_norm(p, dim=-1))
-        scale = p_scale * _reciprocal(torch.linalg.vector_norm(t, dim=-1))
+        p_scale = reciprocal(torch.linalg.vector_norm(p, dim=-1))
+        scale = p_scale * reciprocal(torch.linalg.vector_norm(t, dim=-1))
         cosine = torch.linalg.vecdot(p, t) * scale
         total = total + (g * (1 - cosine)).double().sum()
         if gradient is not None:

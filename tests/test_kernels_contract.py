@@ -16,6 +16,7 @@ import pytest
 import torch
 from batches import EDGE_ROWS, LAYOUTS, RaggedBatch, TokenSpans, make_batch, random_rows
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mta_fast import MTAConfig, MTALoss, backends, pool_spans, reference, span_pair_loss, token_importance
 from mta_fast.errors import BackendUnavailableError
@@ -25,8 +26,8 @@ from mta_fast.ops.pooling import _pool_spans, _pool_spans_gradient, _span_weight
 from mta_fast.ops.span_pairs import _span_pairs, span_pair_terms
 
 triton = pytest.importorskip("triton", reason="the triton backend needs the package triton")
-from mta_fast import kernels
-from mta_fast.kernels import _launch
+from mta_fast import kernels  # noqa: E402
+from mta_fast.kernels import _launch  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -231,6 +232,43 @@ def test_split_products_are_as_exact_as_float32(tensor_cores: list[str], method:
         assert single[1] > 20 * split[1]
 
 
+class Operators(TorchDispatchMode):
+    """Names of torch's operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_gram_form_leaves_no_product_to_torch() -> None:
+    # which may make it of TF32, where the emulation above would not see it
+    student, teacher, weights, spans = (x.to(DEVICE) for x in _similar_spans(0.9))
+    norms = student.norm(dim=1), teacher.norm(dim=1)
+    with Operators() as used:
+        kernels.span_pairs(student, teacher, weights, *norms, spans.span_splits, spans.host, "gram", True)
+    assert {"mul", "sum"} <= used.names
+    assert not {name for name in used.names if "mm" in name or "mv" in name or "matmul" in name or "dot" in name}
+
+
+def test_both_of_torchs_precision_settings_are_followed() -> None:
+    code = (
+        "import torch; from mta_fast.kernels._launch import numerics; x = torch.empty(2, 2)\n"
+        "found = [numerics(x).constants['PRECISION']]\n"
+        "{}\n"
+        "print(*found, numerics(x).constants['PRECISION'])"
+    )
+    for setting in (
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+    ):
+        assert _without_interpreter(code.format(setting)).split() == ["tf32x3", "tf32"], setting
+
+
 def test_importance_follows_the_matmul_precision(tensor_cores: list[str]) -> None:
     hidden = torch.randn(2, 40, 48) + 2
     exact, eager = (token_importance(x, backend="reference") for x in (hidden.double(), hidden))
@@ -306,7 +344,7 @@ def test_a_missing_or_old_triton_is_refused(
 class Stand:
     """A tensor on a GPU that is not here."""
 
-    device: torch.device = torch.device("cuda:0")
+    device: torch.device
     dtype: torch.dtype = torch.float32
 
 
@@ -316,13 +354,13 @@ def test_unfit_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     expected = ["expected compute capability 8.0 or later, got 7.5"]
-    assert reasons_against("token_importance", [Stand()]) == expected
+    assert reasons_against("token_importance", [Stand(torch.device("cuda:0"))]) == expected
     backends._device_is_unfit.cache_clear()
     monkeypatch.setattr(torch.version, "hip", "7.0")
     properties = type("Properties", (), {"gcnArchName": "gfx1100:sramecc+"})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     expected = ["expected one of gfx90a, gfx942, gfx950, got gfx1100"]
-    assert reasons_against("token_importance", [Stand()]) == expected
+    assert reasons_against("token_importance", [Stand(torch.device("cuda:0"))]) == expected
 
 
 @pytest.mark.parametrize(

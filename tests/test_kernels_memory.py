@@ -15,6 +15,10 @@ import torch
 from batches import make_batch, random_rows
 from torch import Tensor
 
+from mta_fast import hidden_alignment_loss, pool_spans, span_pair_loss
+from mta_fast.errors import InputError
+from mta_fast.ops.pooling import normalize_weights
+
 pytest.importorskip("triton", reason="the triton backend needs the package triton")
 from mta_fast import kernels
 from mta_fast.reference import Spans
@@ -145,6 +149,32 @@ def test_offsets_beyond_two_to_the_31() -> None:
         for x in (wide, dense)
     ]
     assert torch.equal(aligned[0][0], aligned[1][0])
+
+
+def test_vectors_of_any_stride() -> None:
+    batch = make_batch("packed", [(40, [(0, 3), (33, 40), (2, 9)])])
+    spans, hidden = batch.spans, torch.randn(40, 16)
+    for values in (torch.rand(40, 2)[:, 0], torch.ones(()).expand(40)):
+        made, expected = (normalize_weights(values, spans, backend=b) for b in ("triton", "reference"))
+        assert all(map(torch.allclose, made, expected))
+        pooled, want = (pool_spans(hidden, values, spans, backend=b) for b in ("triton", "reference"))
+        assert all(map(torch.allclose, pooled, want))
+        salience = torch.rand(3, 2)[:, 1]
+        terms = [span_pair_loss(pooled[0], pooled[0] + 1, salience, spans, backend=b) for b in ("triton", "reference")]
+        torch.testing.assert_close(*terms)
+        aligned = [
+            hidden_alignment_loss(hidden, hidden, values, torch.randn(16, 16).fill_(0.1), spans=spans, backend=b)
+            for b in ("triton", "reference")
+        ]
+        torch.testing.assert_close(*aligned)
+
+
+def test_features_too_far_apart_are_refused() -> None:
+    memory = mmap.mmap(-1, 4 * (2**27 * 16 + 40), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    wide = torch.frombuffer(memory, dtype=torch.float32).as_strided((40, 17), (1, 2**27))
+    rows = torch.tensor([[0, 40]], dtype=torch.int32)
+    with pytest.raises(InputError, match=r"hidden: expected fewer than 2\^31 elements.*got a stride of 134217728"):
+        kernels.token_importance(wide, rows, rows, 0, False, False)
 
 
 def test_strided_inputs() -> None:
