@@ -66,7 +66,7 @@ OVERRIDES: dict[tuple[str, str, str], Row] = {
     ("sums", SINGLE, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=32),
     # mma.sync takes both factors of a split product from registers
     ("statistics", SINGLE, "sm_80"): _row(4, 2, TILE=64, BLOCK_D=16),
-    ("sums", SINGLE, "sm_80"): _row(4, 2, TILE=64, BLOCK_D=16),
+    ("sums", SINGLE, "sm_80"): _row(4, 1, TILE=64, BLOCK_D=16),
     ("pairs", SINGLE, "sm_80"): _row(8, 2, TILE=32, BLOCK_D=32, BLOCK_G=64),
     ("pairs", HALF, "sm_80"): _row(8, 2, TILE=32, BLOCK_D=32, BLOCK_G=64),
     # 64 KB of shared memory

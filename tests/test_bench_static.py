@@ -22,7 +22,10 @@ pytest.importorskip("typer")
 import triton
 
 from bench import static
-from bench.static import TARGETS, Code, Variant, compile_all, faults, occupancy
+from bench.machine_code import Code, compile_all
+from bench.static import faults
+from bench.targets import TARGETS, occupancy
+from bench.variants import Variant
 from mta_fast.kernels._table import TABLE, table_row
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -173,13 +176,14 @@ def test_a_row_that_asks_for_too_much_is_found(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from unittest import mock
-        from bench import static
+        from bench import static, variants as found_by
         from mta_fast.kernels._table import TABLE, Row
+        from bench.machine_code import compile_variant
         TABLE["statistics", "half"] = Row({"TILE": 256, "BLOCK_D": 64}, 4, 3)
-        call = ("bfloat16", "highest", lambda: static._importance(static.torch.bfloat16))
+        call = ("bfloat16", "highest", lambda: found_by._importance(static.torch.bfloat16))
         variants = lambda target: [v for v in made(target) if v.kernel == "statistics"]
-        made, static.compile_all = static.variants, lambda found: [static.compile_variant(v) for v in found]
-        with mock.patch.object(static, "_calls", lambda: [call]), mock.patch.object(static, "variants", variants):
+        made, static.compile_all = static.variants, lambda found: [compile_variant(v) for v in found]
+        with mock.patch.object(found_by, "_calls", lambda: [call]), mock.patch.object(static, "variants", variants):
             sys.exit(static.main(["sm_80"], Path(sys.argv[1])))
         """
     ran = _run("-c", code, str(tmp_path / "report"))

@@ -1,0 +1,201 @@
+"""Which variants of the kernels there are to compile: every op is called on tensors without data, launches recorded.
+
+Each distinct launch (kernel, dtypes, constants, divisibility, launch parameters) is a variant, specialised by Triton's
+own JIT code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bench.targets import gpu
+from mta_fast.reference import Spans, compute_dtype
+
+if TYPE_CHECKING:
+    from mta_fast.kernels._launch import Launch
+
+LENGTHS = (256, 4096)  # tokens of a row that takes one pass, and of one that takes two
+SPANS = (1000, 5000)  # of a row in pairwise form, and of one in Gram form
+WIDTHS, ODD_WIDTHS = (768, 1600), (577, 1601)  # student and teacher; the odd ones allow no 16-byte loads
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as the JIT compiles it for one launch. Plain values only: it goes to another process.
+
+    Attributes:
+        target: key of TARGETS.
+        kernel: row name in kernels/_table.py.
+        place: where in that file its row stands.
+        called: (dtype, float32 matmul precision) of the ops' calls that launch it; student/teacher if they differ.
+        options: what else makes it another variant.
+        blocks, num_warps, num_stages: the row.
+        source: (module, function, signature, constants, attributes), of which Triton makes the program.
+        settings: Triton's compile options.
+    """
+
+    target: str
+    kernel: str
+    place: str
+    called: tuple[tuple[str, str], ...]
+    options: str
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+    source: tuple[str, str, dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
+
+
+def variants(target: str) -> list[Variant]:
+    """Every distinct variant that the calls of ``_calls`` launch on a target."""
+    from mta_fast.kernels._launch import observe
+
+    found: dict[str, Variant] = {}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for dtype, precision, call in _calls():
+            torch.set_float32_matmul_precision(precision)
+            launches: list[Launch] = []
+            with observe(launches.append, execute=False, architecture=target), torch.no_grad():
+                call()
+            for launch in launches:
+                made = _variant(launch, target)
+                key = str((made.source, made.settings))
+                called = (*found.get(key, made).called, (dtype, precision))
+                found[key] = replace(made, called=tuple(dict.fromkeys(called)))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    kernels = list(dict.fromkeys(variant.kernel for variant in found.values()))
+    return sorted(found.values(), key=lambda variant: kernels.index(variant.kernel))
+
+
+def _variant(launch: Launch, target: str) -> Variant:
+    """A launch specialised as ``JITFunction.run`` would: divisors of 16, ones, 64-bit numbers, do_not_specialize."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, backend = launch.kernel, make_backend(gpu(target))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(**launch.arguments, **launch.options)
+    _, signature, constants, attributes = kernel._pack_args(
+        backend, dict(launch.options), bound, specialization, launch.options
+    )
+    odd = any(name.endswith("width") and not attributes.get((i,)) for i, name in enumerate(signature))
+    words = {"CAUSAL": "causal", "COUNT_PADDING": "count_padding", "WITH_GRADIENT": "gradient"}
+    options = [word for name, word in words.items() if launch.arguments.get(name)]
+    return Variant(
+        target,
+        launch.name,
+        launch.place,
+        called=(),
+        options=", ".join([*options, *(["odd width"] if odd else [])]),
+        blocks={name: launch.arguments[name] for name in launch.row.blocks if name in launch.arguments},
+        num_warps=launch.options["num_warps"],
+        num_stages=launch.options["num_stages"],
+        source=(kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes),
+        settings=launch.options,
+    )
+
+
+# --- the calls whose launches are compiled -----------------------------------------------------------------------
+
+
+def _calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(dtype, float32 matmul precision, call) of every op in every dtype.
+
+    Only in bfloat16: options of the importance, odd widths of everything but span pairs. Span pairs see float32
+    whatever the hidden states are, unless somebody pools in half precision: their odd widths are float32. Products of
+    two halves don't depend on the matmul precision; the gradient of span pairs multiplies float32 in any case.
+    """
+    half, single = torch.bfloat16, torch.float32
+    for name, dtype in DTYPES.items():
+        for precision in ("highest", "high") if dtype == single else ("highest",):
+            yield name, precision, partial(_importance, dtype)
+            yield name, precision, partial(_pooling, dtype)
+            yield name, precision, partial(_pairs, dtype, dtype, False)
+            yield name, precision, partial(_alignment, dtype, dtype)
+        for precision in ("highest",) if dtype == torch.float64 else ("highest", "high"):
+            yield name, precision, partial(_pairs, dtype, dtype, True)
+    for causal, count_padding in ((True, False), (False, True), (True, True)):
+        yield "bfloat16", "highest", partial(_importance, half, causal=causal, count_padding=count_padding)
+    yield "bfloat16", "highest", partial(_importance, half, width=ODD_WIDTHS[1])
+    yield "bfloat16", "highest", partial(_pooling, half, width=ODD_WIDTHS[0])
+    yield "bfloat16", "highest", partial(_alignment, half, half, widths=ODD_WIDTHS)
+    yield "bfloat16/float32", "highest", partial(_alignment, half, single)
+    for with_gradient in (False, True):
+        yield "float32", "highest", partial(_pairs, single, single, with_gradient, ODD_WIDTHS)
+        yield "bfloat16/float32", "highest", partial(_pairs, half, single, with_gradient)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _spans() -> Spans:
+    """Spans of two rows: one in pairwise form, one in Gram form."""
+    count, covered = sum(SPANS), 3000
+    return Spans(
+        ranges=_empty(count, 2),
+        span_rows=_empty(count),
+        span_splits=_empty(3),
+        covered=_empty(covered),
+        covered_rows=_empty(covered),
+        covered_splits=_empty(3),
+        cover_splits=_empty(covered + 1),
+        cover_spans=_empty(count),
+        token_splits=_empty(sum(LENGTHS) + 1),
+        host=torch.tensor([[0, 0], [SPANS[0], SPANS[0]], [count, count]], dtype=torch.int32),
+    )
+
+
+def _importance(dtype: torch.dtype, width: int = WIDTHS[1], causal: bool = False, count_padding: bool = False) -> None:
+    from mta_fast.kernels import token_importance
+
+    for length in LENGTHS:
+        rows = torch.tensor([[0, length]], dtype=torch.int32)
+        token_importance(_empty(length, width, dtype=dtype), rows.to("meta"), rows, length, causal, count_padding)
+
+
+def _pooling(dtype: torch.dtype, width: int = WIDTHS[0]) -> None:
+    from mta_fast.kernels import pool_spans, pool_spans_gradient, span_weights
+
+    spans, tokens = _spans(), sum(LENGTHS)
+    rows = torch.tensor([[0, LENGTHS[0]], LENGTHS], dtype=torch.int32)
+    weights, _, _ = span_weights(_empty(tokens, dtype=dtype), spans)
+    pooled, span_weight, _ = pool_spans(_empty(tokens, width, dtype=dtype), weights, spans, rows.to("meta"), rows)
+    pool_spans_gradient(pooled, span_weight, weights, spans, dtype)
+
+
+def _pairs(
+    student_dtype: torch.dtype, teacher_dtype: torch.dtype, gradient: bool, widths: tuple[int, int] = WIDTHS
+) -> None:
+    from mta_fast.kernels import span_pairs
+
+    spans, count = _spans(), sum(SPANS)
+    student, teacher = _empty(count, widths[0], dtype=student_dtype), _empty(count, widths[1], dtype=teacher_dtype)
+    weights = _empty(count, dtype=compute_dtype(student, teacher))
+    method = "pairwise" if student.element_size() == 2 else "auto"  # the Gram form turns halves to float32 beforehand
+    span_pairs(student, teacher, weights, weights, weights, spans.span_splits, spans.host, method, gradient)
+
+
+def _alignment(student_dtype: torch.dtype, teacher_dtype: torch.dtype, widths: tuple[int, int] = WIDTHS) -> None:
+    from mta_fast.kernels import hidden_alignment
+
+    spans, tokens = _spans(), sum(LENGTHS)
+    student, teacher = _empty(tokens, widths[0], dtype=student_dtype), _empty(tokens, widths[1], dtype=teacher_dtype)
+    weights = _empty(spans.covered.shape[0], dtype=compute_dtype(student, teacher))
+    matrix, bias = _empty(widths[1], widths[0], dtype=student_dtype), _empty(widths[1], dtype=student_dtype)
+    for gradient in (False, True):
+        hidden_alignment(student, teacher, spans.covered, weights, matrix, bias, student_dtype, gradient)
