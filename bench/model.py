@@ -105,8 +105,9 @@ class Recorder(TorchDispatchMode):
         if out is not NotImplemented:
             return out
         out = func(*args, **kwargs)
+        target = kwargs.pop("out", None)  # written, not read
         inputs, outputs = _device_tensors((args, kwargs)), _device_tensors(out)
-        known = {_storage(t) for t in inputs}
+        known = {_storage(t) for t in (*inputs, *_device_tensors(target))}
         self._allocated([t for t in outputs if _storage(t) not in known])
         if outputs and not func.is_view and func._opname not in NO_LAUNCH:
             name = GEMM if func._opname in GEMMS else OTHER
