@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mta_fast import reference
 from mta_fast.kernels._device import WHOLE_ROW, find_span_row, reciprocal, triangle
-from mta_fast.kernels._launch import launch, numerics
+from mta_fast.kernels._launch import Numerics, launch, numerics
 
 LENGTHS = ("num_rows", "gram_from")  # change every step: no variant is compiled for their divisors
 SPANS_AT_ONCE = 4096  # spans whose weighted states are in memory at a time: 67 MB at d = 4,096
@@ -290,7 +290,6 @@ def add_rows(
     """
     starts = host[:, 0].tolist()
     rows = [slice(starts[b], starts[b + 1]) for b, count in enumerate(counts) if count >= gram_from]
-    spans = [row.stop - row.start for row in rows]
     student, teacher = student.to(weights.dtype), teacher.to(weights.dtype)
     num = numerics(student, teacher, exact=True)
     d_s, d_t = student.shape[1], teacher.shape[1]
@@ -329,7 +328,7 @@ def add_rows(
         "gram_xx": student.new_empty(len(rows), d_s, d_s, dtype=num.dtype),
         "gram_yx": student.new_empty(len(rows), d_t, d_s, dtype=num.dtype),
     }
-    blocks = -(-max(spans) // num.row("gram_products").blocks["BLOCK_V"])
+    blocks = -(-max(row.stop - row.start for row in rows) // num.row("gram_products").blocks["BLOCK_V"])
     launch(
         "gram_products",
         _gram_products,
@@ -345,31 +344,46 @@ def add_rows(
         **products,
         **sides,
     )
-    if not with_gradient:
-        return gram_terms
-    bent = weights * bends
-    pulls = torch.stack([_weighted_sum(student[row], bent[row] * inverse_s[row]) for row in rows])
-    pulls -= torch.stack([bent[row].sum() for row in rows])[:, None] * means[0]
+    if with_gradient:
+        bent = weights * bends
+        _add_gradients(rows, num, bent, inverse_s, gradient, offsets=offsets, **products, **sides)
+    return gram_terms
+
+
+def _add_gradients(
+    rows: list[slice],
+    num: Numerics,
+    bent: Tensor,
+    inverse: Tensor,
+    gradient: Tensor,
+    *,
+    student: Tensor,
+    student_mean: Tensor,
+    **sides: Any,
+) -> None:
+    """Fill ``gradient`` [N, d_S] of the rows; bent: [N] W_u b_u; inverse: [N] 1 / length of the student's spans."""
+    pulls = torch.stack([_weighted_sum(student[row], bent[row] * inverse[row]) for row in rows])
+    pulls -= torch.stack([bent[row].sum() for row in rows])[:, None] * student_mean
     tile = num.row("gram_gradient").blocks["TILE"]
-    columns = -(-d_s // tile)
+    blocks = sum(-(-(row.stop - row.start) // tile) for row in rows)
+    columns = -(-student.shape[1] // tile)
     along = student.new_empty(columns, student.shape[0], dtype=num.dtype)
     launch(
         "gram_gradient",
         _gram_gradient,
-        (sum(-(-count // tile) for count in spans), columns),
+        (blocks, columns),
         num,
-        offsets=offsets,
         pulls=pulls,
         gradient=gradient,
         along=along,
         num_spans=student.shape[0],
-        **products,
+        student=student,
+        student_mean=student_mean,
         **sides,
     )
     for row in rows:  # through the normalisation: the part orthogonal to u, over the length
-        scale = inverse_s[row, None]
+        scale = inverse[row, None]
         gradient[row].addcmul_(student[row], along[:, row].sum(0)[:, None] * scale, value=-1).mul_(scale)
-    return gram_terms
 
 
 def _weighted_sum(states: Tensor, weights: Tensor) -> Tensor:
