@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -146,6 +147,8 @@ def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> Choice:
     refused: dict[str, list[str]] = {}
     for name in BACKENDS if backend == "auto" else (backend,):
         reasons = BACKENDS[name].reasons_against(op, tensors)
+        if reasons and backend == "auto" and tensors[0].device.type == "cuda":
+            _warn_of_slower(name, reasons[0])
         if not reasons and backend == "auto":
             reasons = BACKENDS[name].reasons_to_avoid(op, tensors)
         if not reasons:
@@ -155,6 +158,12 @@ def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> Choice:
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
     mend = "use backend='auto'" if backend != "auto" else "see `mta-fast doctor`"
     raise BackendUnavailableError(f"{op} ({inputs}): expected a backend that can run it, got {why}; {mend}")
+
+
+@cache
+def _warn_of_slower(name: str, reason: str) -> None:
+    """Once a reason: on a GPU "auto" is meant to take the kernels."""
+    warnings.warn(f"backend 'auto' expected {name} on a GPU and takes a slower one: {reason}", stacklevel=4)
 
 
 def run(op: str, backend: str, tensors: Sequence[Tensor], /, *args: Any, **options: Any) -> Any:

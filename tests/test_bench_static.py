@@ -29,6 +29,7 @@ from bench.variants import Variant
 from mta_fast.kernels._table import OVERRIDES, TABLE
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+COMMITTED = json.loads((CHECKOUT / "bench" / "results" / "static.json").read_text())
 COMPILED = ("sm_80", "sm_90")
 Rows = list[dict[str, Any]]
 
@@ -66,10 +67,17 @@ def _find(rows: Rows, target: str, kernel: str, dtype: str, options: str = "") -
 
 
 def test_no_variant_has_a_fault(ran: subprocess.CompletedProcess[str], rows: Rows) -> None:
-    found = [f"{row['target']} {static._name(row)}: {row['faults']}" for row in rows if row["faults"]]
+    # the table was chosen with the report's Triton: what another one spills says nothing of a change
+    same = COMMITTED["versions"]["triton"] == triton.__version__
+    found = [
+        f"{row['target']} {static._name(row)}: {fault}"
+        for row in rows
+        for fault in row["faults"]
+        if same or not fault.startswith("spills")
+    ]
     assert not found, "\n".join(found)
-    assert ran.returncode == 0
-    assert "## Faults: none" in ran.stdout
+    clean = not any(row["faults"] for row in rows)
+    assert (ran.returncode, "## Faults: none" in ran.stdout) == ((0, True) if clean else (1, False))
 
 
 def test_report_holds_every_row_of_the_table(ran: subprocess.CompletedProcess[str], rows: Rows, out: Path) -> None:
@@ -127,11 +135,10 @@ def test_options_are_variants(rows: Rows) -> None:
 
 
 def test_committed_report_is_up_to_date(rows: Rows) -> None:
-    committed = json.loads((CHECKOUT / "bench" / "results" / "static.json").read_text())
-    assert {row["target"] for row in committed["rows"]} == set(TARGETS)
-    if committed["versions"]["triton"] != triton.__version__:
-        pytest.skip(f"it is from triton {committed['versions']['triton']}")
-    made = [row for row in committed["rows"] if row["target"] in COMPILED]
+    assert {row["target"] for row in COMMITTED["rows"]} == set(TARGETS)
+    if COMMITTED["versions"]["triton"] != triton.__version__:
+        pytest.skip(f"it is from triton {COMMITTED['versions']['triton']}")
+    made = [row for row in COMMITTED["rows"] if row["target"] in COMPILED]
     assert made == rows, "mta-fast bench static --json bench/results/static"
 
 

@@ -355,6 +355,9 @@ def test_unfit_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     expected = ["expected compute capability 8.0 or later, got 7.5"]
     assert reasons_against("token_importance", [Stand(torch.device("cuda:0"))]) == expected
+    backends._warn_of_slower.cache_clear()
+    with pytest.warns(UserWarning, match="expected triton on a GPU and takes a slower one: expected compute"):
+        assert backends.choose("token_importance", [Stand(torch.device("cuda:0"))]).name == "reference"  # type: ignore[list-item]
     backends._device_is_unfit.cache_clear()
     monkeypatch.setattr(torch.version, "hip", "7.0")
     properties = type("Properties", (), {"gcnArchName": "gfx1100:sramecc+"})
