@@ -457,4 +457,6 @@ def test_rounding_of_the_root_loses_no_super_tile() -> None:
     first = column * (column + 1) // 2
     before, after = _super_tiles(8192, first - 512, 1024)[:512], _super_tiles(8192, first, 1024)
     assert {j for _, j in before} <= set(range(column - 12, column))
+    assert before[-1] == (column - 1, column - 1)
+    assert len({*before, *after}) == 512 + 1024
     assert after[:13] == [(i, column + j) for i in range(2) for j in range(12)][:13]
