@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mta_fast import SpanBatch
 from mta_fast.kernels._launch import Launch
-from mta_fast.kernels.importance import SHORT_ROW, _super_sides
+from mta_fast.kernels._rows import SHORT_ROW, super_sides
 
 INDEX = 4  # bytes of an int32
 DOUBLE = 8
@@ -198,7 +198,7 @@ def _strip_partials(batch: Batch, strip: int) -> int:
 
 
 def _super_partials(batch: Batch) -> int:
-    return int((_long(batch) * -(-_long(batch) // _super_sides(_long(batch)))).sum())
+    return int((_long(batch) * -(-_long(batch) // super_sides(_long(batch)))).sum())
 
 
 def _token_scale(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
@@ -222,7 +222,7 @@ def _strips(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
 def _partial_accesses(length: int, tile: int) -> tuple[int, int]:
     """Loads and stores of the partials of a long row by ``statistics`` (in pairs) and by ``sums``."""
     tiles = [min(tile, length - start) for start in range(0, length, tile)]
-    side = int(_super_sides(np.array(length))) // tile
+    side = int(super_sides(np.array(length))) // tile
     strips = [tiles[first : first + side] for first in range(0, len(tiles), side)]
     statistics = sums = 0
     for i, j in itertools.combinations_with_replacement(range(len(strips)), 2):

@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib.metadata
 import importlib.util
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,9 +23,8 @@ import torch
 from torch import Tensor
 
 from bench.model import SHAPES, Shape
-from bench.public_algorithm import public_loss
 from bench.report import Row, machine, make_row, publish, seconds
-from bench.workload import Workload, standard_workload
+from bench.workload import Workload, loss_and_gradients, public_loss_and_gradients, standard_workload
 from mta_fast import token_importance
 
 ROUNDS, WARM_UP = 20, 3
@@ -74,17 +74,17 @@ def loss_rows(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> lis
     if shape.seq_len <= 8192:  # an hour of reference for the longest row
         reference = workload.with_backend("reference")
         compiled = torch.compile(reference.loss, fullgraph=True, dynamic=False)
-        others["reference"] = functools.partial(_step, reference, reference.loss), ours.loss
-        others["compiled reference"] = functools.partial(_step, reference, compiled), ours.loss
+        others["reference"] = functools.partial(loss_and_gradients, reference, reference.loss), ours.loss
+        others["compiled reference"] = functools.partial(loss_and_gradients, reference, compiled), ours.loss
     if max(_spans(workload)) < PUBLIC_PAIRS:
-        others["public algorithm"] = functools.partial(_public_step, workload), ours.public_loss
+        others["public algorithm"] = functools.partial(public_loss_and_gradients, workload), ours.public_loss
     for name, (step, loss) in others.items():
-        _check_parity(f"{what}: {name}", _step(ours, loss), step())
+        _check_parity(f"{what}: {name}", loss_and_gradients(ours, loss), step())
     if not others:
         _check_parity(f"{what}: reference, one layer pair", *_first_pair(workload))
     rows = [_time_row(f"{what}: triton, forward + backward", ours.loss, ours, rounds, device)]
     for name, (step, loss) in others.items():
-        mine = functools.partial(_step, ours, loss)
+        mine = functools.partial(loss_and_gradients, ours, loss)
         rows.append(_ratio_row(f"{what}: {name} / triton", step, mine, rounds, device))
     return rows
 
@@ -107,23 +107,6 @@ def _spans(workload: Workload) -> list[int]:
     return [spans.num_spans for spans in workload.spans.values()]
 
 
-def _step(workload: Workload, loss: Any) -> tuple[Tensor, ...]:
-    value = loss(workload.student_hidden, workload.teacher_hidden, workload.spans).loss
-    return value.detach(), *torch.autograd.grad(value, workload.learnt())
-
-
-def _public_step(workload: Workload) -> tuple[Tensor, ...]:
-    value = public_loss(
-        workload.loss.projections,
-        workload.attention_mask,
-        workload.student_hidden,
-        workload.teacher_hidden,
-        workload.offset_mapping,
-        workload.pair_spans(),
-    )
-    return value.detach(), *torch.autograd.grad(value, workload.learnt())
-
-
 def _check_parity(what: str, ours: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     for mine, other in zip(ours, others, strict=True):
         error = ((mine.double() - other.double()).norm() / other.double().norm()).item()
@@ -132,11 +115,14 @@ def _check_parity(what: str, ours: Sequence[Tensor], others: Sequence[Tensor]) -
 
 
 def _time_row(what: str, loss: Any, workload: Workload, rounds: int, device: str) -> Row:
-    times = [1e3 * _time(functools.partial(_step, workload, loss), device) for _ in range(WARM_UP + rounds)]
+    times = [
+        1e3 * _time(functools.partial(loss_and_gradients, workload, loss), device) for _ in range(WARM_UP + rounds)
+    ]
     first = workload.attention_mask.shape == (SHAPES[0].batch, SHAPES[0].seq_len)
     if device == "cuda" and first and "H100" in torch.cuda.get_device_name():
         return make_row(what, "ms", "<", MODELLED_MS, times[WARM_UP:])
-    return make_row(what, "ms", "<", float("inf"), times[WARM_UP:])
+    times = times[WARM_UP:]
+    return Row(what, "ms", "none", statistics.median(times), min(times), max(times), reached=True)
 
 
 def _ratio_row(what: str, other: Step, ours: Step, rounds: int, device: str) -> Row:

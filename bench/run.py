@@ -13,14 +13,16 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from bench.public_algorithm import public_loss
 from bench.report import Row, machine, make_row, publish, seconds
 from bench.spans import alignment_row, extraction_rows, read_texts
-from bench.workload import STUDENT_DIM, TEACHER_DIM, Workload, standard_workload
-from mta_fast import MTALoss
+from bench.workload import (
+    STUDENT_DIM,
+    TEACHER_DIM,
+    Workload,
+    loss_and_gradients,
+    public_loss_and_gradients,
+    standard_workload,
+)
 
 PARITY = 1e-5  # relative difference of the loss, and of the norm of every gradient
 
@@ -53,11 +55,11 @@ def _loss_rows(rounds: int) -> list[Row]:
     for _ in range(rounds):
         for shape in shapes:
             workload = made[shape]
-            algorithm = seconds(_algorithm, workload)
-            paper[shape].append(algorithm / seconds(_ours, workload, workload.loss))
-            public[shape].append(algorithm / seconds(_ours, workload, workload.public_loss))
+            algorithm = seconds(public_loss_and_gradients, workload)
+            paper[shape].append(algorithm / seconds(loss_and_gradients, workload, workload.loss))
+            public[shape].append(algorithm / seconds(loss_and_gradients, workload, workload.public_loss))
         large, small = made[64, 256], made[16, 256]
-        growth.append(seconds(_ours, large, large.loss) / seconds(_ours, small, small.loss))
+        growth.append(seconds(loss_and_gradients, large, large.loss) / seconds(loss_and_gradients, small, small.loss))
     rows = []
     for (b, s), target in shapes.items():
         what = f"loss, forward + backward, B={b} S={s}: public algorithm / reference"
@@ -66,25 +68,10 @@ def _loss_rows(rounds: int) -> list[Row]:
     return [*rows, make_row("loss, paper preset, B=64 S=256 / B=16 S=256", "x", "<", 5.0, growth)]
 
 
-def _ours(workload: Workload, mta: MTALoss) -> tuple[Tensor, ...]:
-    loss = mta(workload.student_hidden, workload.teacher_hidden, workload.spans).loss
-    return loss, *torch.autograd.grad(loss, workload.learnt())
-
-
-def _algorithm(workload: Workload) -> tuple[Tensor, ...]:
-    loss = public_loss(
-        workload.loss.projections,
-        workload.attention_mask,
-        workload.student_hidden,
-        workload.teacher_hidden,
-        workload.offset_mapping,
-        workload.pair_spans(),
-    )
-    return loss, *torch.autograd.grad(loss, workload.learnt())
-
-
 def _check_parity(shape: tuple[int, int], workload: Workload) -> None:
-    for ours, public in zip(_ours(workload, workload.public_loss), _algorithm(workload), strict=True):
+    for ours, public in zip(
+        loss_and_gradients(workload, workload.public_loss), public_loss_and_gradients(workload), strict=True
+    ):
         error = ((ours - public).norm() / public.norm()).item()
         if not error < PARITY:
             sys.exit(f"bench: B={shape[0]} S={shape[1]}: expected parity below {PARITY}, got {error}; nothing timed")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.public_algorithm import public_loss
 from mta_fast import MTAConfig, MTALoss, SpanBatch
 
 STUDENT_DIM, TEACHER_DIM = 768, 1600
@@ -72,6 +73,25 @@ class Workload:
     def pair_spans(self) -> list[list[list[tuple[int, int]]]]:
         """The character spans of each layer pair."""
         return [self.char_spans[kind] for kind in self.loss.config.granularity]
+
+
+def loss_and_gradients(workload: Workload, loss: Any) -> tuple[Tensor, ...]:
+    """One loss call of ``loss`` (MTALoss, or compiled): the loss, and the gradients of ``workload.learnt()``."""
+    value = loss(workload.student_hidden, workload.teacher_hidden, workload.spans).loss
+    return value.detach(), *torch.autograd.grad(value, workload.learnt())
+
+
+def public_loss_and_gradients(workload: Workload) -> tuple[Tensor, ...]:
+    """The same of the public algorithm."""
+    value = public_loss(
+        workload.loss.projections,
+        workload.attention_mask,
+        workload.student_hidden,
+        workload.teacher_hidden,
+        workload.offset_mapping,
+        workload.pair_spans(),
+    )
+    return value.detach(), *torch.autograd.grad(value, workload.learnt())
 
 
 def standard_workload(

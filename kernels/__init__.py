@@ -2,8 +2,8 @@
 
 One file per op, named as in ``mta_fast/ops``; ``gram`` is the part of the span pairs for rows with many spans. In each
 file the kernels come first, then the function that the op calls. The formulas are those of ``mta_fast/reference.py``;
-comments here say only how they are laid out on the device. ``_device`` holds what kernels share, ``_launch`` how they
-are launched, ``_table`` with which blocks.
+comments here say only how they are laid out on the device. ``_device`` holds what kernels share, ``_rows`` how
+importance deals out rows to programs, ``_launch`` how kernels are launched, ``_table`` with which blocks.
 """
 
 from mta_fast.kernels.hidden_alignment import hidden_alignment

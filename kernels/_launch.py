@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -35,7 +35,15 @@ class Launch:
 
 
 Observer = Callable[[Launch], None]
-_observers: list[tuple[Observer, bool, str | None]] = []
+
+
+class _Watch(NamedTuple):
+    observer: Observer
+    execute: bool
+    architecture: str | None
+
+
+_watches: list[_Watch] = []
 
 
 @contextmanager
@@ -45,16 +53,16 @@ def observe(observer: Observer, *, execute: bool = True, architecture: str | Non
     For tests, launch counts and the compiler report, which takes the rows of an ``architecture`` that is not here. Not
     for several threads at once.
     """
-    _observers.append((observer, execute, architecture))
+    _watches.append(_Watch(observer, execute, architecture))
     try:
         yield
     finally:
-        _observers.pop()
+        _watches.pop()
 
 
 def dry_run() -> bool:
     """Whether launches are shown to an observer without being executed."""
-    return any(not execute for _, execute, _ in _observers)
+    return any(not watch.execute for watch in _watches)
 
 
 @dataclass(frozen=True)
@@ -108,8 +116,8 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], num: Numerics, **argum
     options = {"num_warps": row.num_warps, "num_stages": row.num_stages, "enable_fp_fusion": FP_FUSION}
     arguments |= {key: value for key, value in (row.blocks | num.constants).items() if key in kernel.arg_names}
     made = Launch(name, kernel, grid, arguments, options, place, row)
-    for observer, _, _ in _observers:
-        observer(made)
+    for watch in _watches:
+        watch.observer(made)
     if not dry_run():
         kernel[grid](**arguments, **options)
 
@@ -127,9 +135,9 @@ def float32_precision(architecture: str, exact: bool) -> str:
 
 def _architecture(device: torch.device) -> str:
     """Whose rows of the table are taken; in a dry run what the observer asks for, in the interpreter an H100's."""
-    for _, _, architecture in _observers:
-        if architecture is not None:
-            return architecture
+    for watch in _watches:
+        if watch.architecture is not None:
+            return watch.architecture
     if device.type != "cuda":
         return "sm_90"
     return _device_architecture(device.index if device.index is not None else torch.cuda.current_device())

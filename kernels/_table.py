@@ -1,7 +1,8 @@
 """Launch parameters. No autotuning: lengths change every step, and every choice would be timed again.
 
-Each row was chosen from what the compilers report (``mta-fast bench static``, bench/results/static.md): the largest
-blocks that spill no register and fit the shared memory of sm_80, sm_90, sm_100 and gfx942.
+Each row was chosen from what the compilers report (``mta-fast bench static``, bench/results/static.md), and by no
+measurement: among the blocks that were tried, large ones that spill no register and fit the shared memory of sm_80,
+sm_90, sm_100 and gfx942.
 """
 
 from __future__ import annotations
@@ -73,8 +74,6 @@ OVERRIDES: dict[tuple[str, str, str], Row] = {
     ("strips", HALF, "gfx942"): _row(8, 2, STRIP=64, BLOCK_D=64),
     ("strips", SINGLE, "gfx942"): _row(8, 2, STRIP=32, BLOCK_D=32),
 }
-
-
 # Rows of widths that are no multiple of 16, on every architecture: each element then has a pointer of its own
 UNALIGNED: dict[tuple[str, str], Row] = {
     ("strips", HALF): _row(8, 3, STRIP=64, BLOCK_D=32),

@@ -18,76 +18,20 @@ import triton.language as tl
 from torch import Tensor
 
 from mta_fast import reference
-from mta_fast.kernels._device import ROWS_AT_ONCE, load, products, reciprocal, triangle
+from mta_fast.kernels._device import load, products, reciprocal
 from mta_fast.kernels._launch import Numerics, launch, numerics
+from mta_fast.kernels._rows import SHORT_ROW, own_row, programs, slots, super_tile
 
-SHORT_ROW = tl.constexpr(256)
-PATCH = tl.constexpr(12)  # 12 columns x 11 rows of super-tiles on an H100's 132 multiprocessors: 23 tiles in the cache
 STD_EPS = tl.constexpr(reference.STD_EPS)
 LENGTHS = ("num_rows", "seq_len")  # change every step: no variant is compiled for their divisors
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _queries(length, seq_len, COUNT_PADDING: tl.constexpr):
-    """How many positions attend: the row's tokens, or with COUNT_PADDING all of its positions."""
-    return tl.where(length > 0, seq_len, 0) if COUNT_PADDING else length
-
-
-@triton.jit
-def _super_side(queries):
-    """Tokens on the side of a super-tile: few partials for long rows; from 2,049 tokens on at least 136 programs."""
-    return tl.where(queries > 16384, 1024, tl.where(queries > 8192, 512, tl.where(queries > 4096, 256, 128)))
-
-
-@triton.jit
-def _find_row(
-    rows,  # [B, 2]
-    num_rows,
-    seq_len,
-    i_program,
-    WHICH: tl.constexpr,  # "tokens": blocks of BLOCK tokens; "strips" of short rows; "super" tiles of long rows
-    COUNT_PADDING: tl.constexpr,
-    STRIP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The row of a program, which of the row's programs it is, and where the row's partials start."""
-    row = 0
-    local = i_program
-    partials = i_program.to(tl.int64) * 0
-    before = 0
-    for first in range(0, num_rows, ROWS_AT_ONCE):
-        o_row = first + tl.arange(0, ROWS_AT_ONCE)
-        m_row = o_row < num_rows
-        queries = _queries(tl.load(rows + 2 * o_row + 1, mask=m_row, other=0), seq_len, COUNT_PADDING)
-        short = queries <= SHORT_ROW
-        side = tl.cdiv(queries, _super_side(queries))
-        slots = tl.where(short, tl.cdiv(queries, STRIP), side)
-        if WHICH == "tokens":
-            programs = tl.cdiv(queries, BLOCK)
-        elif WHICH == "strips":
-            programs = tl.where(short, slots, 0)
-        else:
-            programs = tl.where(short, 0, side * (side + 1) // 2)
-        passed = m_row & (before + tl.cumsum(programs, 0) <= i_program)
-        row += tl.sum(passed.to(tl.int32), 0)
-        local -= tl.sum(tl.where(passed, programs, 0), 0)
-        partials += tl.sum(tl.where(passed, queries.to(tl.int64) * slots, 0), 0)
-        before += tl.sum(programs, 0)
-    return row, local, partials
-
-
-@triton.jit
-def _row_geometry(rows, row, seq_len, COUNT_PADDING: tl.constexpr):
-    """First query (flat) and number of queries of a row; its keys [first, end) counted from the first query."""
-    start = tl.load(rows + 2 * row)
-    length = tl.load(rows + 2 * row + 1)
-    if COUNT_PADDING:
-        first_query = row * seq_len
-        first_key = start - first_query
-        return first_query.to(tl.int64), seq_len, first_key, first_key + length
-    else:
-        return start.to(tl.int64), length, 0, length
+def _seen(o_i, o_j, first_key, end_key, CAUSAL: tl.constexpr):
+    """Which keys j a query i attends to: real ones other than itself, or with CAUSAL before it."""
+    m_key = ((o_j >= first_key) & (o_j < end_key))[None, :]
+    return m_key & (o_j[None, :] < o_i[:, None] if CAUSAL else o_j[None, :] != o_i[:, None])
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -111,8 +55,7 @@ def _token_scale(
 
     Mean and squared deviation are merged block by block, never as a difference of large sums.
     """
-    row, i_block, _ = _find_row(rows, num_rows, seq_len, tl.program_id(0), "tokens", COUNT_PADDING, STRIP, TOKENS)
-    first_query, queries, _, _ = _row_geometry(rows, row, seq_len, COUNT_PADDING)
+    first_query, queries, _, _, _, i_block = own_row(rows, num_rows, seq_len, "tokens", COUNT_PADDING, STRIP, TOKENS)
     o_t = i_block * TOKENS + tl.arange(0, TOKENS)
     m_t = o_t < queries
     p_t = hidden + (first_query + o_t) * stride_t
@@ -154,8 +97,9 @@ def _strips(
     UPCAST: tl.constexpr,
 ):
     """One pass for a short row: STRIP queries against all keys, softmax, column sums of the strip."""
-    row, i_strip, partials = _find_row(rows, num_rows, seq_len, tl.program_id(0), "strips", COUNT_PADDING, STRIP, STRIP)
-    first_query, queries, first_key, end_key = _row_geometry(rows, row, seq_len, COUNT_PADDING)
+    first_query, queries, first_key, end_key, partials, i_strip = own_row(
+        rows, num_rows, seq_len, "strips", COUNT_PADDING, STRIP, STRIP
+    )
     o_i = i_strip * STRIP + tl.arange(0, STRIP)
     o_j = tl.arange(0, SHORT_ROW)
     m_i, m_j = o_i < queries, o_j < queries
@@ -166,8 +110,7 @@ def _strips(
     )
     b_scale_i = tl.load(scales + first_query + o_i, mask=m_i, other=0.0)
     b_scale_j = tl.load(scales + first_query + o_j, mask=m_j, other=0.0)
-    m_seen = m_i[:, None] & ((o_j >= first_key) & (o_j < end_key))[None, :]
-    m_seen = m_seen & (o_j[None, :] < o_i[:, None] if CAUSAL else o_j[None, :] != o_i[:, None])
+    m_seen = m_i[:, None] & _seen(o_i, o_j, first_key, end_key, CAUSAL)
     b_scores = tl.where(m_seen, b_products * b_scale_i[:, None] * b_scale_j[None, :], float("-inf"))
     peak = tl.max(b_scores, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)  # an empty softmax adds 0
@@ -175,26 +118,6 @@ def _strips(
     b_attention *= reciprocal(tl.sum(b_attention, 1))[:, None]
     p_sums = partial_sums + partials + i_strip.to(tl.int64) * queries + o_j
     tl.store(p_sums, tl.sum(b_attention, 0), mask=m_j)
-
-
-@triton.jit
-def _super_tile(queries, i_pair, TILE: tl.constexpr):
-    """Row and column (I <= J) of a super-tile, its side in tiles, and how many tiles lie in its two strips.
-
-    Super-tiles come PATCH columns at a time, row by row: those that run together share tiles, which then stay in the
-    L2 cache.
-    """
-    side = _super_side(queries) // TILE
-    tiles = tl.cdiv(queries, TILE)
-    _, column = triangle(i_pair)
-    first = column // PATCH * PATCH
-    columns = tl.minimum(PATCH, tl.cdiv(tiles, side) - first)
-    i_local = i_pair - first * (first + 1) // 2
-    in_square = i_local < first * columns
-    row_below, column_below = triangle(tl.where(in_square, 0, i_local - first * columns))
-    row = tl.where(in_square, i_local // columns, first + row_below)
-    column = first + tl.where(in_square, i_local % columns, column_below)
-    return row, column, side, tl.minimum(side, tiles - row * side), tl.minimum(side, tiles - column * side)
 
 
 @triton.jit
@@ -258,9 +181,10 @@ def _statistics(
     Slot J of the tokens of I holds the part over J and slot I of the tokens of J the part over I; the program owns
     both. The barriers order its stores before its own loads of what other threads stored.
     """
-    row, i_pair, partials = _find_row(rows, num_rows, seq_len, tl.program_id(0), "super", COUNT_PADDING, STRIP, TILE)
-    first_query, queries, first_key, end_key = _row_geometry(rows, row, seq_len, COUNT_PADDING)
-    i_row, i_column, side, tiles_i, tiles_j = _super_tile(queries, i_pair, TILE)
+    first_query, queries, first_key, end_key, partials, i_pair = own_row(
+        rows, num_rows, seq_len, "super", COUNT_PADDING, STRIP, TILE
+    )
+    i_row, i_column, side, tiles_i, tiles_j = super_tile(queries, i_pair, TILE)
     p_row, p_scale = hidden + first_query * stride_t, scales + first_query
     slot_i = partials + i_column.to(tl.int64) * queries  # of the tokens of I
     slot_j = partials + i_row.to(tl.int64) * queries
@@ -274,9 +198,7 @@ def _statistics(
             b_scores = _scores(
                 p_row, p_scale, o_i, o_j, queries, stride_t, stride_d, width, TILE, BLOCK_D, ACC, PRECISION, UPCAST
             )
-            m_seen = ((o_j >= first_key) & (o_j < end_key))[None, :]
-            m_seen = m_seen & (o_j[None, :] < o_i[:, None] if CAUSAL else o_j[None, :] != o_i[:, None])
-            b_row = tl.where(m_seen, b_scores, float("-inf"))
+            b_row = tl.where(_seen(o_i, o_j, first_key, end_key, CAUSAL), b_scores, float("-inf"))
             peak = tl.maximum(peak_i, tl.max(b_row, 1))
             safe = tl.where(peak == float("-inf"), 0.0, peak)
             total_i = total_i * tl.exp2(peak_i - safe) + tl.sum(tl.exp2(b_row - safe[:, None]), 1)
@@ -319,16 +241,14 @@ def _merge_statistics(
     ACC: tl.constexpr,
 ):
     """Maximum and inverse sum of each query's softmax, from its partials; inverse 0 where the softmax is empty."""
-    row, i_block, partials = _find_row(
-        rows, num_rows, seq_len, tl.program_id(0), "tokens", COUNT_PADDING, STRIP, TOKENS
+    first_query, queries, _, _, partials, i_block = own_row(
+        rows, num_rows, seq_len, "tokens", COUNT_PADDING, STRIP, TOKENS
     )
-    first_query, queries, _, _ = _row_geometry(rows, row, seq_len, COUNT_PADDING)
     o_t = i_block * TOKENS + tl.arange(0, TOKENS)
     m_t = o_t < queries
     peak = tl.full((TOKENS,), float("-inf"), dtype=ACC)
     total = tl.zeros((TOKENS,), dtype=ACC)
-    slots = tl.where(queries <= SHORT_ROW, 0, tl.cdiv(queries, _super_side(queries)))
-    for slot in range(slots):
+    for slot in range(tl.where(queries <= SHORT_ROW, 0, slots(queries, STRIP))):
         o_slot = partials + slot * queries.to(tl.int64) + o_t
         peak, total = _merge_peaks(partial_max + o_slot, partial_sums + o_slot, peak, total, m_t)
     tl.store(peaks + first_query + o_t, tl.where(peak == float("-inf"), 0.0, peak), mask=m_t)
@@ -358,9 +278,10 @@ def _sums(
     UPCAST: tl.constexpr,
 ):
     """Second pass: how much attention each key of a super-tile receives from the queries of the super-tile."""
-    row, i_pair, partials = _find_row(rows, num_rows, seq_len, tl.program_id(0), "super", COUNT_PADDING, STRIP, TILE)
-    first_query, queries, first_key, end_key = _row_geometry(rows, row, seq_len, COUNT_PADDING)
-    i_row, i_column, side, tiles_i, tiles_j = _super_tile(queries, i_pair, TILE)
+    first_query, queries, first_key, end_key, partials, i_pair = own_row(
+        rows, num_rows, seq_len, "super", COUNT_PADDING, STRIP, TILE
+    )
+    i_row, i_column, side, tiles_i, tiles_j = super_tile(queries, i_pair, TILE)
     p_row, p_scale = hidden + first_query * stride_t, scales + first_query
     slot_i = partials + i_column.to(tl.int64) * queries  # of the tokens of I
     slot_j = partials + i_row.to(tl.int64) * queries
@@ -377,8 +298,7 @@ def _sums(
             b_scores = _scores(
                 p_row, p_scale, o_i, o_j, queries, stride_t, stride_d, width, TILE, BLOCK_D, ACC, PRECISION, UPCAST
             )
-            m_seen = m_i[:, None] & ((o_j >= first_key) & (o_j < end_key))[None, :]
-            m_seen = m_seen & (o_j[None, :] < o_i[:, None] if CAUSAL else o_j[None, :] != o_i[:, None])
+            m_seen = m_i[:, None] & _seen(o_i, o_j, first_key, end_key, CAUSAL)
             b_exponent = tl.where(m_seen, b_scores - b_peak_i[:, None], float("-inf"))
             sum_j = tl.sum(tl.exp2(b_exponent) * b_inverse_i[:, None], 0)
             if i_row * side + ti != i_column * side + tj:  # else both directions are in the tile
@@ -409,35 +329,16 @@ def _merge_sums(
     ACC: tl.constexpr,
 ):
     """Mean attention over the queries, from the partials of a key; 1 in a row of one token."""
-    row, i_block, partials = _find_row(
-        rows, num_rows, seq_len, tl.program_id(0), "tokens", COUNT_PADDING, STRIP, TOKENS
+    first_query, queries, first_key, end_key, partials, i_block = own_row(
+        rows, num_rows, seq_len, "tokens", COUNT_PADDING, STRIP, TOKENS
     )
-    first_query, queries, first_key, end_key = _row_geometry(rows, row, seq_len, COUNT_PADDING)
     o_t = i_block * TOKENS + tl.arange(0, TOKENS)
     m_key = (o_t >= first_key) & (o_t < end_key)
     total = tl.zeros((TOKENS,), dtype=ACC)
-    slots = tl.where(queries <= SHORT_ROW, tl.cdiv(queries, STRIP), tl.cdiv(queries, _super_side(queries)))
-    for slot in range(slots):
+    for slot in range(slots(queries, STRIP)):
         total += tl.load(partial_sums + partials + slot * queries.to(tl.int64) + o_t, mask=m_key, other=0.0)
     mean = tl.where(end_key - first_key == 1, 1.0, total / queries.to(ACC))
     tl.store(importance + first_query + o_t, mean, mask=m_key)
-
-
-def _super_sides(queries: np.ndarray) -> np.ndarray:
-    """``_super_side`` on the host."""
-    return np.select([queries > 16384, queries > 8192, queries > 4096], [1024, 512, 256], 128)
-
-
-def _programs(queries: np.ndarray, strip: int) -> dict[str, int]:
-    """How many programs and partials ``_find_row`` deals out for rows with these numbers of queries."""
-    short = queries <= SHORT_ROW.value
-    side = -(-queries // _super_sides(queries))
-    strips = -(-queries // strip)
-    return {
-        "strips": int(strips[short].sum()),
-        "super": int((side * (side + 1) // 2)[~short].sum()),
-        "partials": int((queries * np.where(short, strips, side)).sum()),
-    }
 
 
 def token_importance(
@@ -458,19 +359,19 @@ def token_importance(
     }
     stride_t, stride_d = hidden.stride()
     states = {"hidden": hidden, "stride_t": stride_t, "stride_d": stride_d, "width": hidden.shape[1], **geometry}
-    programs = _programs(queries, strip)
+    dealt = programs(queries, strip)
     scales = hidden.new_empty(hidden.shape[0], dtype=num.dtype)
-    partial_sums = hidden.new_empty(programs["partials"], dtype=num.dtype)
+    partial_sums = hidden.new_empty(dealt["partials"], dtype=num.dtype)
     _launch_blocks("token_scale", _token_scale, queries, num, scales=scales, **states)
     tiled = {"scales": scales, "partial_sums": partial_sums, "CAUSAL": causal, **states}
-    launch("strips", _strips, (programs["strips"],), num, **tiled)
-    if programs["super"]:
+    launch("strips", _strips, (dealt["strips"],), num, **tiled)
+    if dealt["super"]:
         partial_max, peaks, inverses = (torch.empty_like(x) for x in (partial_sums, scales, scales))
         softmax = {"peaks": peaks, "inverses": inverses}
         partials = {"partial_max": partial_max, "partial_sums": partial_sums}
-        launch("statistics", _statistics, (programs["super"],), num, partial_max=partial_max, **tiled)
+        launch("statistics", _statistics, (dealt["super"],), num, partial_max=partial_max, **tiled)
         _launch_blocks("merge_statistics", _merge_statistics, queries, num, **partials, **softmax, **geometry)
-        launch("sums", _sums, (programs["super"],), num, **softmax, **tiled)
+        launch("sums", _sums, (dealt["super"],), num, **softmax, **tiled)
     _launch_blocks(
         "merge_sums", _merge_sums, queries, num, partial_sums=partial_sums, importance=importance, **geometry
     )

@@ -9,8 +9,9 @@ from mta_fast import backends, token_importance
 
 pytest.importorskip("triton", reason="the triton backend needs the package triton")
 from bench import gpu
+from bench import workload as workload_module
 from bench.model import Shape
-from bench.workload import Workload, standard_workload
+from bench.workload import Workload, loss_and_gradients, standard_workload
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA or ROCm device answers (mta-fast doctor says what torch sees)"
@@ -22,8 +23,7 @@ def _workload(backend: str = "triton") -> Workload:
 
 
 def _step(workload: Workload) -> tuple[torch.Tensor, ...]:
-    loss = workload.loss(workload.student_hidden, workload.teacher_hidden, workload.spans).loss
-    return loss, *torch.autograd.grad(loss, workload.learnt())
+    return loss_and_gradients(workload, workload.loss)
 
 
 @pytest.mark.gpu
@@ -110,8 +110,8 @@ def test_the_harness_compares_and_times(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_nothing_is_timed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
-    public = gpu.public_loss
-    monkeypatch.setattr(gpu, "public_loss", lambda *args: 1.1 * public(*args))
+    public = workload_module.public_loss
+    monkeypatch.setattr(workload_module, "public_loss", lambda *args: 1.1 * public(*args))
     monkeypatch.setattr(gpu, "_time", lambda *args: pytest.fail("timed before the check"))
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     with pytest.raises(SystemExit, match="public algorithm: expected parity below"):

@@ -20,7 +20,7 @@ from mta_fast.ops.span_pairs import span_pair_terms
 
 triton = pytest.importorskip("triton", reason="the triton backend needs the package triton")
 tl = triton.language
-from mta_fast.kernels import _launch, importance  # noqa: E402
+from mta_fast.kernels import _launch, _rows  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -119,8 +119,8 @@ def test_importance_of_long_rows(length: int) -> None:
 def test_importance_with_large_super_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     # rows of 530 tokens in super-tiles of 256, as rows of 4,100 have
     if DEVICE == "cpu":  # the interpreter looks the function up as it runs
-        for name in ("_super_side", "_super_sides"):
-            monkeypatch.setattr(importance, name, lambda queries: queries * 0 + 256)
+        for name in ("super_side", "super_sides"):
+            monkeypatch.setattr(_rows, name, lambda queries: queries * 0 + 256)
     batch = _importance_case([3, 530, 40], 16, torch.float32)
     for options in ({}, {"causal": True}):
         check(*(token_importance(h, batch.mask, backend=b, **options) for h, b in _sides(batch.hidden)))
@@ -432,7 +432,7 @@ def test_launches_of_a_layer_pair() -> None:
 @triton.jit
 def _list_super_tiles(out, queries, first, COUNT: tl.constexpr, TILE: tl.constexpr):  # noqa: N803
     o_pair = first + tl.arange(0, COUNT)
-    row, column, _, _, _ = importance._super_tile(queries, o_pair, TILE)
+    row, column, _, _, _ = _rows.super_tile(queries, o_pair, TILE)
     tl.store(out + 2 * tl.arange(0, COUNT), row)
     tl.store(out + 2 * tl.arange(0, COUNT) + 1, column)
 

@@ -99,12 +99,12 @@ def test_nothing_is_read_outside_and_everything_is_written(end: bool) -> None:
 
 PLANTED = """
 import os, torch, triton, triton.language as tl, test_kernels_memory as t
-from mta_fast.kernels import importance, token_importance
-inside = importance._row_geometry
+from mta_fast.kernels import _rows, token_importance
+inside = _rows.row_geometry
 def beyond(*args):  # one token more than the row has
     first, queries, first_key, end_key = inside(*args)
     return first, queries + {more}, first_key, end_key
-importance._row_geometry = beyond
+_rows.row_geometry = beyond
 hidden = t.guarded(torch.randn(40, 1024), True)
 rows = torch.tensor([[0, 40]], dtype=torch.int32)
 token_importance(hidden, rows, rows, 0, False, False)
