@@ -1,0 +1,168 @@
+#include "common.h"
+
+#include <cstring>
+#include <string>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace mta_fast {
+
+using torch::headeronly::DeviceType;
+
+// --- checks ---
+
+const char* dtype_name(ScalarType dtype) { return torch::headeronly::toString(dtype); }
+
+bool is_float(ScalarType dtype) {
+  return dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Half;
+}
+
+void check_cpu(const char* name, const Tensor& tensor) {
+  MTA_CHECK(tensor.device().type() == DeviceType::CPU, name, "a tensor on the CPU", "one elsewhere");
+}
+
+void check_float(const char* name, const Tensor& tensor, int64_t dim) {
+  check_cpu(name, tensor);
+  MTA_CHECK(is_float(tensor.scalar_type()), name, "float64, float32, bfloat16 or float16",
+            dtype_name(tensor.scalar_type()));
+  MTA_CHECK(tensor.dim() == dim, name, std::to_string(dim) + " dimensions", tensor.dim());
+}
+
+void check_size(const char* name, const char* what, int64_t expected, int64_t got) {
+  MTA_CHECK(got == expected, name, std::to_string(expected) + " " + what, got);
+}
+
+Index::Index(const char* name, const Tensor& tensor, int64_t dim)
+    : name_(name), owner_(torch::stable::contiguous(tensor)) {
+  check_cpu(name, tensor);
+  MTA_CHECK(tensor.scalar_type() == ScalarType::Int, name, "int32", dtype_name(tensor.scalar_type()));
+  MTA_CHECK(tensor.dim() == dim, name, std::to_string(dim) + " dimensions", tensor.dim());
+  data_ = data<int32_t>(owner_);
+  size_ = tensor.size(0);
+  count_ = tensor.numel();
+}
+
+void Index::check_below(int64_t bound) const {
+  for (int64_t i = 0; i < count_; ++i) {
+    MTA_CHECK(data_[i] >= 0 && data_[i] < bound, name_, "indices from 0 to " + std::to_string(bound - 1), data_[i]);
+  }
+}
+
+void Index::check_splits(int64_t total) const {
+  MTA_CHECK(count_ >= 1 && data_[0] == 0, name_, "0 first", count_ >= 1 ? data_[0] : -1);
+  for (int64_t i = 1; i < count_; ++i) {
+    MTA_CHECK(data_[i] >= data_[i - 1], name_, "no decrease", data_[i]);
+  }
+  MTA_CHECK(data_[count_ - 1] == total, name_, std::to_string(total) + " last", data_[count_ - 1]);
+}
+
+// --- matrices ---
+
+Matrix::Matrix(const char* name, const Tensor& tensor, int64_t dim) : owner(tensor) {
+  check_float(name, tensor, dim);
+  rows = tensor.size(0);
+  cols = dim == 1 ? 1 : tensor.size(1);
+  if ((dim == 1 && tensor.stride(0) != 1) || (dim == 2 && cols > 1 && tensor.stride(1) != 1)) {
+    owner = torch::stable::contiguous(tensor);
+  }
+  dtype = owner.scalar_type();
+  stride = dim == 1 ? 1 : owner.stride(0);
+  if (dim == 2 && rows > 1 && stride < cols) {  // expanded rows; the vendor GEMM wants rows apart
+    owner = torch::stable::contiguous(torch::stable::clone(owner));
+    stride = cols;
+  }
+  data_ = owner.const_data_ptr();
+}
+
+template <typename T>
+void Matrix::convert(int64_t row, T* out) const {
+  auto copy = [&](auto* values) {
+    values += row * stride;
+    for (int64_t i = 0; i < cols; ++i) out[i] = static_cast<T>(values[i]);
+  };
+  switch (dtype) {
+    case ScalarType::Double: return copy(static_cast<const double*>(data_));
+    case ScalarType::Float: return copy(static_cast<const float*>(data_));
+    case ScalarType::Half: return copy(static_cast<const torch::headeronly::Half*>(data_));
+    default: {
+      if constexpr (std::is_same_v<T, float>) {  // bfloat16: the upper half of a float32
+        const uint16_t* values = static_cast<const uint16_t*>(data_) + row * stride;
+        for (int64_t i = 0; i < cols; ++i) {
+          uint32_t bits = static_cast<uint32_t>(values[i]) << 16;
+          std::memcpy(out + i, &bits, sizeof(bits));
+        }
+        return;
+      } else {
+        return copy(static_cast<const torch::headeronly::BFloat16*>(data_));
+      }
+    }
+  }
+}
+
+template <typename T>
+const T* Matrix::row(int64_t row, T* scratch) const {
+  if (is<T>()) return static_cast<const T*>(data_) + row * stride;
+  convert(row, scratch);
+  return scratch;
+}
+
+template <typename T>
+const T* Matrix::block(int64_t first, int64_t count, T* scratch, int64_t& ld) const {
+  if (is<T>()) {
+    ld = std::max(stride, cols);
+    return static_cast<const T*>(data_) + first * stride;
+  }
+  ld = cols;
+  for (int64_t i = 0; i < count; ++i) convert(first + i, scratch + i * cols);
+  return scratch;
+}
+
+template <typename T>
+void Matrix::gather(const int32_t* which, int64_t count, T* out) const {
+  for (int64_t i = 0; i < count; ++i, out += cols) {
+    if (is<T>()) {
+      std::memcpy(out, static_cast<const T*>(data_) + which[i] * stride, cols * sizeof(T));
+    } else {
+      convert(which[i], out);
+    }
+  }
+}
+
+template <typename T>
+void store(const T* values, int64_t count, ScalarType dtype, void* out) {
+  auto copy = [&](auto* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(to)>>(values[i]);
+  };
+  switch (dtype) {
+    case ScalarType::Double: return copy(static_cast<double*>(out));
+    case ScalarType::Float: return copy(static_cast<float*>(out));
+    case ScalarType::Half: return copy(static_cast<torch::headeronly::Half*>(out));
+    default: return copy(static_cast<torch::headeronly::BFloat16*>(out));
+  }
+}
+
+#define MTA_INSTANTIATE(T)                                                   \
+  template const T* Matrix::row<T>(int64_t, T*) const;                       \
+  template const T* Matrix::block<T>(int64_t, int64_t, T*, int64_t&) const;  \
+  template void Matrix::gather<T>(const int32_t*, int64_t, T*) const;        \
+  template void store<T>(const T*, int64_t, ScalarType, void*);
+MTA_INSTANTIATE(float)
+MTA_INSTANTIATE(double)
+#undef MTA_INSTANTIATE
+
+ScalarType compute_dtype(std::initializer_list<ScalarType> dtypes) {
+  bool wide = std::find(dtypes.begin(), dtypes.end(), ScalarType::Double) != dtypes.end();
+  return wide ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor make_empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+}
+
+// --- tasks ---
+
+int64_t num_threads() { return std::max<int64_t>(torch::stable::get_num_threads(), 1); }
+
+}  // namespace mta_fast
