@@ -6,6 +6,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "vector.h"
+
 namespace mta_fast {
 
 using torch::headeronly::DeviceType;
@@ -120,17 +122,6 @@ const T* Matrix::block(int64_t first, int64_t count, T* scratch, int64_t& ld) co
 }
 
 template <typename T>
-void Matrix::gather(const int32_t* which, int64_t count, T* out) const {
-  for (int64_t i = 0; i < count; ++i, out += cols) {
-    if (is<T>()) {
-      std::memcpy(out, static_cast<const T*>(data_) + which[i] * stride, cols * sizeof(T));
-    } else {
-      convert(which[i], out);
-    }
-  }
-}
-
-template <typename T>
 void store(const T* values, int64_t count, ScalarType dtype, void* out) {
   auto copy = [&](auto* to) {
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(to)>>(values[i]);
@@ -143,11 +134,43 @@ void store(const T* values, int64_t count, ScalarType dtype, void* out) {
   }
 }
 
+template <typename T>
+void round_to(ScalarType dtype, T* values, int64_t count) {
+  auto round = [&](auto zero) {
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<T>(static_cast<decltype(zero)>(values[i]));
+  };
+  if (dtype == ScalarType::BFloat16) round(torch::headeronly::BFloat16());
+  if (dtype == ScalarType::Half) round(torch::headeronly::Half());
+}
+
+template <typename T>
+bool scales_later(const Matrix& matrix, const T* scale, int64_t count) {
+  if (!matrix.is<T>()) return false;
+  constexpr T kSmallest = T(1e-15), kLargest = T(1e15);  // products of two stay within float32
+  return std::all_of(scale, scale + count, [](T s) { return s >= kSmallest && s <= kLargest; });
+}
+
+template <typename T>
+ScaledRows<T> scaled_rows(const Matrix& matrix, int64_t first, int64_t count, const T* scale, bool later, T* copies) {
+  if (later) {
+    int64_t stride;
+    const T* values = matrix.block<T>(first, count, nullptr, stride);
+    return {values, stride, scale};
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    T* copy = copies + i * matrix.cols;
+    scale_to(copy, matrix.row<T>(first + i, copy), scale[i], matrix.cols);
+  }
+  return {copies, matrix.cols, nullptr};
+}
+
 #define MTA_INSTANTIATE(T)                                                   \
   template const T* Matrix::row<T>(int64_t, T*) const;                       \
   template const T* Matrix::block<T>(int64_t, int64_t, T*, int64_t&) const;  \
-  template void Matrix::gather<T>(const int32_t*, int64_t, T*) const;        \
-  template void store<T>(const T*, int64_t, ScalarType, void*);
+  template void round_to<T>(ScalarType, T*, int64_t);                        \
+  template void store<T>(const T*, int64_t, ScalarType, void*);              \
+  template bool scales_later<T>(const Matrix&, const T*, int64_t);           \
+  template ScaledRows<T> scaled_rows<T>(const Matrix&, int64_t, int64_t, const T*, bool, T*);
 MTA_INSTANTIATE(float)
 MTA_INSTANTIATE(double)
 #undef MTA_INSTANTIATE

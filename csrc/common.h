@@ -67,10 +67,6 @@ struct Matrix {
   // The same of `count` consecutive rows; `ld` becomes the distance between them.
   template <typename T>
   const T* block(int64_t first, int64_t count, T* scratch, int64_t& ld) const;
-  // Rows[i] for i in [0, count) one after the other into `out` [count, cols].
-  template <typename T>
-  void gather(const int32_t* which, int64_t count, T* out) const;
-
   template <typename T>
   bool is() const {
     return dtype == (std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float);
@@ -86,18 +82,18 @@ struct Matrix {
 template <typename T>
 void store(const T* values, int64_t count, ScalarType dtype, void* out);
 
+// Whether a product in this dtype reads rounded factors, and the rounding, in place.
+inline bool narrows(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
+template <typename T>
+void round_to(ScalarType dtype, T* values, int64_t count);
+
 ScalarType compute_dtype(std::initializer_list<ScalarType> dtypes);  // float64 if any is, else float32
 
-// `Body` of float or double, by the compute dtype: MTA_DISPATCH(dtype, { ... T ... }).
-#define MTA_DISPATCH(dtype, ...)            \
-  [&] {                                     \
-    if ((dtype) == ScalarType::Double) {    \
-      using T = double;                     \
-      return __VA_ARGS__();                 \
-    }                                       \
-    using T = float;                        \
-    return __VA_ARGS__();                   \
-  }()
+// function(T()) with T the compute dtype.
+template <typename Function>
+auto dispatch(ScalarType dtype, const Function& function) {
+  return dtype == ScalarType::Double ? function(double()) : function(float());
+}
 
 Tensor make_empty(std::initializer_list<int64_t> sizes, ScalarType dtype);
 
@@ -112,7 +108,31 @@ const T* data(const Tensor& tensor) {
 }
 
 template <typename T>
+T reciprocal(T value) {  // 0 of 0
+  return value == 0 ? T(0) : 1 / value;
+}
+
+template <typename T>
 constexpr ScalarType dtype_of = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+// Rows of a matrix whose lengths are known: the matrix' own memory and the factors that bring each row to scale, or,
+// where it is of another dtype or the factors could overflow a product, scaled copies and no factors.
+template <typename T>
+struct ScaledRows {
+  const T* values;
+  int64_t stride;
+  const T* scale;  // nullptr: the values are scaled already
+
+  T factor(int64_t row) const { return scale == nullptr ? T(1) : scale[row]; }
+};
+
+// Whether products of the rows can be taken before they are scaled.
+template <typename T>
+bool scales_later(const Matrix& matrix, const T* scale, int64_t count);
+
+// Rows [first, first + count), `scale` [count] their factors; `copies` [count, cols] is used unless `later`.
+template <typename T>
+ScaledRows<T> scaled_rows(const Matrix& matrix, int64_t first, int64_t count, const T* scale, bool later, T* copies);
 
 // --- scratch memory ---
 
@@ -149,19 +169,26 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Threads that run_tasks uses at most.
 int64_t num_threads();
 
+// Below this many multiply-adds an op stays on the calling thread, and a product of tiles is taken by our own loops.
+constexpr int64_t kSmallWork = 1 << 18;
+
 // run(task, thread) for every task in [0, count), each by whichever thread is free, first tasks first. What a task
-// writes must not depend on its thread: then neither does the result. Inside, the vendor GEMM is single-threaded.
+// writes must not depend on its thread: then neither does the result. `work` is the multiply-adds of all together.
+// The vendor GEMM is only called inside parallel regions, where it takes one thread: a product of several threads
+// could depend on their number.
 template <typename Run>
-void run_tasks(int64_t count, const Run& run) {
-  if (count <= 0) return;
+void run_tasks(int64_t count, int64_t work, const Run& run) {
+  if (work < kSmallWork) {
+    for (int64_t task = 0; task < count; ++task) run(task, 0);
+    return;
+  }
   std::atomic<int64_t> next{0};
   auto worker = [&](int64_t first, int64_t last) {
     for (int64_t thread = first; thread < last; ++thread) {
       for (int64_t task = next++; task < count; task = next++) run(task, thread);
     }
   };
-  // one more than the tasks need, so that one task alone is inside a parallel region too: the vendor GEMM then
-  // takes one thread, and its result does not depend on how many there are
+  // two at least: a range of one is no parallel region
   torch::stable::parallel_for(0, std::max<int64_t>(std::min(num_threads(), count), 2), 1, worker);
 }
 

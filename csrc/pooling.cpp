@@ -1,12 +1,188 @@
+// Span pooling: mta_fast/reference.py, parts 2 and 3. Bound by memory: each state is read once, each result written
+// once.
+
+#include <cmath>
+#include <tuple>
+
 #include "common.h"
+#include "vector.h"
+
 namespace mta_fast {
-Tensor probe(const Tensor& hidden) {
-  Matrix h("hidden", hidden);
-  Tensor out = make_empty({h.rows}, ScalarType::Float);
-  float* o = data<float>(out);
-  run_tasks(h.rows, [&](int64_t i, int64_t) { Scratch<float> s(h.cols); const float* r = h.row<float>(i, s.get()); float a = 0; for (int64_t j = 0; j < h.cols; ++j) a += r[j]; o[i] = a; });
+
+namespace {
+
+constexpr int64_t kRowsPerTask = 64;  // spans, or tokens of the gradient
+
+// A vector of any floating dtype, one value at a time.
+template <typename T>
+class Values {
+ public:
+  Values(const char* name, const Tensor& tensor) : matrix_(name, tensor, 1) {}
+  T operator[](int64_t i) const {
+    T scratch;
+    return *matrix_.row<T>(i, &scratch);
+  }
+  int64_t size() const { return matrix_.rows; }
+
+ private:
+  Matrix matrix_;
+};
+
+template <typename T>
+void weigh_row(const Values<T>& values, const Index& ranges, const Index& covered, const Index& cover_splits,
+               int64_t first_covered, int64_t last_covered, int64_t first_span, int64_t last_span, T* token, T* span,
+               T* row_total) {
+  double total = 0;
+  for (int64_t c = first_covered; c < last_covered; ++c) {
+    total += (cover_splits[c + 1] - cover_splits[c]) * static_cast<double>(values[covered[c]]);
+  }
+  const int64_t begin = first_covered < last_covered ? covered[first_covered] : 0;
+  const int64_t end = first_covered < last_covered ? covered[last_covered - 1] + 1 : 0;
+  Scratch<double> weights(end - begin);  // 0 between the covered tokens
+  std::fill(weights.get(), weights.get() + (end - begin), 0.0);
+  for (int64_t c = first_covered; c < last_covered; ++c) {
+    const double weight = total == 0 ? 0.0 : static_cast<double>(values[covered[c]]) / total;
+    weights.get()[covered[c] - begin] = weight;
+    token[covered[c]] = static_cast<T>(weight);
+  }
+  for (int64_t u = first_span; u < last_span; ++u) {
+    double sum = 0;
+    for (int64_t j = std::max<int64_t>(ranges[2 * u], begin); j < std::min<int64_t>(ranges[2 * u + 1], end); ++j) {
+      sum += weights.get()[j - begin];
+    }
+    span[u] = static_cast<T>(sum);
+  }
+  *row_total = static_cast<T>(total);
+}
+
+template <typename T>
+void weigh(const Tensor& values, const Index& ranges, const Index& span_splits, const Index& covered,
+           const Index& covered_splits, const Index& cover_splits, Tensor& token, Tensor& span, Tensor& total) {
+  Values<T> given("values", values);
+  run_tasks(total.numel(), covered.size() + ranges.size(), [&](int64_t b, int64_t) {
+    weigh_row<T>(given, ranges, covered, cover_splits, covered_splits[b], covered_splits[b + 1], span_splits[b],
+                 span_splits[b + 1], data<T>(token), data<T>(span), data<T>(total) + b);
+  });
+}
+
+template <typename T>
+void pool(const Matrix& hidden, const Tensor& weights, const Index& ranges, Tensor& pooled, Tensor& span_weight,
+          Tensor& norm) {
+  Values<T> weight("weights", weights);
+  const int64_t spans = ranges.size(), d = hidden.cols;
+  run_tasks(ceil_div(spans, kRowsPerTask), spans * d, [&](int64_t task, int64_t) {
+    Scratch<T> state(d);
+    for (int64_t u = task * kRowsPerTask; u < std::min(spans, (task + 1) * kRowsPerTask); ++u) {
+      const int64_t first = ranges[2 * u], last = ranges[2 * u + 1];
+      double total = 0;
+      for (int64_t j = first; j < last; ++j) total += static_cast<double>(weight[j]);
+      const T sum = static_cast<T>(total);
+      T* out = data<T>(pooled) + u * d;
+      if (last - first == 1) {
+        scale_to(out, hidden.row<T>(first, state.get()), weight[first] * reciprocal(sum), d);
+      } else {
+        std::fill(out, out + d, T(0));
+        for (int64_t j = first; j < last; ++j) add_scaled(out, hidden.row<T>(j, state.get()), weight[j], d);
+        scale_to(out, out, reciprocal(sum), d);
+      }
+      data<T>(span_weight)[u] = sum;
+      data<T>(norm)[u] = std::sqrt(dot(out, out, d));
+    }
+  });
+}
+
+template <typename T>
+void pool_gradient(const Matrix& grad, const Tensor& span_weight, const Tensor& weights, const Index& token_splits,
+                   const Index& cover_spans, ScalarType dtype, Tensor& out) {
+  Values<T> given("span_weight", span_weight), weight("weights", weights);
+  const int64_t tokens = weight.size(), d = grad.cols;
+  Scratch<T> scale(given.size());
+  for (int64_t u = 0; u < given.size(); ++u) scale.get()[u] = reciprocal(given[u]);
+  const size_t width = static_cast<size_t>(d) * out.element_size();
+  run_tasks(ceil_div(tokens, kRowsPerTask), tokens * d, [&](int64_t task, int64_t) {
+    Scratch<T> sum(d), row(d);
+    for (int64_t j = task * kRowsPerTask; j < std::min(tokens, (task + 1) * kRowsPerTask); ++j) {
+      char* to = static_cast<char*>(out.mutable_data_ptr()) + j * width;
+      T* sums = dtype == dtype_of<T> ? reinterpret_cast<T*>(to) : sum.get();
+      std::fill(sums, sums + d, T(0));
+      for (int64_t i = token_splits[j]; i < token_splits[j + 1]; ++i) {
+        const int64_t u = cover_spans[i];
+        add_scaled(sums, grad.row<T>(u, row.get()), scale.get()[u] * weight[j], d);
+      }
+      if (sums == sum.get()) store(sums, d, dtype, to);
+    }
+  });
+}
+
+}  // namespace
+
+// values [T] and the spans' index tensors -> w [T], W [N], row totals [B]; see reference.span_weights.
+std::tuple<Tensor, Tensor, Tensor> span_weights(const Tensor& values, const Tensor& ranges, const Tensor& span_splits,
+                                                const Tensor& covered, const Tensor& covered_splits,
+                                                const Tensor& cover_splits) {
+  check_float("values", values, 1);
+  Index range("ranges", ranges, 2), splits("span_splits", span_splits, 1), tokens("covered", covered, 1);
+  Index token_splits("covered_splits", covered_splits, 1), counts("cover_splits", cover_splits, 1);
+  range.check_below(values.size(0) + 1);
+  tokens.check_below(values.size(0));
+  splits.check_splits(range.size());
+  token_splits.check_splits(tokens.size());
+  check_size("covered_splits", "bounds, as in span_splits", splits.size(), token_splits.size());
+  check_size("cover_splits", "bounds", tokens.size() + 1, counts.size());
+  const ScalarType dtype = compute_dtype({values.scalar_type()});
+  Tensor token = make_empty({values.size(0)}, dtype), span = make_empty({range.size()}, dtype);
+  Tensor total = make_empty({splits.size() - 1}, dtype);
+  torch::stable::zero_(token);
+  dispatch(dtype, [&](auto zero) { weigh<decltype(zero)>(values, range, splits, tokens, token_splits, counts, token, span, total); });
+  return {token, span, total};
+}
+
+// hidden [T, d], weights [T], ranges [N, 2] -> pooled [N, d], span_weight [N], norm [N]; see reference.pool_spans.
+std::tuple<Tensor, Tensor, Tensor> pool_spans(const Tensor& hidden, const Tensor& weights, const Tensor& ranges) {
+  Matrix states("hidden", hidden);
+  check_float("weights", weights, 1);
+  check_size("weights", "tokens, as in hidden", states.rows, weights.size(0));
+  Index range("ranges", ranges, 2);
+  range.check_below(states.rows + 1);
+  const ScalarType dtype = compute_dtype({states.dtype});
+  Tensor pooled = make_empty({range.size(), states.cols}, dtype);
+  Tensor span_weight = make_empty({range.size()}, dtype), norm = make_empty({range.size()}, dtype);
+  dispatch(dtype, [&](auto zero) { pool<decltype(zero)>(states, weights, range, pooled, span_weight, norm); });
+  return {pooled, span_weight, norm};
+}
+
+// grad [N, d], span_weight [N], weights [T], token_splits [T + 1], cover_spans [I] -> [T, d] in `dtype`; see
+// reference.pool_spans_gradient.
+Tensor pool_spans_gradient(const Tensor& grad, const Tensor& span_weight, const Tensor& weights,
+                           const Tensor& token_splits, const Tensor& cover_spans, ScalarType dtype) {
+  Matrix gradient("grad", grad);
+  check_float("span_weight", span_weight, 1);
+  check_float("weights", weights, 1);
+  check_size("span_weight", "spans, as in grad", gradient.rows, span_weight.size(0));
+  MTA_CHECK(is_float(dtype), "dtype", "a floating dtype", dtype_name(dtype));
+  Index splits("token_splits", token_splits, 1), spans("cover_spans", cover_spans, 1);
+  check_size("token_splits", "bounds", weights.size(0) + 1, splits.size());
+  splits.check_splits(spans.size());
+  spans.check_below(gradient.rows);
+  Tensor out = make_empty({weights.size(0), gradient.cols}, dtype);
+  dispatch(compute_dtype({gradient.dtype}), [&](auto zero) { pool_gradient<decltype(zero)>(gradient, span_weight, weights, splits, spans, dtype, out); });
   return out;
 }
+
+}  // namespace mta_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mta_fast_cpp, m) {
+  m.def(
+      "span_weights(Tensor values, Tensor ranges, Tensor span_splits, Tensor covered, Tensor covered_splits, "
+      "Tensor cover_splits) -> (Tensor, Tensor, Tensor)");
+  m.def("pool_spans(Tensor hidden, Tensor weights, Tensor ranges) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pool_spans_gradient(Tensor grad, Tensor span_weight, Tensor weights, Tensor token_splits, Tensor cover_spans, "
+      "ScalarType dtype) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_FRAGMENT(mta_fast_cpp, m) { m.def("probe(Tensor hidden) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CPU, m) { m.impl("probe", TORCH_BOX(&mta_fast::probe)); }
+
+STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CPU, m) {
+  m.impl("span_weights", TORCH_BOX(&mta_fast::span_weights));
+  m.impl("pool_spans", TORCH_BOX(&mta_fast::pool_spans));
+  m.impl("pool_spans_gradient", TORCH_BOX(&mta_fast::pool_spans_gradient));
+}

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mta_fast import _extension
 from mta_fast.errors import BackendUnavailableError, InputError
 
 OLDEST_TRITON = (3, 6)
@@ -84,6 +85,14 @@ def _device_is_unfit(device: torch.device) -> str | None:
     return None
 
 
+def _reasons_against_cpp(op: str, tensors: Sequence[Tensor]) -> list[str]:
+    device = tensors[0].device
+    if device.type != "cpu":
+        return [f"expected CPU tensors, got {device.type}"]
+    reason = _extension.why_missing()
+    return [] if reason is None else [reason]
+
+
 def _reasons_to_avoid_triton(op: str, tensors: Sequence[Tensor]) -> list[str]:
     if tensors[0].device.type != "cuda":
         return ["the interpreter is for tests"]
@@ -108,6 +117,7 @@ def _dry_run() -> bool:
 
 BACKENDS: dict[str, Backend] = {
     "triton": Backend("triton", "mta_fast.kernels", _reasons_against_triton, _reasons_to_avoid_triton),
+    "cpp": Backend("cpp", "mta_fast.cpp", _reasons_against_cpp),
     "reference": Backend("reference", "mta_fast.reference", lambda op, tensors: []),
 }
 

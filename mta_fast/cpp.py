@@ -1,0 +1,84 @@
+"""C++ kernels of the four ops for CPU tensors: the backend "cpp".
+
+The functions are named and called as in ``mta_fast/reference.py``, which defines them; the kernels stand in ``csrc/``,
+one file per op. They check what they are given before they touch a pointer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mta_fast.reference import AlignmentGradient, Spans, gram_from
+
+_ops = torch.ops.mta_fast_cpp
+
+
+def token_importance(
+    hidden: Tensor, rows: Tensor, rows_host: Tensor, seq_len: int, causal: bool, count_padding: bool
+) -> Tensor:
+    """``reference.token_importance``."""
+    importance: Tensor = _ops.token_importance(hidden, rows_host, seq_len, causal, count_padding)
+    return importance
+
+
+def span_weights(values: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference.span_weights``."""
+    token, span, total = _ops.span_weights(
+        values, spans.ranges, spans.span_splits, spans.covered, spans.covered_splits, spans.cover_splits
+    )
+    return token, span, total
+
+
+def pool_spans(
+    hidden: Tensor, weights: Tensor, spans: Spans, rows: Tensor, rows_host: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference.pool_spans``."""
+    pooled, span_weight, norm = _ops.pool_spans(hidden, weights, spans.ranges)
+    return pooled, span_weight, norm
+
+
+def pool_spans_gradient(grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
+    """``reference.pool_spans_gradient``."""
+    gradient: Tensor = _ops.pool_spans_gradient(
+        grad, span_weight, weights, spans.token_splits, spans.cover_spans, dtype
+    )
+    return gradient
+
+
+def span_pairs(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    student_norm: Tensor,
+    teacher_norm: Tensor,
+    span_splits: Tensor,
+    host: Tensor,
+    method: str,
+    with_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference.span_pairs``."""
+    least = {"pairwise": -1, "gram": 0, "auto": gram_from(student.shape[1], teacher.shape[1])}[method]
+    numerator, denominator, gradient = _ops.span_pairs(
+        student, teacher, weights, student_norm, teacher_norm, span_splits, least, with_gradient
+    )
+    return numerator, denominator, gradient
+
+
+def hidden_alignment(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    matmul_dtype: torch.dtype,
+    with_gradient: bool = False,
+) -> tuple[Tensor, AlignmentGradient | None]:
+    """``reference.hidden_alignment``."""
+    numerator, rows, weight, bias = _ops.hidden_alignment(
+        student, teacher, tokens.int(), weights, proj_weight, proj_bias, matmul_dtype, with_gradient
+    )
+    if not with_gradient:
+        return numerator, None
+    return numerator, AlignmentGradient(rows, weight, None if proj_bias is None else bias)
