@@ -3,6 +3,10 @@
 #include <cstring>
 #include <string>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -180,8 +184,21 @@ ScalarType compute_dtype(std::initializer_list<ScalarType> dtypes) {
   return wide ? ScalarType::Double : ScalarType::Float;
 }
 
+void use_large_pages(void* memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 1 << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 Tensor make_empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+  Tensor tensor = torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+  use_large_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
 }
 
 // --- tasks ---

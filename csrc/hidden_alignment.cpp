@@ -1,9 +1,11 @@
 // Hidden alignment (Hid): mta_fast/reference.py, part 5.
 //
 // The listed tokens go chunk by chunk. Blocks of a chunk: gather h, p = P h + bias, one pass that turns p into dp in
-// place, dh = dp P. Then tiles of dP += dp' h over the whole chunk. p is in memory for one chunk only.
+// place, dh = dp P. Then tiles of dP += dp' h. A chunk is one piece of tokens, or several where there are many threads:
+// dP is summed piece by piece, whose size does not depend on the threads. p is in memory for one chunk only.
 
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -16,9 +18,18 @@ namespace mta_fast {
 
 namespace {
 
-constexpr int64_t kBlock = 128;            // tokens of a task; features of a task of the projection's gradient
-constexpr int64_t kLargestChunk = 2048;    // tokens
-constexpr int64_t kChunkValues = 1 << 23;  // of h and p of a chunk: 32 MB of float32
+constexpr int64_t kBlock = 512;            // tokens of a task, at most
+constexpr int64_t kSmallestBlock = 64;     // below it the projection is read too often
+constexpr int64_t kLargestPiece = 2048;    // tokens
+constexpr int64_t kPieceValues = 1 << 23;  // of h and p of a piece: 32 MB of float32
+constexpr int64_t kTileRows = 128, kTileCols = 512;  // of a task of the projection's gradient, at most
+
+// The largest size up to `most` that splits `total` into parts that are nearly equal, their number a multiple of
+// `multiple`.
+int64_t even_size(int64_t total, int64_t most, int64_t multiple = 1) {
+  const int64_t parts = ceil_div(ceil_div(total, most), multiple) * multiple;
+  return std::max<int64_t>(ceil_div(total, std::max<int64_t>(parts, 1)), 1);
+}
 
 struct Inputs {
   Matrix student, teacher;  // [T, d_S], [T, d_T]
@@ -46,7 +57,9 @@ class Alignment {
         gradient_(gradient),
         ds_(in.student.cols),
         dt_(in.teacher.cols),
-        chunk_(std::clamp(kChunkValues / (ds_ + dt_) / kBlock * kBlock, kBlock, kLargestChunk)),
+        piece_(even_size(in.tokens.size(), std::clamp(kPieceValues / (ds_ + dt_), kBlock, kLargestPiece))),
+        block_(std::max(even_size(piece_, kBlock, 2), kSmallestBlock)),
+        chunk_(piece_ * ceil_div(num_threads() * block_, piece_)),
         projection_(nullptr, 0, 0, 0),
         bias_(dt_) {
     const bool as_it_is = in.projection.is<T>() && !narrows(in.matmul_dtype);
@@ -69,18 +82,13 @@ class Alignment {
     double numerator = 0;
     for (int64_t first = 0; first < in_.tokens.size(); first += chunk_) {
       const int64_t count = std::min(chunk_, in_.tokens.size() - first);
-      std::vector<double> parts(ceil_div(count, kBlock));
+      std::vector<double> parts(ceil_div(count, block_));
       run_tasks(parts.size(), count * dt_ * ds_, [&](int64_t task, int64_t) {
-        const int64_t begin = task * kBlock;
-        parts[task] = align_block(first, begin, std::min(count, begin + kBlock));
+        const int64_t begin = task * block_;
+        parts[task] = align_block(first, begin, std::min(count, begin + block_));
       });
       for (double part : parts) numerator += part;
-      if (gradient_.student != nullptr) {
-        run_tasks(ceil_div(dt_, kBlock), count * dt_ * ds_, [&](int64_t task, int64_t) {
-          const int64_t begin = task * kBlock;
-          add_projection_gradient(first, count, begin, std::min(dt_, begin + kBlock));
-        });
-      }
+      if (gradient_.student != nullptr) add_projection_gradient(first, count);
     }
     return numerator;
   }
@@ -125,32 +133,64 @@ class Alignment {
     }
     Scratch<T> dh(count * ds_);
     gemm(left, projection_, dh.get(), ds_);
-    store(dh.get(), count * ds_, gradient_.dtype, gradient_.student + listed * ds_ * 2);  // kept in two bytes
+    store(dh.get(), count * ds_, gradient_.dtype, gradient_.student + listed * ds_ * 2);  // bfloat16
   }
 
-  // Features [begin, end) of dP += dp' h and of dbias += sum dp, over the chunk.
-  void add_projection_gradient(int64_t first, int64_t count, int64_t begin, int64_t end) const {
-    const View<T> left = View<T>(projected_.get() + begin, count, end - begin, dt_).transposed();
-    const View<T> right(states_.get(), count, ds_, ds_);
-    T* out = gradient_.projection + begin * ds_;
-    if (first == 0) {
-      gemm(left, right, out, ds_);
-    } else {
-      gemm_add(left, right, T(1), out, ds_);
-    }
-    if (gradient_.bias == nullptr) return;
-    if (first == 0) std::fill(gradient_.bias + begin, gradient_.bias + end, T(0));
-    for (int64_t c = 0; c < count; ++c) {
-      add_scaled(gradient_.bias + begin, projected_.get() + c * dt_ + begin, T(1), end - begin);
-    }
+  // dP += dp' h and dbias += sum dp over the chunk, tile by tile.
+  void add_projection_gradient(int64_t first, int64_t count) const {
+    const int64_t tile_cols = even_size(ds_, kTileCols), across = ceil_div(ds_, tile_cols);
+    run_tasks(ceil_div(dt_, kTileRows) * across, count * dt_ * ds_, [&](int64_t task, int64_t) {
+      const int64_t row = task / across * kTileRows, rows = std::min(kTileRows, dt_ - row);
+      const int64_t col = task % across * tile_cols, cols = std::min(tile_cols, ds_ - col);
+      T* out = gradient_.projection + row * ds_ + col;
+      for (int64_t begin = 0; begin < count; begin += piece_) {
+        const int64_t tokens = std::min(piece_, count - begin);
+        const View<T> left = View<T>(projected_.get() + begin * dt_ + row, tokens, rows, dt_).transposed();
+        const View<T> right(states_.get() + begin * ds_ + col, tokens, cols, ds_);
+        if (first + begin == 0) {
+          gemm(left, right, out, ds_);
+        } else {
+          gemm_add(left, right, T(1), out, ds_);
+        }
+      }
+      if (gradient_.bias != nullptr && col == 0) add_bias_gradient(first, count, row, rows);
+    });
+  }
+
+  void add_bias_gradient(int64_t first, int64_t count, int64_t feature, int64_t features) const {
+    T* out = gradient_.bias + feature;
+    if (first == 0) std::fill(out, out + features, T(0));
+    for (int64_t c = 0; c < count; ++c) add_scaled(out, projected_.get() + c * dt_ + feature, T(1), features);
   }
 
   const Inputs& in_;
   const Gradient<T> gradient_;
-  const int64_t ds_, dt_, chunk_;
+  const int64_t ds_, dt_, piece_, block_, chunk_;
   View<T> projection_;
   Scratch<T> projection_copy_, bias_, states_, projected_;
 };
+
+template <typename T>
+void spread(const Matrix& rows, const Index& tokens, T scale, ScalarType dtype, int64_t num_tokens, char* out) {
+  constexpr int64_t kTokensPerTask = 64;
+  const int64_t d = rows.cols, bytes = d * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
+  std::vector<int32_t> listed(num_tokens, -1);
+  for (int64_t c = 0; c < tokens.size(); ++c) listed[tokens[c]] = static_cast<int32_t>(c);
+  run_tasks(ceil_div(num_tokens, kTokensPerTask), num_tokens * d, [&](int64_t task, int64_t) {
+    Scratch<T> row(d), scaled(d);
+    for (int64_t j = task * kTokensPerTask; j < std::min(num_tokens, (task + 1) * kTokensPerTask); ++j) {
+      char* to = out + j * bytes;
+      if (listed[j] < 0) {
+        std::memset(to, 0, bytes);
+      } else if (dtype == dtype_of<T>) {
+        scale_to(reinterpret_cast<T*>(to), rows.row<T>(listed[j], row.get()), scale, d);
+      } else {
+        scale_to(scaled.get(), rows.row<T>(listed[j], row.get()), scale, d);
+        store(scaled.get(), d, dtype, to);
+      }
+    }
+  });
+}
 
 }  // namespace
 
@@ -197,12 +237,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment(const Tensor& studen
   return {numerator, listed, weight, bias};
 }
 
+// rows [C, d_S] of the distinct tokens [C], times the scalar `grad` -> [num_tokens, d_S] in `dtype`, 0 elsewhere; see
+// reference.hidden_alignment_gradient.
+Tensor hidden_alignment_gradient(const Tensor& rows, const Tensor& tokens, const Tensor& grad, int64_t num_tokens,
+                                 ScalarType dtype) {
+  Matrix listed("rows", rows), scale("grad", torch::stable::reshape(grad, {-1}), 1);
+  Index index("tokens", tokens, 1);
+  check_size("tokens", "tokens, as in rows", listed.rows, index.size());
+  check_size("grad", "value", 1, scale.rows);
+  MTA_CHECK(is_float(dtype), "dtype", "a floating dtype", dtype_name(dtype));
+  index.check_below(num_tokens);
+  Tensor out = make_empty({num_tokens, listed.cols}, dtype);
+  dispatch(compute_dtype({listed.dtype, scale.dtype}), [&](auto zero) {
+    using T = decltype(zero);
+    T scratch;
+    spread<T>(listed, index, *scale.row<T>(0, &scratch), dtype, num_tokens,
+              static_cast<char*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
 }  // namespace mta_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mta_fast_cpp, m) {
   m.def(
       "hidden_alignment(Tensor student, Tensor teacher, Tensor tokens, Tensor weights, Tensor proj_weight, "
       "Tensor? proj_bias, ScalarType matmul_dtype, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "hidden_alignment_gradient(Tensor rows, Tensor tokens, Tensor grad, int num_tokens, ScalarType dtype) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CPU, m) { m.impl("hidden_alignment", TORCH_BOX(&mta_fast::hidden_alignment)); }
+STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CPU, m) {
+  m.impl("hidden_alignment", TORCH_BOX(&mta_fast::hidden_alignment));
+  m.impl("hidden_alignment_gradient", TORCH_BOX(&mta_fast::hidden_alignment_gradient));
+}

@@ -309,12 +309,43 @@ std::tuple<Tensor, Tensor, Tensor> span_pairs(const Tensor& student, const Tenso
   return {numerator, denominator, gradient};
 }
 
+// gradient [N, d_S] times grad [B] of each span's row -> [N, d_S] in `dtype`; see reference.span_pairs_gradient.
+Tensor span_pairs_gradient(const Tensor& gradient, const Tensor& grad, const Tensor& span_rows, ScalarType dtype) {
+  constexpr int64_t kSpansPerTask = 64;
+  Matrix rows("gradient", gradient);
+  check_float("grad", grad, 1);
+  Index row("span_rows", span_rows, 1);
+  check_size("span_rows", "spans, as in gradient", rows.rows, row.size());
+  MTA_CHECK(is_float(dtype), "dtype", "a floating dtype", dtype_name(dtype));
+  row.check_below(grad.size(0));
+  Tensor out = make_empty({rows.rows, rows.cols}, dtype);
+  dispatch(compute_dtype({rows.dtype, grad.scalar_type()}), [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t d = rows.cols, bytes = d * out.element_size();
+    const Scratch<T> scale = converted<T>("grad", grad, false);
+    run_tasks(ceil_div(rows.rows, kSpansPerTask), rows.rows * d, [&](int64_t task, int64_t) {
+      Scratch<T> values(d), scaled(d);
+      for (int64_t u = task * kSpansPerTask; u < std::min(rows.rows, (task + 1) * kSpansPerTask); ++u) {
+        char* to = static_cast<char*>(out.mutable_data_ptr()) + u * bytes;
+        T* result = dtype == dtype_of<T> ? reinterpret_cast<T*>(to) : scaled.get();
+        scale_to(result, rows.row<T>(u, values.get()), scale.get()[row[u]], d);
+        if (result == scaled.get()) store(result, d, dtype, to);
+      }
+    });
+  });
+  return out;
+}
+
 }  // namespace mta_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mta_fast_cpp, m) {
   m.def(
       "span_pairs(Tensor student, Tensor teacher, Tensor weights, Tensor student_norm, Tensor teacher_norm, "
       "Tensor span_splits, int gram_from, bool with_gradient) -> (Tensor, Tensor, Tensor)");
+  m.def("span_pairs_gradient(Tensor gradient, Tensor grad, Tensor span_rows, ScalarType dtype) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CPU, m) { m.impl("span_pairs", TORCH_BOX(&mta_fast::span_pairs)); }
+STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CPU, m) {
+  m.impl("span_pairs", TORCH_BOX(&mta_fast::span_pairs));
+  m.impl("span_pairs_gradient", TORCH_BOX(&mta_fast::span_pairs_gradient));
+}

@@ -11,11 +11,16 @@ from mta_fast.kernels.importance import token_importance
 from mta_fast.kernels.pooling import pool_spans, pool_spans_gradient, span_weights
 from mta_fast.kernels.span_pairs import span_pairs
 
+# torch's own kernels do these two
+from mta_fast.reference import hidden_alignment_gradient, span_pairs_gradient
+
 __all__ = [
     "hidden_alignment",
+    "hidden_alignment_gradient",
     "pool_spans",
     "pool_spans_gradient",
     "span_pairs",
+    "span_pairs_gradient",
     "span_weights",
     "token_importance",
 ]

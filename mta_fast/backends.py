@@ -31,7 +31,16 @@ Reasons = Callable[[str, Sequence[Tensor]], list[str]]
 
 _LAUNCH = "mta_fast.kernels._launch"  # not imported here: it needs Triton
 
-OPS = ("token_importance", "span_weights", "pool_spans", "pool_spans_gradient", "span_pairs", "hidden_alignment")
+OPS = (
+    "token_importance",
+    "span_weights",
+    "pool_spans",
+    "pool_spans_gradient",
+    "span_pairs",
+    "span_pairs_gradient",
+    "hidden_alignment",
+    "hidden_alignment_gradient",
+)
 
 
 @dataclass(frozen=True)

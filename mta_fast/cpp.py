@@ -65,6 +65,12 @@ def span_pairs(
     return numerator, denominator, gradient
 
 
+def span_pairs_gradient(gradient: Tensor, grad: Tensor, span_rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """``reference.span_pairs_gradient``."""
+    scaled: Tensor = _ops.span_pairs_gradient(gradient, grad, span_rows, dtype)
+    return scaled
+
+
 def hidden_alignment(
     student: Tensor,
     teacher: Tensor,
@@ -82,3 +88,11 @@ def hidden_alignment(
     if not with_gradient:
         return numerator, None
     return numerator, AlignmentGradient(rows, weight, None if proj_bias is None else bias)
+
+
+def hidden_alignment_gradient(
+    rows: Tensor, tokens: Tensor, grad: Tensor, num_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """``reference.hidden_alignment_gradient``."""
+    gradient: Tensor = _ops.hidden_alignment_gradient(rows, tokens.int(), grad, num_tokens, dtype)
+    return gradient

@@ -249,6 +249,11 @@ def span_pairs(
     return _stack(numerators, student, dtype), _stack(denominators, student, dtype), _concat(gradients, student, dtype)
 
 
+def span_pairs_gradient(gradient: Tensor, grad: Tensor, span_rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of the pooled spans: what ``span_pairs`` left [N, d_S], times ``grad`` [B] of each span's row."""
+    return (gradient * grad.index_select(0, span_rows)[:, None]).to(dtype)
+
+
 def _pairwise(u: Tensor, v: Tensor, w: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """num of unit rows u [N, d_S], v [N, d_T], and dnum/du = 4 W_u sum_v W_v (c^S - c^T)_uv u_v."""
     total, gradients = u.new_zeros((), dtype=torch.float64), []
@@ -375,6 +380,15 @@ def hidden_alignment(
             if gradient.bias is not None:
                 gradient.bias.add_(dp.sum(0))
     return total.to(dtype), gradient
+
+
+def hidden_alignment_gradient(
+    rows: Tensor, tokens: Tensor, grad: Tensor, num_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """Gradient of the student [num_tokens, d_S]: what ``hidden_alignment`` left for the listed tokens [C, d_S], times
+    the scalar ``grad``; 0 elsewhere."""
+    dense = rows.new_zeros(num_tokens, rows.shape[1], dtype=dtype)
+    return dense.index_copy_(0, tokens.long(), (rows * grad).to(dtype))
 
 
 def _chunks(size: int, step: int) -> Iterator[slice]:

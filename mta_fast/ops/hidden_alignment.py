@@ -200,9 +200,22 @@ def _(
     return student.new_empty((), dtype=dtype), *gradients
 
 
+@torch.library.custom_op("mta_fast::hidden_alignment_gradient", mutates_args=())
+def _hidden_alignment_gradient(
+    rows: Tensor, tokens: Tensor, grad: Tensor, num_tokens: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    result: Tensor = backends.run("hidden_alignment_gradient", backend, [rows], rows, tokens, grad, num_tokens, dtype)
+    return result
+
+
+@_hidden_alignment_gradient.register_fake
+def _(rows: Tensor, tokens: Tensor, grad: Tensor, num_tokens: int, dtype: torch.dtype, backend: str) -> Tensor:
+    return rows.new_empty(num_tokens, rows.shape[1], dtype=dtype)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # outputs without a gradient cost no tensor of zeros
-    student, _teacher, tokens, _weights, proj_weight, proj_bias, _, ctx.with_gradient, _backend = inputs
+    student, _teacher, tokens, _weights, proj_weight, proj_bias, _, ctx.with_gradient, ctx.backend = inputs
     ctx.num_tokens, ctx.dtypes = student.shape[0], (student.dtype, proj_weight.dtype)
     ctx.bias_dtype = None if proj_bias is None else proj_bias.dtype
     ctx.save_for_backward(tokens, *output[1:])
@@ -216,8 +229,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[A
         raise RuntimeError("hidden_alignment: expected with_gradient=True for a backward, got False")
     tokens, student, weight, bias = ctx.saved_tensors
     dtype, weight_dtype = ctx.dtypes
-    dense = student.new_zeros(ctx.num_tokens, student.shape[1], dtype=dtype)
-    grad_student = dense.index_copy_(0, tokens.long(), (student * grad).to(dtype))
+    grad_student = _hidden_alignment_gradient(student, tokens, grad, ctx.num_tokens, dtype, ctx.backend)
     grad_bias = None if ctx.bias_dtype is None else (bias * grad).to(ctx.bias_dtype)
     return grad_student, None, None, None, (weight * grad).to(weight_dtype), grad_bias, None, None, None
 

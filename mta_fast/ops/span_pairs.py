@@ -148,9 +148,20 @@ def _(
     return student.new_empty(rows, dtype=dtype), student.new_empty(rows, dtype=dtype), gradient
 
 
+@torch.library.custom_op("mta_fast::span_pairs_gradient", mutates_args=())
+def _span_pairs_gradient(gradient: Tensor, grad: Tensor, span_rows: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    result: Tensor = backends.run("span_pairs_gradient", backend, [gradient], gradient, grad, span_rows, dtype)
+    return result
+
+
+@_span_pairs_gradient.register_fake
+def _(gradient: Tensor, grad: Tensor, span_rows: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # outputs without a gradient cost no tensor of zeros
-    ctx.dtype, ctx.with_gradient = inputs[0].dtype, inputs[6]
+    ctx.dtype, ctx.with_gradient, ctx.backend = inputs[0].dtype, *inputs[6:]
     ctx.save_for_backward(output[2], inputs[4][0])
 
 
@@ -161,7 +172,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[A
         raise RuntimeError("span_pairs: expected with_gradient=True for a backward, got False")
     scaled = None
     if grad is not None:
-        scaled = (gradient * grad.index_select(0, span_rows)[:, None]).to(ctx.dtype)
+        scaled = _span_pairs_gradient(gradient, grad, span_rows, ctx.dtype, ctx.backend)
     return scaled, None, None, [None] * 2, [None] * 3, None, None, None
 
 
