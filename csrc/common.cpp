@@ -139,6 +139,13 @@ void store(const T* values, int64_t count, ScalarType dtype, void* out) {
 }
 
 template <typename T>
+void scale_into(const T* from, T scale, int64_t count, ScalarType dtype, T* scratch, void* to) {
+  if (dtype == dtype_of<T>) return scale_to(static_cast<T*>(to), from, scale, count);
+  scale_to(scratch, from, scale, count);
+  store(scratch, count, dtype, to);
+}
+
+template <typename T>
 void round_to(ScalarType dtype, T* values, int64_t count) {
   auto round = [&](auto zero) {
     for (int64_t i = 0; i < count; ++i) values[i] = static_cast<T>(static_cast<decltype(zero)>(values[i]));
@@ -173,6 +180,7 @@ ScaledRows<T> scaled_rows(const Matrix& matrix, int64_t first, int64_t count, co
   template const T* Matrix::block<T>(int64_t, int64_t, T*, int64_t&) const;  \
   template void round_to<T>(ScalarType, T*, int64_t);                        \
   template void store<T>(const T*, int64_t, ScalarType, void*);              \
+  template void scale_into<T>(const T*, T, int64_t, ScalarType, T*, void*);  \
   template bool scales_later<T>(const Matrix&, const T*, int64_t);           \
   template ScaledRows<T> scaled_rows<T>(const Matrix&, int64_t, int64_t, const T*, bool, T*);
 MTA_INSTANTIATE(float)

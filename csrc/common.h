@@ -82,6 +82,10 @@ struct Matrix {
 template <typename T>
 void store(const T* values, int64_t count, ScalarType dtype, void* out);
 
+// to = scale * from [count], `to` in `dtype`; `scratch` [count] is used where that is not the compute dtype.
+template <typename T>
+void scale_into(const T* from, T scale, int64_t count, ScalarType dtype, T* scratch, void* to);
+
 // Whether a product in this dtype reads rounded factors, and the rounding, in place.
 inline bool narrows(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
 template <typename T>

@@ -170,23 +170,20 @@ class Alignment {
   Scratch<T> projection_copy_, bias_, states_, projected_;
 };
 
+// out [num_tokens, cols] = scale * the row that `source` names for each token, 0 where it names none (-1).
 template <typename T>
-void spread(const Matrix& rows, const Index& tokens, T scale, ScalarType dtype, int64_t num_tokens, char* out) {
-  constexpr int64_t kTokensPerTask = 64;
-  const int64_t d = rows.cols, bytes = d * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
-  std::vector<int32_t> listed(num_tokens, -1);
-  for (int64_t c = 0; c < tokens.size(); ++c) listed[tokens[c]] = static_cast<int32_t>(c);
-  run_tasks(ceil_div(num_tokens, kTokensPerTask), num_tokens * d, [&](int64_t task, int64_t) {
+void spread(const Matrix& rows, const std::vector<int32_t>& source, T scale, Tensor& out) {
+  constexpr int64_t kRowsPerTask = 64;
+  const int64_t d = rows.cols, count = static_cast<int64_t>(source.size()), bytes = d * out.element_size();
+  const ScalarType dtype = out.scalar_type();
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  run_tasks(ceil_div(count, kRowsPerTask), count * d, [&](int64_t task, int64_t) {
     Scratch<T> row(d), scaled(d);
-    for (int64_t j = task * kTokensPerTask; j < std::min(num_tokens, (task + 1) * kTokensPerTask); ++j) {
-      char* to = out + j * bytes;
-      if (listed[j] < 0) {
-        std::memset(to, 0, bytes);
-      } else if (dtype == dtype_of<T>) {
-        scale_to(reinterpret_cast<T*>(to), rows.row<T>(listed[j], row.get()), scale, d);
+    for (int64_t j = task * kRowsPerTask; j < std::min(count, (task + 1) * kRowsPerTask); ++j) {
+      if (source[j] < 0) {
+        std::memset(to + j * bytes, 0, bytes);
       } else {
-        scale_to(scaled.get(), rows.row<T>(listed[j], row.get()), scale, d);
-        store(scaled.get(), d, dtype, to);
+        scale_into(rows.row<T>(source[j], row.get()), scale, d, dtype, scaled.get(), to + j * bytes);
       }
     }
   });
@@ -237,24 +234,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment(const Tensor& studen
   return {numerator, listed, weight, bias};
 }
 
-// rows [C, d_S] of the distinct tokens [C], times the scalar `grad` -> [num_tokens, d_S] in `dtype`, 0 elsewhere; see
-// reference.hidden_alignment_gradient.
-Tensor hidden_alignment_gradient(const Tensor& rows, const Tensor& tokens, const Tensor& grad, int64_t num_tokens,
-                                 ScalarType dtype) {
-  Matrix listed("rows", rows), scale("grad", torch::stable::reshape(grad, {-1}), 1);
+// What hidden_alignment left (rows of the listed tokens [C, d_S], weight, bias), times the scalar `grad` ->
+// [num_tokens, d_S] (0 elsewhere), weight, bias, each in its dtype; see reference.hidden_alignment_gradient.
+std::tuple<Tensor, Tensor, Tensor> hidden_alignment_gradient(const Tensor& rows, const Tensor& weight,
+                                                             const Tensor& bias, const Tensor& tokens,
+                                                             const Tensor& grad, int64_t num_tokens,
+                                                             ScalarType student_dtype, ScalarType weight_dtype,
+                                                             ScalarType bias_dtype) {
+  Matrix listed("gradient.student", rows), matrix("gradient.weight", weight), vector("gradient.bias", bias, 1);
+  Matrix factor("grad", torch::stable::reshape(grad, {-1}), 1);
   Index index("tokens", tokens, 1);
-  check_size("tokens", "tokens, as in rows", listed.rows, index.size());
-  check_size("grad", "value", 1, scale.rows);
-  MTA_CHECK(is_float(dtype), "dtype", "a floating dtype", dtype_name(dtype));
+  check_size("tokens", "tokens, as in gradient.student", listed.rows, index.size());
+  check_size("grad", "value", 1, factor.rows);
+  for (ScalarType dtype : {student_dtype, weight_dtype, bias_dtype}) {
+    MTA_CHECK(is_float(dtype), "dtype", "a floating dtype", dtype_name(dtype));
+  }
   index.check_below(num_tokens);
-  Tensor out = make_empty({num_tokens, listed.cols}, dtype);
-  dispatch(compute_dtype({listed.dtype, scale.dtype}), [&](auto zero) {
+  std::vector<int32_t> source(num_tokens, -1), all(matrix.rows);
+  for (int64_t c = 0; c < index.size(); ++c) source[index[c]] = static_cast<int32_t>(c);
+  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int32_t>(i);
+  Tensor out = make_empty({num_tokens, listed.cols}, student_dtype);
+  Tensor out_weight = make_empty({matrix.rows, matrix.cols}, weight_dtype);
+  Tensor out_bias = make_empty({vector.rows}, bias_dtype);
+  dispatch(compute_dtype({matrix.dtype}), [&](auto zero) {
     using T = decltype(zero);
     T scratch;
-    spread<T>(listed, index, *scale.row<T>(0, &scratch), dtype, num_tokens,
-              static_cast<char*>(out.mutable_data_ptr()));
+    const T scale = *factor.row<T>(0, &scratch);
+    spread<T>(listed, source, scale, out);
+    spread<T>(matrix, all, scale, out_weight);
+    for (int64_t i = 0; i < vector.rows; ++i) {
+      T value;
+      scale_into(vector.row<T>(i, &value), scale, 1, bias_dtype, &value,
+                 static_cast<char*>(out_bias.mutable_data_ptr()) + i * out_bias.element_size());
+    }
   });
-  return out;
+  return {out, out_weight, out_bias};
 }
 
 }  // namespace mta_fast
@@ -264,7 +278,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mta_fast_cpp, m) {
       "hidden_alignment(Tensor student, Tensor teacher, Tensor tokens, Tensor weights, Tensor proj_weight, "
       "Tensor? proj_bias, ScalarType matmul_dtype, bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "hidden_alignment_gradient(Tensor rows, Tensor tokens, Tensor grad, int num_tokens, ScalarType dtype) -> Tensor");
+      "hidden_alignment_gradient(Tensor rows, Tensor weight, Tensor bias, Tensor tokens, Tensor grad, int num_tokens, "
+      "ScalarType student_dtype, ScalarType weight_dtype, ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CPU, m) {

@@ -104,10 +104,11 @@ void pool_gradient(const Matrix& grad, const Tensor& span_weight, const Tensor& 
     for (int64_t j = task * kRowsPerTask; j < std::min(tokens, (task + 1) * kRowsPerTask); ++j) {
       char* to = static_cast<char*>(out.mutable_data_ptr()) + j * width;
       T* sums = dtype == dtype_of<T> ? reinterpret_cast<T*>(to) : sum.get();
-      std::fill(sums, sums + d, T(0));
+      if (token_splits[j] == token_splits[j + 1]) std::fill(sums, sums + d, T(0));
       for (int64_t i = token_splits[j]; i < token_splits[j + 1]; ++i) {
         const int64_t u = cover_spans[i];
-        add_scaled(sums, grad.row<T>(u, row.get()), scale.get()[u] * weight[j], d);
+        const T *from = grad.row<T>(u, row.get()), factor = scale.get()[u] * weight[j];
+        i == token_splits[j] ? scale_to(sums, from, factor, d) : add_scaled(sums, from, factor, d);
       }
       if (sums == sum.get()) store(sums, d, dtype, to);
     }

@@ -326,10 +326,8 @@ Tensor span_pairs_gradient(const Tensor& gradient, const Tensor& grad, const Ten
     run_tasks(ceil_div(rows.rows, kSpansPerTask), rows.rows * d, [&](int64_t task, int64_t) {
       Scratch<T> values(d), scaled(d);
       for (int64_t u = task * kSpansPerTask; u < std::min(rows.rows, (task + 1) * kSpansPerTask); ++u) {
-        char* to = static_cast<char*>(out.mutable_data_ptr()) + u * bytes;
-        T* result = dtype == dtype_of<T> ? reinterpret_cast<T*>(to) : scaled.get();
-        scale_to(result, rows.row<T>(u, values.get()), scale.get()[row[u]], d);
-        if (result == scaled.get()) store(result, d, dtype, to);
+        scale_into(rows.row<T>(u, values.get()), scale.get()[row[u]], d, dtype, scaled.get(),
+                   static_cast<char*>(out.mutable_data_ptr()) + u * bytes);
       }
     });
   });

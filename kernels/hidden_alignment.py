@@ -90,7 +90,7 @@ def hidden_alignment(
         gradient = AlignmentGradient(
             student.new_empty(tokens.shape[0], student.shape[1], dtype=kept_dtype(student.dtype, dtype)),
             student.new_zeros(proj_weight.shape, dtype=dtype),
-            None if bias is None else student.new_zeros(bias.shape, dtype=dtype),
+            matrix.new_zeros(0, dtype=dtype) if bias is None else student.new_zeros(bias.shape, dtype=dtype),
         )
     for start in range(0, tokens.shape[0], TOKEN_CHUNK):
         chunk = slice(start, start + TOKEN_CHUNK)
@@ -130,14 +130,14 @@ def _add_gradients(
         else:
             rows.copy_(torch.mm(dp, matrix))
         gradient.weight.add_(_product(dp.T, h, gradient.weight.dtype))
-        if bias is not None:
+        if bias.numel():
             bias.add_(dp.sum(0, dtype=bias.dtype))
         return
     torch.mul(torch.mm(dp, matrix), scales[:, None], out=rows)
     largest = scales.amax()  # the scales of the second product, relative to it, are in float16's range
     relative = torch.where(largest == 0, 0.0, scales / largest)[:, None]
     gradient.weight.addcmul_(_product(dp.T, (h * relative).to(h.dtype), gradient.weight.dtype), largest)
-    if bias is not None:
+    if bias.numel():
         bias.add_((dp * scales[:, None]).sum(0))
 
 

@@ -195,10 +195,10 @@ def run(op: str, backend: str, tensors: Sequence[Tensor], /, *args: Any, **optio
     chosen = BACKENDS[choose(op, tensors, backend).name]
     function = getattr(importlib.import_module(chosen.module), op)
     device = tensors[0].device
-    has_autocast = torch.amp.is_autocast_available(device.type)
+    in_autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     with (
         torch.no_grad(),
-        torch.autocast(device.type, enabled=False) if has_autocast else nullcontext(),
+        torch.autocast(device.type, enabled=False) if in_autocast else nullcontext(),
         torch.cuda.device(device) if device.type == "cuda" else nullcontext(),  # where Triton launches
     ):
         return function(*args, **options)

@@ -82,17 +82,23 @@ def hidden_alignment(
     with_gradient: bool = False,
 ) -> tuple[Tensor, AlignmentGradient | None]:
     """``reference.hidden_alignment``."""
-    numerator, rows, weight, bias = _ops.hidden_alignment(
+    numerator, *gradient = _ops.hidden_alignment(
         student, teacher, tokens.int(), weights, proj_weight, proj_bias, matmul_dtype, with_gradient
     )
-    if not with_gradient:
-        return numerator, None
-    return numerator, AlignmentGradient(rows, weight, None if proj_bias is None else bias)
+    return numerator, AlignmentGradient(*gradient) if with_gradient else None
 
 
 def hidden_alignment_gradient(
-    rows: Tensor, tokens: Tensor, grad: Tensor, num_tokens: int, dtype: torch.dtype
-) -> Tensor:
+    gradient: AlignmentGradient,
+    tokens: Tensor,
+    grad: Tensor,
+    num_tokens: int,
+    student_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.hidden_alignment_gradient``."""
-    gradient: Tensor = _ops.hidden_alignment_gradient(rows, tokens.int(), grad, num_tokens, dtype)
-    return gradient
+    student, weight, bias = _ops.hidden_alignment_gradient(
+        *gradient, tokens.int(), grad, num_tokens, student_dtype, weight_dtype, bias_dtype
+    )
+    return student, weight, bias

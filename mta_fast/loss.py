@@ -187,7 +187,7 @@ class MTALoss(nn.Module):
             zero = torch.zeros_like(pair.weights.span)
             stand_in = PooledSpans(zero[:, None], zero, zero)
             _, dsa = self._span_pair_terms(stand_in, stand_in, pair, method="gram")
-            rows.append(torch.stack([dsa, pair.hid_denominator(self.config)]))
+            rows.append(torch.stack([dsa, pair.hid_denominator(self.config, pair.hid_weights(self.config))]))
         return torch.stack(rows)
 
     def _pairs(
@@ -245,7 +245,7 @@ class MTALoss(nn.Module):
             if pair.two_tokenizers and pooled is not None:  # token by token means nothing: compare the spans
                 states = pooled[0].states, pooled[1].states
                 tokens = torch.arange(weights.shape[0], device=weights.device)
-            hid = (self.projections[i](*states, tokens, weights, backend), pair.hid_denominator(config))
+            hid = (self.projections[i](*states, tokens, weights, backend), pair.hid_denominator(config, weights))
         return *dsa, *hid
 
     def _pooled(self, student: Tensor, pair: _LayerPair) -> tuple[PooledSpans, PooledSpans]:
@@ -294,13 +294,17 @@ class _LayerPair(NamedTuple):
         if self.two_tokenizers:
             return self.weights.span
         counts = self.spans.cover_splits.diff().to(dtype)
-        return counts if uniform and not per_row else counts * self.weights.token.reshape(-1)[self.spans.covered]
+        return (
+            counts
+            if uniform and not per_row
+            else counts * self.weights.token.reshape(-1).index_select(0, self.spans.covered)
+        )
 
-    def hid_denominator(self, config: MTAConfig) -> Tensor:
-        """The sum of Hid's weights; for "sample" the number of rows whose weights don't sum to 0."""
+    def hid_denominator(self, config: MTAConfig, weights: Tensor) -> Tensor:
+        """The sum of ``hid_weights``; for "sample" the number of rows whose weights don't sum to 0."""
         if config.normalization == "sample":
             return (self.weights.row_total != 0).sum().to(self.weights.span.dtype)
-        return self.hid_weights(config).sum()
+        return weights.sum()
 
 
 def _per_pair(name: str, dim: Any, pairs: int) -> list[int]:

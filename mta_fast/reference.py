@@ -322,7 +322,7 @@ class AlignmentGradient(NamedTuple):
 
     student: Tensor  # [C, d_S], one row per listed token, in ``kept_dtype``
     weight: Tensor  # [d_T, d_S]
-    bias: Tensor | None  # [d_T]
+    bias: Tensor  # [d_T]; [0] without a bias
 
 
 def kept_dtype(student: torch.dtype, compute: torch.dtype) -> torch.dtype:
@@ -362,7 +362,7 @@ def hidden_alignment(
         gradient = AlignmentGradient(
             student.new_empty(tokens.shape[0], student.shape[1], dtype=kept_dtype(student.dtype, dtype)),
             torch.zeros_like(matrix),
-            None if bias is None else torch.zeros_like(bias),
+            matrix.new_zeros(0) if bias is None else torch.zeros_like(bias),
         )
     for chunk in _chunks(tokens.shape[0], TOKEN_CHUNK):
         h = student.index_select(0, tokens[chunk]).to(matmul_dtype).to(dtype)
@@ -377,18 +377,29 @@ def hidden_alignment(
             dp = p.mul_((g * cosine * p_scale.square())[:, None]).sub_(t.mul_((g * scale)[:, None]))
             gradient.student[chunk] = torch.mm(dp, matrix)
             gradient.weight.addmm_(dp.T, h)
-            if gradient.bias is not None:
+            if bias is not None:
                 gradient.bias.add_(dp.sum(0))
     return total.to(dtype), gradient
 
 
 def hidden_alignment_gradient(
-    rows: Tensor, tokens: Tensor, grad: Tensor, num_tokens: int, dtype: torch.dtype
-) -> Tensor:
-    """Gradient of the student [num_tokens, d_S]: what ``hidden_alignment`` left for the listed tokens [C, d_S], times
-    the scalar ``grad``; 0 elsewhere."""
-    dense = rows.new_zeros(num_tokens, rows.shape[1], dtype=dtype)
-    return dense.index_copy_(0, tokens.long(), (rows * grad).to(dtype))
+    gradient: AlignmentGradient,
+    tokens: Tensor,
+    grad: Tensor,
+    num_tokens: int,
+    student_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``hidden_alignment`` left (an empty tensor for no bias), times the scalar ``grad``.
+
+    Returns:
+        The gradients of the student [num_tokens, d_S], 0 but for the listed tokens, of the weight and of the bias.
+    """
+    rows, weight, bias = gradient
+    dense = rows.new_zeros(num_tokens, rows.shape[1], dtype=student_dtype)
+    dense.index_copy_(0, tokens.long(), (rows * grad).to(student_dtype))
+    return dense, (weight * grad).to(weight_dtype), (bias * grad).to(bias_dtype)
 
 
 def _chunks(size: int, step: int) -> Iterator[slice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def _seeded() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What backend="auto" takes for CPU tensors; modules that ask for it run once with each."""
+    from mta_fast import _extension, backends
+
+    if request.param == "cpp" and (reason := _extension.why_missing()):
+        pytest.skip(reason)
+    if request.param == "reference":
+        avoided = replace(backends.BACKENDS["cpp"], reasons_to_avoid=lambda op, tensors: ["the test asks for reference"])
+        monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "cpp": avoided})
+    return request.param
 
 
 @pytest.fixture(scope="session")

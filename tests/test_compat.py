@@ -17,6 +17,8 @@ from bench.workload import standard_workload
 from mta_fast import compat, token_importance
 from mta_fast.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 FIXTURES = ("small", "gpt2_like", "entropy")
 Spans = list[list[tuple[int, int]]]
 

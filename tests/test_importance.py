@@ -11,6 +11,8 @@ from mta_fast.errors import InputError
 from mta_fast.ops.importance import _token_importance
 from mta_fast.rows import Rows
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 LENGTHS = [length for length, _ in EDGE_ROWS]
 
 
@@ -140,7 +142,7 @@ def test_errors_name_expected_and_received() -> None:
     ):
         with pytest.raises(InputError, match=r"fewer than 2\^31 tokens \(indices are int32\), got 2147483648"):
             make()
-    with pytest.raises(InputError, match="backend: expected one of auto, triton, reference, got 'cuda'"):
+    with pytest.raises(InputError, match="backend: expected one of auto, triton, cpp, reference, got 'cuda'"):
         token_importance(hidden, backend="cuda")
 
 

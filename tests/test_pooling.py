@@ -10,6 +10,8 @@ from mta_fast import SpanBatch, normalize_weights, pool_spans, reference
 from mta_fast.errors import DoubleBackwardError, InputError
 from mta_fast.ops.pooling import _pool_spans, _pool_spans_gradient, _span_weights
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 LENGTHS = [length for length, _ in EDGE_ROWS]
 NUM_SPANS = sum(len(spans) for _, spans in EDGE_ROWS)
 

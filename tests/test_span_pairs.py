@@ -12,6 +12,8 @@ from mta_fast import reference, span_pair_loss
 from mta_fast.errors import DoubleBackwardError, InputError
 from mta_fast.ops.span_pairs import _span_pairs
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 METHODS = ("pairwise", "gram")
 # spans per row: none, one (no pair), two, several, and one huge row among tiny ones
 COUNTS = [0, 1, 2, 5, 40, 0]
@@ -165,7 +167,7 @@ def test_auto_takes_the_cheaper_method_per_row(monkeypatch: pytest.MonkeyPatch) 
 
         monkeypatch.setattr(reference, name, spy)
     spans = make_batch("packed", ROWS).spans
-    span_pair_loss(*_inputs(2, 3), spans)  # even at (2 * 4 + 2 * 6 + 9) / (2 * 2 + 3) = 4.1 spans
+    span_pair_loss(*_inputs(2, 3), spans, backend="reference")  # even at (2 * 4 + 2 * 6 + 9) / (2 * 2 + 3) = 4.1 spans
     assert taken == [("_gram" if n > 4.1 else "_pairwise", n) for n in COUNTS]
 
 
@@ -176,9 +178,9 @@ def test_cost_model_counts_products() -> None:
 @pytest.mark.parametrize("block", [1, 7, 40])
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     inputs, spans = _inputs(), make_batch("packed", ROWS).spans
-    whole = span_pair_loss(*inputs, spans, method="pairwise")
+    whole = span_pair_loss(*inputs, spans, method="pairwise", backend="reference")
     monkeypatch.setattr(reference, "SPAN_BLOCK", block)
-    torch.testing.assert_close(span_pair_loss(*inputs, spans, method="pairwise"), whole)
+    torch.testing.assert_close(span_pair_loss(*inputs, spans, method="pairwise", backend="reference"), whole)
 
 
 def test_nothing_to_compare_is_zero_with_a_graph() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from mta_fast.ops._common import (
     refuse_double_backward,
 )
 from mta_fast.ops.pooling import normalize_weights
-from mta_fast.reference import compute_dtype, kept_dtype, quotient
+from mta_fast.reference import AlignmentGradient, compute_dtype, kept_dtype, quotient
 from mta_fast.spans.batch import SpanBatch
 
 
@@ -174,8 +175,7 @@ def _hidden_alignment(
     )
     if gradient is None:
         return numerator, *(numerator.new_empty(0) for _ in range(3))
-    bias = numerator.new_empty(0) if gradient.bias is None else gradient.bias
-    return numerator, gradient.student, gradient.weight, bias
+    return numerator, *gradient
 
 
 @_hidden_alignment.register_fake
@@ -202,22 +202,55 @@ def _(
 
 @torch.library.custom_op("mta_fast::hidden_alignment_gradient", mutates_args=())
 def _hidden_alignment_gradient(
-    rows: Tensor, tokens: Tensor, grad: Tensor, num_tokens: int, dtype: torch.dtype, backend: str
-) -> Tensor:
-    result: Tensor = backends.run("hidden_alignment_gradient", backend, [rows], rows, tokens, grad, num_tokens, dtype)
+    gradient: Sequence[Tensor],
+    tokens: Tensor,
+    grad: Tensor,
+    num_tokens: int,
+    student_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``_hidden_alignment`` left for the listed tokens, weight and bias -> [num_tokens, d_S], weight, bias."""
+    result: tuple[Tensor, Tensor, Tensor] = backends.run(
+        "hidden_alignment_gradient",
+        backend,
+        gradient,
+        AlignmentGradient(*gradient),
+        tokens,
+        grad,
+        num_tokens,
+        student_dtype,
+        weight_dtype,
+        bias_dtype,
+    )
     return result
 
 
 @_hidden_alignment_gradient.register_fake
-def _(rows: Tensor, tokens: Tensor, grad: Tensor, num_tokens: int, dtype: torch.dtype, backend: str) -> Tensor:
-    return rows.new_empty(num_tokens, rows.shape[1], dtype=dtype)
+def _(
+    gradient: Sequence[Tensor],
+    tokens: Tensor,
+    grad: Tensor,
+    num_tokens: int,
+    student_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    student, weight, bias = gradient
+    return (
+        student.new_empty(num_tokens, student.shape[1], dtype=student_dtype),
+        weight.new_empty(weight.shape, dtype=weight_dtype),
+        bias.new_empty(bias.shape, dtype=bias_dtype),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # outputs without a gradient cost no tensor of zeros
     student, _teacher, tokens, _weights, proj_weight, proj_bias, _, ctx.with_gradient, ctx.backend = inputs
-    ctx.num_tokens, ctx.dtypes = student.shape[0], (student.dtype, proj_weight.dtype)
-    ctx.bias_dtype = None if proj_bias is None else proj_bias.dtype
+    ctx.num_tokens, ctx.has_bias = student.shape[0], proj_bias is not None
+    ctx.dtypes = student.dtype, proj_weight.dtype, proj_weight.dtype if proj_bias is None else proj_bias.dtype
     ctx.save_for_backward(tokens, *output[1:])
 
 
@@ -227,11 +260,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[A
         return (None,) * 9
     if not ctx.with_gradient:
         raise RuntimeError("hidden_alignment: expected with_gradient=True for a backward, got False")
-    tokens, student, weight, bias = ctx.saved_tensors
-    dtype, weight_dtype = ctx.dtypes
-    grad_student = _hidden_alignment_gradient(student, tokens, grad, ctx.num_tokens, dtype, ctx.backend)
-    grad_bias = None if ctx.bias_dtype is None else (bias * grad).to(ctx.bias_dtype)
-    return grad_student, None, None, None, (weight * grad).to(weight_dtype), grad_bias, None, None, None
+    tokens, *gradient = ctx.saved_tensors
+    student, weight, bias = _hidden_alignment_gradient(gradient, tokens, grad, ctx.num_tokens, *ctx.dtypes, ctx.backend)
+    return student, None, None, None, weight, bias if ctx.has_bias else None, None, None, None
 
 
 _hidden_alignment.register_autograd(_backward, setup_context=_save)
