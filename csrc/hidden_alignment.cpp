@@ -157,10 +157,20 @@ class Alignment {
     });
   }
 
+  // In float64 over groups of tokens: a long chain of float32 sums would lose digits.
   void add_bias_gradient(int64_t first, int64_t count, int64_t feature, int64_t features) const {
+    constexpr int64_t kGroup = 64;
+    std::vector<double> sums(features, 0.0);
+    std::vector<T> part(features);
+    for (int64_t begin = 0; begin < count; begin += kGroup) {
+      std::fill(part.begin(), part.end(), T(0));
+      for (int64_t c = begin; c < std::min(count, begin + kGroup); ++c) {
+        add_scaled(part.data(), projected_.get() + c * dt_ + feature, T(1), features);
+      }
+      for (int64_t i = 0; i < features; ++i) sums[i] += part[i];
+    }
     T* out = gradient_.bias + feature;
-    if (first == 0) std::fill(out, out + features, T(0));
-    for (int64_t c = 0; c < count; ++c) add_scaled(out, projected_.get() + c * dt_ + feature, T(1), features);
+    for (int64_t i = 0; i < features; ++i) out[i] = static_cast<T>((first == 0 ? 0.0 : out[i]) + sums[i]);
   }
 
   const Inputs& in_;

@@ -77,7 +77,7 @@ static PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "_C", "C++ kernels for CPUs; see mta_fast.cpp.", -1, methods, nullptr, nullptr, nullptr, nullptr,
 };
 
-extern "C" PyMODINIT_FUNC PyInit__C() {
+PyMODINIT_FUNC PyInit__C() {
   PyObject* module = PyModule_Create(&definition);
   if (module != nullptr && PyModule_AddStringConstant(module, "BUILD", build) < 0) {
     Py_DECREF(module);

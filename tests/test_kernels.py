@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import check
 from batches import EDGE_ROWS, LAYOUTS, RaggedBatch, TokenSpans, make_batch, random_rows
 from torch import Tensor
 
@@ -25,8 +26,6 @@ from mta_fast.kernels import _launch, _rows  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# What rounding alone may cost where the eager result happens to be exact
-FLOOR = {torch.float64: 1e-15, torch.float32: 3e-7}
 
 
 @contextmanager
@@ -35,15 +34,6 @@ def launched() -> Iterator[list[str]]:
     names: list[str] = []
     with _launch.observe(lambda made: names.append(made.name)):
         yield names
-
-
-def check(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Error against float64 at most twice that of plain PyTorch in the same dtype, plus rounding."""
-    assert ours.shape == exact.shape
-    compute = torch.float64 if ours.dtype == torch.float64 else torch.float32
-    rounding = FLOOR[compute] if ours.dtype == compute else torch.finfo(ours.dtype).eps
-    error, allowed = ((x.double() - exact.double()).norm() for x in (ours, eager))
-    assert error <= 2 * allowed + rounding * exact.double().norm(), f"{error:.2e} against {allowed:.2e}"
 
 
 def words(length: int) -> tuple[int, TokenSpans]:
