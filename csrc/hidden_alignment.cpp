@@ -1,8 +1,9 @@
 // Hidden alignment (Hid): mta_fast/reference.py, part 5.
 //
-// The listed tokens go chunk by chunk. Blocks of a chunk: gather h, p = P h + bias, one pass that turns p into dp in
-// place, dh = dp P. Then tiles of dP += dp' h. A chunk is one piece of tokens, or several where there are many threads:
-// dP is summed piece by piece, whose size does not depend on the threads. p is in memory for one chunk only.
+// The listed tokens go piece by piece. Blocks of a piece: gather h, p = P h + bias, one pass that turns p into dp in
+// place, dh = dp P. Then tiles of dP += dp' h. A step works on the blocks of some pieces (one, or more where there are
+// many threads) and on the tiles of the step before, so that small tasks fill the gaps which large ones leave. p is in
+// memory for two steps only. Blocks, tiles and pieces do not depend on the number of threads, nor does their order.
 
 #include <cmath>
 #include <cstring>
@@ -59,7 +60,7 @@ class Alignment {
         dt_(in.teacher.cols),
         piece_(even_size(in.tokens.size(), std::clamp(kPieceValues / (ds_ + dt_), kBlock, kLargestPiece))),
         block_(std::max(even_size(piece_, kBlock, 2), kSmallestBlock)),
-        chunk_(piece_ * ceil_div(num_threads() * block_, piece_)),
+        step_(piece_ * ceil_div(num_threads() * block_, piece_)),
         projection_(nullptr, 0, 0, 0),
         bias_(dt_) {
     const bool as_it_is = in.projection.is<T>() && !narrows(in.matmul_dtype);
@@ -72,34 +73,65 @@ class Alignment {
     const T* values = as_it_is ? in.projection.block<T>(0, dt_, nullptr, stride) : copy;
     projection_ = View<T>(values, dt_, ds_, stride);
     for (int64_t i = 0; in.bias && i < dt_; ++i) bias_.get()[i] = *in.bias->row<T>(i, bias_.get() + i);
-    const int64_t tokens = std::min(chunk_, in.tokens.size());
-    states_.get(tokens * ds_);
-    projected_.get(tokens * dt_);
   }
 
   // The numerator; gradients are written.
   double run() {
+    const int64_t steps = ceil_div(in_.tokens.size(), step_), tile_cols = even_size(ds_, kTileCols);
+    const int64_t across = ceil_div(ds_, tile_cols), tiles = ceil_div(dt_, kTileRows) * across;
     double numerator = 0;
-    for (int64_t first = 0; first < in_.tokens.size(); first += chunk_) {
-      const int64_t count = std::min(chunk_, in_.tokens.size() - first);
-      std::vector<double> parts(ceil_div(count, block_));
-      run_tasks(parts.size(), count * dt_ * ds_, [&](int64_t task, int64_t) {
-        const int64_t begin = task * block_;
-        parts[task] = align_block(first, begin, std::min(count, begin + block_));
+    for (int64_t s = 0; s <= steps; ++s) {
+      const Step now = step(s), before = step(s - 1);
+      const bool multiply = gradient_.student != nullptr && before.count > 0;
+      const std::vector<Block> blocks = blocks_of(now);
+      std::vector<double> parts(blocks.size());
+      const int64_t num_blocks = static_cast<int64_t>(blocks.size());
+      run_tasks(num_blocks + (multiply ? tiles : 0), (now.count + before.count) * dt_ * ds_, [&](int64_t task, int64_t) {
+        if (task < num_blocks) {
+          parts[task] = align_block(now, blocks[task]);
+        } else {
+          const int64_t tile = task - num_blocks;
+          add_projection_gradient(before, tile / across * kTileRows, tile % across * tile_cols, tile_cols);
+        }
       });
       for (double part : parts) numerator += part;
-      if (gradient_.student != nullptr) add_projection_gradient(first, count);
     }
     return numerator;
   }
 
  private:
-  // Tokens [begin, end) of the chunk from `first` on: h and dp to the chunk's memory, dh to the result.
-  double align_block(int64_t first, int64_t begin, int64_t end) {
-    const int64_t count = end - begin;
-    T *h = states_.get() + begin * ds_, *p = projected_.get() + begin * dt_;
+  // Listed tokens [first, first + count): their h and p.
+  struct Step {
+    int64_t first, count;
+    T *states, *projected;
+  };
+  // Tokens [begin, end) of a step, all of one piece.
+  struct Block {
+    int64_t begin, end;
+  };
+
+  Step step(int64_t s) {
+    const int64_t first = std::clamp<int64_t>(s * step_, 0, in_.tokens.size());
+    const int64_t count = s < 0 ? 0 : std::min(step_, in_.tokens.size() - first);
+    Buffer& buffer = buffers_[s & 1];
+    return {first, count, buffer.states.get(count * ds_), buffer.projected.get(count * dt_)};
+  }
+
+  std::vector<Block> blocks_of(const Step& step) const {
+    std::vector<Block> blocks;
+    for (int64_t piece = 0; piece < step.count; piece += piece_) {
+      const int64_t end = std::min(step.count, piece + piece_);
+      for (int64_t begin = piece; begin < end; begin += block_) blocks.push_back({begin, std::min(end, begin + block_)});
+    }
+    return blocks;
+  }
+
+  // h and dp of the block to the step's memory, dh to the result; the block's part of the numerator.
+  double align_block(const Step& step, const Block& block) {
+    const int64_t count = block.end - block.begin, first = step.first + block.begin;
+    T *h = step.states + block.begin * ds_, *p = step.projected + block.begin * dt_;
     for (int64_t c = 0; c < count; ++c) {
-      const T* state = in_.student.row<T>(in_.tokens[first + begin + c], h + c * ds_);
+      const T* state = in_.student.row<T>(in_.tokens[first + c], h + c * ds_);
       if (state != h + c * ds_) std::copy(state, state + ds_, h + c * ds_);
       round_to(in_.matmul_dtype, h + c * ds_, ds_);
     }
@@ -107,11 +139,10 @@ class Alignment {
     Scratch<T> state(dt_);
     double numerator = 0;
     for (int64_t c = 0; c < count; ++c) {
-      const int64_t listed = first + begin + c;
       if (in_.bias) add_scaled(p + c * dt_, bias_.get(), T(1), dt_);
-      numerator += align(p + c * dt_, in_.teacher.row<T>(in_.tokens[listed], state.get()), listed);
+      numerator += align(p + c * dt_, in_.teacher.row<T>(in_.tokens[first + c], state.get()), first + c);
     }
-    if (gradient_.student != nullptr) write_student_gradient(p, count, first + begin);
+    if (gradient_.student != nullptr) write_student_gradient(p, count, first);
     return numerator;
   }
 
@@ -136,48 +167,50 @@ class Alignment {
     store(dh.get(), count * ds_, gradient_.dtype, gradient_.student + listed * ds_ * 2);  // bfloat16
   }
 
-  // dP += dp' h and dbias += sum dp over the chunk, tile by tile.
-  void add_projection_gradient(int64_t first, int64_t count) const {
-    const int64_t tile_cols = even_size(ds_, kTileCols), across = ceil_div(ds_, tile_cols);
-    run_tasks(ceil_div(dt_, kTileRows) * across, count * dt_ * ds_, [&](int64_t task, int64_t) {
-      const int64_t row = task / across * kTileRows, rows = std::min(kTileRows, dt_ - row);
-      const int64_t col = task % across * tile_cols, cols = std::min(tile_cols, ds_ - col);
-      T* out = gradient_.projection + row * ds_ + col;
-      for (int64_t begin = 0; begin < count; begin += piece_) {
-        const int64_t tokens = std::min(piece_, count - begin);
-        const View<T> left = View<T>(projected_.get() + begin * dt_ + row, tokens, rows, dt_).transposed();
-        const View<T> right(states_.get() + begin * ds_ + col, tokens, cols, ds_);
-        if (first + begin == 0) {
-          gemm(left, right, out, ds_);
-        } else {
-          gemm_add(left, right, T(1), out, ds_);
-        }
+  // A tile of dP += dp' h, piece by piece; the tile's rows of dbias += sum dp with the first column.
+  void add_projection_gradient(const Step& step, int64_t row, int64_t col, int64_t tile_cols) const {
+    const int64_t rows = std::min(kTileRows, dt_ - row), cols = std::min(tile_cols, ds_ - col);
+    T* out = gradient_.projection + row * ds_ + col;
+    for (int64_t begin = 0; begin < step.count; begin += piece_) {
+      const int64_t tokens = std::min(piece_, step.count - begin);
+      const View<T> left = View<T>(step.projected + begin * dt_ + row, tokens, rows, dt_).transposed();
+      const View<T> right(step.states + begin * ds_ + col, tokens, cols, ds_);
+      if (step.first + begin == 0) {
+        gemm(left, right, out, ds_);
+      } else {
+        gemm_add(left, right, T(1), out, ds_);
       }
-      if (gradient_.bias != nullptr && col == 0) add_bias_gradient(first, count, row, rows);
-    });
+      if (gradient_.bias != nullptr && col == 0) {
+        add_bias_gradient(step.projected + begin * dt_ + row, tokens, rows, step.first + begin == 0,
+                          gradient_.bias + row);
+      }
+    }
   }
 
   // In float64 over groups of tokens: a long chain of float32 sums would lose digits.
-  void add_bias_gradient(int64_t first, int64_t count, int64_t feature, int64_t features) const {
+  void add_bias_gradient(const T* dp, int64_t tokens, int64_t features, bool is_first, T* out) const {
     constexpr int64_t kGroup = 64;
     std::vector<double> sums(features, 0.0);
     std::vector<T> part(features);
-    for (int64_t begin = 0; begin < count; begin += kGroup) {
+    for (int64_t begin = 0; begin < tokens; begin += kGroup) {
       std::fill(part.begin(), part.end(), T(0));
-      for (int64_t c = begin; c < std::min(count, begin + kGroup); ++c) {
-        add_scaled(part.data(), projected_.get() + c * dt_ + feature, T(1), features);
+      for (int64_t c = begin; c < std::min(tokens, begin + kGroup); ++c) {
+        add_scaled(part.data(), dp + c * dt_, T(1), features);
       }
       for (int64_t i = 0; i < features; ++i) sums[i] += part[i];
     }
-    T* out = gradient_.bias + feature;
-    for (int64_t i = 0; i < features; ++i) out[i] = static_cast<T>((first == 0 ? 0.0 : out[i]) + sums[i]);
+    for (int64_t i = 0; i < features; ++i) out[i] = static_cast<T>((is_first ? 0.0 : out[i]) + sums[i]);
   }
 
   const Inputs& in_;
   const Gradient<T> gradient_;
-  const int64_t ds_, dt_, piece_, block_, chunk_;
+  const int64_t ds_, dt_, piece_, block_, step_;
   View<T> projection_;
-  Scratch<T> projection_copy_, bias_, states_, projected_;
+  Scratch<T> projection_copy_, bias_;
+  struct Buffer {
+    Scratch<T> states, projected;
+  };
+  Buffer buffers_[2];  // of steps with even and with odd numbers
 };
 
 // out [num_tokens, cols] = scale * the row that `source` names for each token, 0 where it names none (-1).

@@ -221,7 +221,9 @@ class MTALoss(nn.Module):
                 check_device(hidden.device, entropy_weights=values)
                 check_shape("entropy_weights", values, hidden.shape[:-1], "the teacher's tokens")
                 weights = normalize_weights(values, other, backend=config.backend)
-            pairs.append(_LayerPair(hidden, own, other, teacher_spans is not None, token.token, weights))
+            pairs.append(
+                _LayerPair(flat(hidden), own, other, teacher_spans is not None, token.token.reshape(-1), weights)
+            )
         return pairs
 
     def _importance(self, hidden: Tensor, rows: Rows) -> Tensor:
@@ -232,29 +234,30 @@ class MTALoss(nn.Module):
     def _terms(self, i: int, student: Tensor, pair: _LayerPair) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Numerator and denominator of DSA, then of Hid; a term left out is 0 / 0 with the student's graph."""
         config, backend = self.config, self.config.backend
-        zero = flat(student)[:0].sum(dtype=pair.weights.span.dtype)
+        states = flat(student)  # once: autograd then adds the gradients of both terms in place
+        zero = states[:0].sum(dtype=pair.weights.span.dtype)
         dsa = hid = (zero, zero.detach())
         pooled: tuple[PooledSpans, PooledSpans] | None = None
         if config.lambda_dsa > 0 or pair.two_tokenizers:
-            pooled = self._pooled(student, pair)
+            pooled = self._pooled(student, states, pair)
         if config.lambda_dsa > 0 and pooled is not None:
             dsa = self._span_pair_terms(*pooled, pair, config.dsa_method)
         if config.lambda_hid > 0:
             weights = pair.hid_weights(config)
-            states, tokens = (flat(student), flat(pair.teacher)), pair.spans.covered
+            compared, tokens = (states, pair.teacher), pair.spans.covered
             if pair.two_tokenizers and pooled is not None:  # token by token means nothing: compare the spans
-                states = pooled[0].states, pooled[1].states
+                compared = pooled[0].states, pooled[1].states
                 tokens = torch.arange(weights.shape[0], device=weights.device)
-            hid = (self.projections[i](*states, tokens, weights, backend), pair.hid_denominator(config, weights))
+            hid = (self.projections[i](*compared, tokens, weights, backend), pair.hid_denominator(config, weights))
         return *dsa, *hid
 
-    def _pooled(self, student: Tensor, pair: _LayerPair) -> tuple[PooledSpans, PooledSpans]:
-        """Pooled spans of student and teacher."""
+    def _pooled(self, student: Tensor, states: Tensor, pair: _LayerPair) -> tuple[PooledSpans, PooledSpans]:
+        """Pooled spans of student (``states`` are its flat states) and teacher."""
         backend, student_weights = self.config.backend, pair.token_weights
         if pair.two_tokenizers or self.config.student_pooling == "own":
             importance = self._importance(student, pair.spans.rows)
-            student_weights = normalize_weights(importance, pair.spans, backend=backend).token
-        student_spans = pooled_spans(student, student_weights, pair.spans, backend=backend)
+            student_weights = normalize_weights(importance, pair.spans, backend=backend).token.reshape(-1)
+        student_spans = pooled_spans(states, student_weights, pair.spans, backend=backend)
         return student_spans, pooled_spans(pair.teacher, pair.token_weights, pair.teacher_spans, backend=backend)
 
     def _span_pair_terms(
@@ -277,11 +280,11 @@ class MTALoss(nn.Module):
 class _LayerPair(NamedTuple):
     """What one layer pair has before the student's states are read."""
 
-    teacher: Tensor  # hidden states, detached
+    teacher: Tensor  # flat hidden states [T, d_T], detached
     spans: SpanBatch  # on the student's tokens
     teacher_spans: SpanBatch  # the same object with one tokenizer
     two_tokenizers: bool
-    token_weights: Tensor  # importance over the spans' incidences: what pooling uses
+    token_weights: Tensor  # [T] importance over the spans' incidences: what pooling uses
     weights: SpanWeights  # what DSA and Hid are weighted with
 
     def hid_weights(self, config: MTAConfig) -> Tensor:

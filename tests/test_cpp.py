@@ -103,7 +103,7 @@ def test_a_state_that_is_not_finite_stays_in_its_row() -> None:
 def _pooling(batch: RaggedBatch) -> Callable[..., tuple[Tensor, ...]]:
     def call(backend: str, hidden: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         weights = normalize_weights(values, batch.spans, backend=backend)
-        pooled = pooled_spans(hidden, weights.token, batch.spans, backend=backend)
+        pooled = pooled_spans(hidden.reshape(-1, 5), weights.token.reshape(-1), batch.spans, backend=backend)
         (grad,) = torch.autograd.grad((pooled.states * torch.arange(1, 6, dtype=pooled.states.dtype)).sum(), hidden)
         return *weights, *pooled, grad
 

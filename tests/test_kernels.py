@@ -169,7 +169,7 @@ def test_pool_spans(dtype: torch.dtype, width: int) -> None:
     made = []
     for h, backend in _sides(hidden):
         leaf = h.detach().requires_grad_()
-        pooled = pooled_spans(leaf, weights, spans, backend=backend)
+        pooled = pooled_spans(leaf.reshape(-1, width), weights.reshape(-1), spans, backend=backend)
         (gradient,) = torch.autograd.grad(pooled.states, leaf, grad.to(pooled.states.dtype))
         made.append((*(x.detach() for x in pooled), gradient))
     for ours, eager, exact in zip(*made, strict=True):

@@ -61,7 +61,13 @@ def pool_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: st
     Raises:
         InputError: shape, dtype or device. DoubleBackwardError: a second derivative.
     """
-    pooled, span_weight, _norm = pooled_spans(hidden, weights, spans, backend=backend)
+    check_float("hidden", hidden, (2, 3))
+    check_float("weights", weights, (1, 2))
+    check_shape("weights", weights, hidden.shape[:-1], "hidden.shape[:-1]")
+    check_device(hidden.device, weights=weights)
+    check_spans(spans, hidden.shape[:-1], hidden.device)
+    backends.check_name(backend)
+    pooled, span_weight, _norm = pooled_spans(flat(hidden), weights.reshape(-1), spans, backend=backend)
     return pooled, span_weight
 
 
@@ -74,17 +80,9 @@ class PooledSpans(NamedTuple):
 
 
 def pooled_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: str = "auto") -> PooledSpans:
-    """``pool_spans`` with the lengths of the pooled states."""
-    check_float("hidden", hidden, (2, 3))
-    check_float("weights", weights, (1, 2))
-    check_shape("weights", weights, hidden.shape[:-1], "hidden.shape[:-1]")
-    check_device(hidden.device, weights=weights)
-    check_spans(spans, hidden.shape[:-1], hidden.device)
-    backends.check_name(backend)
+    """``pool_spans`` of flat states [T, d] and weights [T], which are not checked, with the lengths of the spans."""
     rows = [spans.rows.table, spans.rows.host]
-    pooled, span_weight, norm = _pool_spans(
-        flat(hidden), weights.detach().reshape(-1), spans.index_tensors(), rows, backend
-    )
+    pooled, span_weight, norm = _pool_spans(hidden, weights.detach(), spans.index_tensors(), rows, backend)
     return PooledSpans(pooled, span_weight.detach(), norm.detach())
 
 
