@@ -23,6 +23,7 @@ constexpr int64_t kStripScores = 1 << 21;    // scores of a strip: 8 MB of float
 constexpr int64_t kKeyTile = 512;            // keys that are multiplied at once
 constexpr int64_t kTasksPerRow = 64;         // bounds the column sums that wait to be added up
 constexpr int64_t kGroupScores = 1 << 20;    // held rows are worked on in groups of at least 4 MB of scores
+constexpr int64_t kGroupStates = 1 << 23;    // unless their states, where those are converted, reach 32 MB
 constexpr int64_t kBlocksPerThread = 8;      // and at least this many blocks, so that the threads finish together
 
 struct Row {
@@ -88,6 +89,7 @@ class HeldRows {
   }
 
   bool enough() const {
+    if (!hidden_.is<T>() && num_tokens_ * hidden_.cols >= kGroupStates) return true;
     return num_scores_ >= kGroupScores && static_cast<int64_t>(blocks_.size()) >= kBlocksPerThread * num_threads();
   }
 

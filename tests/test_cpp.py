@@ -340,6 +340,8 @@ torch.set_num_threads(2)
 hidden = torch.randn(1, 12000, 16)
 warm = token_importance(hidden[:, :64], backend="cpp")
 print(growth(lambda: token_importance(hidden, backend="cpp")))
+hidden = torch.randn(4000, 16, 512, dtype=torch.bfloat16)
+print(growth(lambda: token_importance(hidden, backend="cpp")))
 student, teacher, matrix = torch.randn(60000, 8), torch.randn(60000, 512), torch.randn(512, 8)
 print(growth(lambda: hidden_alignment_numerator(
     student, teacher, torch.arange(60000), torch.ones(60000), matrix, None, backend="cpp")))
@@ -350,8 +352,9 @@ print(growth(lambda: hidden_alignment_numerator(
 def test_no_attention_map_and_no_projected_batch_in_memory() -> None:
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    importance, alignment = map(float, done.stdout.split())
+    importance, halves, alignment = map(float, done.stdout.split())
     assert importance < 60, "an attention map would be 549 MB"
+    assert halves < 80, "the batch in float32 would be 125 MB"
     assert alignment < 60, "the projected batch would be 117 MB"
 
 
