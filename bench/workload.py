@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def loss_and_gradients(workload: Workload, loss: Any) -> tuple[Tensor, ...]:
 def public_loss_and_gradients(workload: Workload) -> tuple[Tensor, ...]:
     """The same of the public algorithm."""
     value = public_loss(
-        workload.loss.projections,
+        workload.loss.projections if workload.loss.config.lambda_hid > 0 else None,
         workload.attention_mask,
         workload.student_hidden,
         workload.teacher_hidden,
@@ -94,24 +94,17 @@ def public_loss_and_gradients(workload: Workload) -> tuple[Tensor, ...]:
     return value.detach(), *torch.autograd.grad(value, workload.learnt())
 
 
-def standard_workload(
-    batch: int, seq_len: int, dims: tuple[int, int] = (STUDENT_DIM, TEACHER_DIM), pairs: int = 3
-) -> Workload:
-    """Make the inputs: random hidden states, float32, on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    settings: dict[str, Any] = {
-        "layer_pairs": [(i, i) for i in range(pairs)],
-        "granularity": ["word", *["phrase"] * (pairs - 1)],
-        "lambda_dsa": 1.0,
-        "lambda_hid": 0.1,
-    }
-    loss, public_loss = (MTALoss(make(**settings), *dims) for make in (MTAConfig.paper, MTAConfig.public))
-    public_loss.projections = loss.projections
-    student, teacher = (
-        {layer: torch.randn(batch, seq_len, dim, generator=generator) for layer in range(pairs)} for dim in dims
-    )
-    for hidden in student.values():
-        hidden.requires_grad_()
+class StandardSpans(NamedTuple):
+    """Spans of a batch without padding, as characters and as tokens."""
+
+    mask: Tensor
+    offsets: Tensor
+    char_spans: dict[str, list[list[tuple[int, int]]]]
+    spans: dict[str, SpanBatch]
+
+
+def standard_spans(batch: int, seq_len: int) -> StandardSpans:
+    """One-token words and two-token phrases on the first tokens of each row."""
     covered = int(COVERED_SHARE * seq_len)
     words = [(j, j + 1) for j in range(covered)]
     phrases = [(j, j + 2) for j in range(0, covered - 1, 2)]
@@ -123,4 +116,26 @@ def standard_workload(
     }
     mask = torch.ones(batch, seq_len, dtype=torch.long)
     spans = {kind: SpanBatch.from_char_spans(rows, offsets, mask) for kind, rows in char_spans.items()}
-    return Workload(loss, public_loss, student, teacher, mask, offsets, char_spans, spans)
+    return StandardSpans(mask, offsets, char_spans, spans)
+
+
+def standard_workload(
+    batch: int, seq_len: int, dims: tuple[int, int] = (STUDENT_DIM, TEACHER_DIM), pairs: int = 3, hid: bool = True
+) -> Workload:
+    """Make the inputs: random hidden states, float32, on the CPU; without ``hid`` both losses leave Hid out."""
+    generator = torch.Generator().manual_seed(0)
+    settings: dict[str, Any] = {
+        "layer_pairs": [(i, i) for i in range(pairs)],
+        "granularity": ["word", *["phrase"] * (pairs - 1)],
+        "lambda_dsa": 1.0,
+        "lambda_hid": 0.1 if hid else 0.0,
+    }
+    loss, public_loss = (MTALoss(make(**settings), *dims) for make in (MTAConfig.paper, MTAConfig.public))
+    public_loss.projections = loss.projections
+    student, teacher = (
+        {layer: torch.randn(batch, seq_len, dim, generator=generator) for layer in range(pairs)} for dim in dims
+    )
+    for hidden in student.values():
+        hidden.requires_grad_()
+    made = standard_spans(batch, seq_len)
+    return Workload(loss, public_loss, student, teacher, made.mask, made.offsets, made.char_spans, made.spans)

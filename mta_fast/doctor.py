@@ -14,11 +14,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from mta_fast import _extension
 from mta_fast._version import __version__
-from mta_fast.backends import BACKENDS, OPS
+from mta_fast.backends import BACKENDS, OPS, Backend
+from mta_fast.spans import align
 from mta_fast.spans.extract import DEFAULT_MODEL, DEFAULT_MODEL_ON_PYPI
 
-PLANNED_BACKENDS = {"cpp": "C++ kernels for CPUs"}
 # package -> the extra that brings it, and what needs it
 OPTIONAL = {
     "transformers": ("train", "layer capture and tokenizers"),
@@ -45,20 +46,31 @@ def _lines() -> Iterator[str]:
     yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
     yield f"torch {torch.__version__}, numpy {np.__version__}, {torch.get_num_threads()} CPU threads"
     yield from _devices()
+    if info := _extension.build_info():
+        yield f"C++ kernels {info}"
     yield "backends"
-    sample = [torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")]
     for name, backend in BACKENDS.items():
-        reasons = {reason for op in OPS for reason in backend.reasons_against(op, sample)}
-        avoided = {reason for op in OPS for reason in backend.reasons_to_avoid(op, sample)}
-        ready = f"ready for {sample[0].device.type} tensors" + "".join(f", by name only: {why}" for why in avoided)
-        yield f"  {name}: {'; '.join(sorted(reasons)) or ready}"
-    for name, what in PLANNED_BACKENDS.items():
-        if name not in BACKENDS:
-            yield f"  {name}: missing, mta_fast {__version__} ships without its {what}"
+        yield f"  {name}: {_state(backend)}"
+    yield f"span alignment: {align.choose()}"
     yield "packages"
     for package, (extra, purpose) in OPTIONAL.items():
         yield f"  {package}: {_version(package) or f'missing ({purpose}); {_install(extra)}'}"
     yield f"  spaCy model: {_spacy_model()}"
+
+
+def _state(backend: Backend) -> str:
+    """The devices that a backend is ready for, or why it is ready for none."""
+    ready: list[str] = []
+    reasons: list[str] = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        sample = [torch.empty(0, device=device)]
+        against = {reason for op in OPS for reason in backend.reasons_against(op, sample)}
+        avoided = {reason for op in OPS for reason in backend.reasons_to_avoid(op, sample)}
+        if against:
+            reasons += sorted(against - set(reasons))
+        else:
+            ready.append(f"{device} tensors" + "".join(f" (by name only: {why})" for why in sorted(avoided)))
+    return f"ready for {', '.join(ready)}" if ready else "; ".join(reasons)
 
 
 def _devices() -> Iterator[str]:

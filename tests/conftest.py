@@ -54,7 +54,9 @@ def cpu_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if request.param == "cpp" and (reason := _extension.why_missing()):
         pytest.skip(reason)
     if request.param == "reference":
-        avoided = replace(backends.BACKENDS["cpp"], reasons_to_avoid=lambda op, tensors: ["the test asks for reference"])
+        avoided = replace(
+            backends.BACKENDS["cpp"], reasons_to_avoid=lambda op, tensors: ["the test asks for reference"]
+        )
         monkeypatch.setattr(backends, "BACKENDS", {**backends.BACKENDS, "cpp": avoided})
     return request.param
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import make_model, make_tokenizer
 
+from bench import docs
 from mta_fast.backends import BACKENDS
 from mta_fast.distill.data import load_sample
 
@@ -137,13 +138,29 @@ def test_modelled_figures_are_those_of_the_results_file() -> None:
     assert set(rows) <= set((ROOT / "bench/results/model.md").read_text(encoding="utf-8").splitlines())
 
 
-@pytest.mark.parametrize("name", ["reference", "step"])
-def test_figures_are_those_of_the_results_file(name: str) -> None:
-    results = ROOT / f"bench/results/{name}.md"
-    rows = [line for line in results.read_text().splitlines() if line.startswith("| ")]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(rows) > 3
-    assert all(row in readme for row in rows)
+@pytest.mark.parametrize("page", [page.name for page in docs.pages() if docs.places(page.read_text(encoding="utf-8"))])
+def test_figures_are_those_of_the_results_files(page: str) -> None:
+    (text,) = [path.read_text(encoding="utf-8") for path in docs.pages() if path.name == page]
+    assert docs.rewrite(text) == text, "python -m bench.docs"
+
+
+def test_no_figure_of_the_readme_is_written_by_hand() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {("bench/results/loss.md", "Must reach"), ("bench/results/step.md", "Overhead of MTA")} <= set(
+        docs.places(text)
+    )
+    for table in re.findall(r"(?:^\|.*\n)+", text[text.index("## Figures") :], re.MULTILINE):
+        before = text[: text.index(table)].rstrip().splitlines()[-1]
+        assert before.startswith("<!-- bench/results/"), before
+
+
+def test_every_row_with_a_target_is_shown() -> None:
+    """A losing one too."""
+    text = "".join(page.read_text(encoding="utf-8") for page in docs.pages())
+    for name in ("loss", "memory", "spans", "step"):
+        rows = (ROOT / f"bench/results/{name}.md").read_text(encoding="utf-8").splitlines()
+        judged = [row for row in rows if row.endswith(("| yes |", "| NO |"))]
+        assert all(row in text for row in judged), name
 
 
 def test_options_named_in_the_docs_exist() -> None:

@@ -288,7 +288,8 @@ def test_auto_never_picks_the_interpreter() -> None:
     if DEVICE == "cuda":
         pytest.skip("the kernels are compiled here")
     choice = backends.choose("token_importance", [torch.empty(2, 2)])
-    assert (choice.name, choice.refused["triton"]) == ("reference", ["the interpreter is for tests"])
+    assert choice.name != "triton"
+    assert choice.refused["triton"] == ["the interpreter is for tests"]
 
 
 def _without_interpreter(code: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,8 @@ from torch import Tensor
 from mta_fast.errors import InputError
 from mta_fast.reference import Spans
 from mta_fast.rows import Rows, as_tensor
-from mta_fast.spans.align import (
-    CharSpans,
-    FlatSpans,
-    TokenRanges,
-    belongs_to_spans,
-    cover_lists,
-    flatten_spans,
-    token_ranges,
-)
+from mta_fast.spans import align, align_cpp
+from mta_fast.spans.align import CharSpans, FlatSpans, TokenRanges
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +60,7 @@ class SpanBatch:
         *,
         texts: Sequence[str] | None = None,
         drop_truncated: bool = True,
+        backend: str = "auto",
     ) -> SpanBatch:
         """Character spans to token ranges; the rule is ``align.token_ranges``.
 
@@ -77,15 +72,16 @@ class SpanBatch:
             cu_seqlens: [B + 1] bounds of packed sequences.
             texts: the row texts: then only white space is forgiven before a span, and ends are checked.
             drop_truncated: drop a span that ends beyond the last kept character of its row.
+            backend: "cpp", "reference" (NumPy) or "auto", which takes C++ where it is built; both find the same.
 
         Raises:
             InputError: shapes that don't fit, a mask with holes, a span outside the text or with start >= end.
+            BackendUnavailableError: backend "cpp" is not built.
         """
-        side = _Side.make(offset_mapping, attention_mask, cu_seqlens, texts)
+        side = _Side.make(offset_mapping, attention_mask, cu_seqlens, texts, backend)
         spans = side.flatten(char_spans)
         found = side.align(spans)
-        keep = (found.end > found.start) & ~(found.cut & drop_truncated)
-        return side.build(spans, found, keep)
+        return side.build(spans, found, _filled(found) & ~(found.cut & drop_truncated))
 
     @classmethod
     def pair(
@@ -95,6 +91,7 @@ class SpanBatch:
         teacher: tuple[Any, Any],
         *,
         texts: Sequence[str] | None = None,
+        backend: str = "auto",
     ) -> tuple[SpanBatch, SpanBatch]:
         """The same spans on the tokens of two tokenizers: (student's, teacher's), span by span the same.
 
@@ -103,13 +100,13 @@ class SpanBatch:
         Args:
             char_spans: per row, (start, end) characters.
             student, teacher: (offset_mapping [B, S, 2], attention_mask [B, S] or None) of each side.
-            texts: as in ``from_char_spans``.
+            texts, backend: as in ``from_char_spans``.
         """
-        sides = [_Side.make(offsets, mask, None, texts) for offsets, mask in (student, teacher)]
+        sides = [_Side.make(offsets, mask, None, texts, backend) for offsets, mask in (student, teacher)]
         spans = sides[0].flatten(char_spans)
         sides[1].flatten(char_spans)
         found = [side.align(spans) for side in sides]
-        keep = np.logical_and.reduce([(f.end > f.start) & ~f.cut for f in found])
+        keep = np.logical_and.reduce([_filled(f) & ~f.cut for f in found])
         first, second = (side.build(spans, f, keep) for side, f in zip(sides, found, strict=True))
         return first, second
 
@@ -152,13 +149,13 @@ class SpanBatch:
 
 @dataclass(frozen=True)
 class _Side:
-    """One tokenizer's view of the batch: [B, S] offsets, packed sequences spread over B padded rows."""
+    """One tokenizer's view of the batch: flat tokens and the rows of real ones."""
 
-    offsets: np.ndarray  # [B, S, 2]
-    usable: np.ndarray  # [B, S]
-    flat: np.ndarray  # [B] flat position of column 0 of each row
+    offsets: np.ndarray  # [T, 2] int64
+    table: np.ndarray  # [B, 2] int64, (start, length) of each row
     rows: Rows
     texts: Sequence[str] | None
+    functions: ModuleType  # the backend
 
     @classmethod
     def make(
@@ -167,6 +164,7 @@ class _Side:
         attention_mask: Any,
         cu_seqlens: Any,
         texts: Sequence[str] | None,
+        backend: str,
     ) -> _Side:
         expected = "[B, S, 2]" if cu_seqlens is None else "[T, 2]"
         made = as_tensor("offset_mapping", offset_mapping, f"padded {expected}")
@@ -175,68 +173,38 @@ class _Side:
             raise InputError("SpanBatch: expected attention_mask or cu_seqlens, got both; packed rows need no mask")
         if offsets.ndim != (3 if cu_seqlens is None else 2) or offsets.shape[-1] != 2:
             raise InputError(f"offset_mapping: expected {expected}, got shape {offsets.shape}")
+        rows = cls._rows(offsets.shape[:-1], attention_mask, cu_seqlens)
+        table = rows.host.numpy().astype(np.int64)
+        functions = align_cpp if align.choose(backend) == "cpp" else align
+        return cls(offsets.reshape(-1, 2), table, rows, texts, functions)
+
+    @staticmethod
+    def _rows(shape: tuple[int, ...], attention_mask: Any, cu_seqlens: Any) -> Rows:
         if cu_seqlens is not None:
-            rows = Rows.from_cu_seqlens(cu_seqlens, len(offsets))
-            offsets, mask = _unpack(offsets, rows.host.numpy())
-            return cls(offsets, belongs_to_spans(offsets, mask), rows.host[:, 0].numpy().astype(np.int64), rows, texts)
+            return Rows.from_cu_seqlens(cu_seqlens, *shape).to("cpu")
         if attention_mask is None:
-            rows = Rows.full(*offsets.shape[:2])
-            mask = np.ones(offsets.shape[:2], np.bool_)
-        else:
-            host_mask = as_tensor("attention_mask", attention_mask, "[B, S]").detach().cpu()
-            if tuple(host_mask.shape) != offsets.shape[:2]:
-                raise InputError(
-                    f"attention_mask: expected {offsets.shape[:2]} as in offset_mapping, got {tuple(host_mask.shape)}"
-                )
-            rows, mask = Rows.from_mask(host_mask), (host_mask != 0).numpy()
-        flat = np.arange(len(offsets), dtype=np.int64) * offsets.shape[1]
-        return cls(offsets, belongs_to_spans(offsets, mask), flat, rows, texts)
+            return Rows.full(*shape)
+        mask = as_tensor("attention_mask", attention_mask, "[B, S]").detach().cpu()
+        if tuple(mask.shape) != shape:
+            raise InputError(f"attention_mask: expected {shape} as in offset_mapping, got {tuple(mask.shape)}")
+        return Rows.from_mask(mask)
 
     def flatten(self, char_spans: CharSpans) -> FlatSpans:
-        if len(char_spans) != len(self.offsets):
-            raise InputError(f"character spans: expected {len(self.offsets)} rows, got {len(char_spans)}")
-        if self.texts is not None and len(self.texts) != len(self.offsets):
-            raise InputError(f"texts: expected {len(self.offsets)} rows, got {len(self.texts)}")
-        return flatten_spans(char_spans, self.texts)
+        if len(char_spans) != len(self.table):
+            raise InputError(f"character spans: expected {len(self.table)} rows, got {len(char_spans)}")
+        if self.texts is not None and len(self.texts) != len(self.table):
+            raise InputError(f"texts: expected {len(self.table)} rows, got {len(self.texts)}")
+        return self.functions.flatten_spans(char_spans, self.texts)
 
     def align(self, spans: FlatSpans) -> TokenRanges:
-        return token_ranges(spans, self.offsets, self.usable, self.texts)
+        return self.functions.token_ranges(spans, self.offsets, self.table, self.texts)
 
     def build(self, spans: FlatSpans, found: TokenRanges, keep: np.ndarray) -> SpanBatch:
-        row = spans.row[keep]
-        start, end = found.start[keep] + self.flat[row], found.end[keep] + self.flat[row]
-        size = int(np.prod(self.rows.shape))
-        usable = np.zeros(size, np.bool_)
-        b, j = np.nonzero(self.usable)
-        usable[self.flat[b] + j] = True
-        cover = cover_lists(start, end, usable)
-        splits = np.searchsorted(row, np.arange(len(self.offsets) + 1))
-        tokens = np.concatenate([[0], np.cumsum(end - start)])[splits]
-        covered_rows = np.searchsorted(self.flat, cover.covered, side="right") - 1 if len(self.flat) else cover.covered
-        return SpanBatch(
-            ranges=_int32(np.stack([start, end], 1)),
-            span_rows=_int32(row),
-            span_splits=_int32(splits),
-            covered=_int32(cover.covered),
-            covered_rows=_int32(covered_rows),
-            covered_splits=_int32(np.searchsorted(covered_rows, np.arange(len(self.offsets) + 1))),
-            cover_splits=_int32(cover.splits),
-            cover_spans=_int32(cover.spans),
-            token_splits=_int32(cover.splits[np.searchsorted(cover.covered, np.arange(size + 1))]),
-            host=_int32(np.stack([splits, tokens], 1)),
-            rows=self.rows.to("cpu"),
-        )
+        row, ranges = (spans.row, found.ranges) if keep.all() else (spans.row[keep], found.ranges[keep])
+        index = self.functions.span_index(row, ranges, self.offsets, self.table)
+        return SpanBatch(**index._asdict(), rows=self.rows)
 
 
-def _unpack(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Packed offsets [T, 2] as [B, S, 2] right-padded rows, and their mask."""
-    length = rows[:, 1].astype(np.int64)
-    mask = np.arange(length.max(initial=0)) < length[:, None]
-    padded = np.zeros((*mask.shape, 2), np.int64)
-    padded[mask] = offsets[: int(length.sum())]
-    return padded, mask
-
-
-def _int32(values: np.ndarray) -> Tensor:
-    # through empty: an empty array has strides of its own, for which torch.compile would make another graph
-    return torch.empty(values.shape, dtype=torch.int32).copy_(torch.from_numpy(np.ascontiguousarray(values)))
+def _filled(found: TokenRanges) -> np.ndarray:
+    """[N] whether a token belongs to the span."""
+    return found.ranges[:, 1] > found.ranges[:, 0]

@@ -37,6 +37,7 @@ class SpanCollator:
         max_length: tokens a row is truncated to; spans that this cuts are dropped on both sides.
         add_eos: end a row with the end token where it fits.
         pad_to_multiple_of: round S up to a multiple.
+        backend: of the span alignment, as in ``SpanBatch.from_char_spans``.
 
     Raises:
         InputError: a tokenizer without offsets, or a row without its columns.
@@ -48,6 +49,7 @@ class SpanCollator:
     max_length: int = 256
     add_eos: bool = True
     pad_to_multiple_of: int | None = None
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.granularity, str):
@@ -81,13 +83,15 @@ class SpanCollator:
         batch: dict[str, Any] = {"input_ids": own.ids, "attention_mask": own.mask, "labels": own.labels}
         if self.teacher_tokenizer is None:
             batch["spans"] = {
-                kind: SpanBatch.from_char_spans(spans, own.offsets, own.mask, texts=texts)
+                kind: SpanBatch.from_char_spans(spans, own.offsets, own.mask, texts=texts, backend=self.backend)
                 for kind, spans in char_spans.items()
             }
             return batch
         teacher = self._tokenize(self.teacher_tokenizer, prompts, texts)
         sides = (own.offsets, own.mask), (teacher.offsets, teacher.mask)
-        pairs = {kind: SpanBatch.pair(spans, *sides, texts=texts) for kind, spans in char_spans.items()}
+        pairs = {
+            kind: SpanBatch.pair(spans, *sides, texts=texts, backend=self.backend) for kind, spans in char_spans.items()
+        }
         return batch | {
             "spans": {kind: pair[0] for kind, pair in pairs.items()},
             "teacher_input_ids": teacher.ids,

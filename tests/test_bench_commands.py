@@ -1,0 +1,219 @@
+"""Every benchmark that runs on a CPU, at tiny sizes: its files, its gate, and the cases that engineers run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import docs, loss, memory, ops, peak, step
+from bench import workload as workload_module
+from mta_fast.__main__ import main
+
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny sizes: a second thread only waits."""
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def _run(name: str, folder: Path, *options: str) -> dict[str, Any]:
+    """The JSON of a quick run; its other files are there."""
+    out = folder / name
+    assert main(["bench", name, "--quick", "--out", str(out), *options]) in (0, 1)
+    text, report = out.with_suffix(".md").read_text(), json.loads(out.with_suffix(".json").read_text())
+    lines = out.with_suffix(".csv").read_text().splitlines()
+    rows = [row for section in report["sections"] for row in section["rows"]]
+    assert len(lines) == len(rows) + 1
+    assert all(f"## {section['title']}" in text for section in report["sections"] if section["rows"])
+    assert {"processor", "threads", "python", "torch", "numpy", "mta_fast"} <= set(report["machine"])
+    return report
+
+
+def _rows(report: dict[str, Any]) -> list[str]:
+    return [row["what"] for section in report["sections"] for row in section["rows"]]
+
+
+def _is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak, "why_not", lambda: "not here")
+    report = _run("loss", tmp_path, "--backend", "reference", "--rounds", "2")
+    rows = _rows(report)
+    assert "B=2 S=12: public algorithm / reference, public preset (the same numbers)" in rows
+    assert "B=2 S=12: reference / floor, GEMM rate of the same round" in rows
+    assert "B=1 S=16, without Hid: public algorithm / reference, paper preset" in rows
+    assert all(row["note"] == "skipped: not here" for row in report["sections"][3]["rows"])
+    assert _is_png(tmp_path / "loss.png")
+    assert set(report["samples"]["B=2 S=12"]["seconds"]) == {"reference"}
+
+
+def test_the_targets_are_those_of_shapes_that_are_measured() -> None:
+    shapes = {shape.name for shape in loss.FULL.shapes}
+    assert {shape for _, shape in loss.TARGETS} == shapes
+    assert {loss.SMALL, loss.LARGE} <= shapes
+
+
+@pytest.mark.parametrize("name", ["loss", "memory"])
+def test_nothing_is_timed_without_parity(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    public, module = workload_module.public_loss, {"loss": loss, "memory": memory}[name]
+    monkeypatch.setattr(workload_module, "public_loss", lambda *args: 1.1 * public(*args))
+    alternate = module.alternate
+    monkeypatch.setattr(module, "alternate", lambda *args: alternate(*args) and pytest.fail("timed"))
+    with pytest.raises(SystemExit, match="against the public algorithm: expected parity below"):
+        main(["bench", name, "--quick", "--backend", "reference"])
+
+
+def test_ops(tmp_path: Path) -> None:
+    rows = _rows(_run("ops", tmp_path, "--backend", "reference", "--rounds", "1"))
+    for op in ops.OPS:
+        for mode in op.modes:
+            assert {f"{op.name}, {mode}: {peer} / reference" for peer in op.peers} <= set(rows)
+    assert _is_png(tmp_path / "ops.png")
+
+
+def test_a_peer_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pooling = ops.OPS[1]
+    alternate = ops.alternate
+    monkeypatch.setattr(ops, "alternate", lambda *args: alternate(*args) and pytest.fail("timed"))
+    monkeypatch.setitem(pooling.peers, "wrong", lambda inputs, mode: [inputs.arriving])  # type: ignore[arg-type]
+    with pytest.raises(SystemExit, match="wrong against the reference: expected parity below"):
+        ops._measure(pooling, ops.QUICK.shapes[0], "forward", ["reference"], [], ops.QUICK, 1)
+
+
+def test_every_op_has_its_benchmark_under_its_own_name() -> None:
+    names = {path.stem for path in (ROOT / "mta_fast" / "ops").glob("[a-z]*.py")} - {"entropy"}  # one implementation
+    assert {op.name for op in ops.OPS} == names
+    assert all((ROOT / "bench" / f"{name}.py").exists() for name in names)
+
+
+def test_single_ops_under_pytest_benchmark(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "-q", "bench/test_ops.py", "-k", "pooling-forward-16x256 and embedding"]
+    done = subprocess.run(
+        [*command, f"--benchmark-json={tmp_path / 'made.json'}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    (made,) = json.loads((tmp_path / "made.json").read_text())["benchmarks"]
+    assert made["group"] == "pooling, forward, B=16 S=256"
+    assert made["extra_info"]["megabytes"] > 0
+
+
+def test_memory(tmp_path: Path) -> None:
+    report = _run("memory", tmp_path, "--backend", "reference", "--rounds", "1")
+    rows = _rows(report)
+    assert "time ~ B^x, B = 1 to 4: public algorithm" in rows
+    assert any("from which the Gram form is faster" in row for row in rows)
+    assert set(report["samples"]) == {"B", "S", "N", "d"}
+    assert all(_is_png(tmp_path / f"memory{ending}.png") for ending in ("", "_crossover"))
+
+
+def test_spans(tmp_path: Path) -> None:
+    pytest.importorskip("spacy")
+    rows = _rows(_run("spans", tmp_path, "--rounds", "1"))
+    assert any(row.startswith("alignment in the collator") for row in rows)
+    assert any("from the cache" in row for row in rows)
+
+
+def test_step(tmp_path: Path) -> None:
+    pytest.importorskip("spacy")
+    pytest.importorskip("transformers")
+    report = _run("step", tmp_path, "--backend", "reference", "--rounds", "3")
+    samples = report["samples"]
+    assert set(samples) == {step.WITHOUT, "reference", step.PUBLIC}
+    assert all(len(taken["whole"]) == 3 for taken in samples.values())
+    assert min(samples["reference"][step.MTA]) > 0 == max(samples[step.WITHOUT][step.MTA])
+    assert all(
+        sum(taken[part][i] for part in (step.COLLATE, step.TEACH, step.MTA, step.OPTIMISE)) < taken["whole"][i]
+        for taken in samples.values()
+        for i in range(3)
+    )
+    parse = samples[step.PUBLIC]["parse"]
+    assert all(0 < a < b for a, b in zip(parse, samples[step.PUBLIC][step.MTA], strict=True))
+    text = (tmp_path / "step.md").read_text()
+    assert "pairs of steps (too few for an interval of the median" in text
+    assert re.search(r"^\| of which: parse \| - \| - \| [\d.]+ \|$", text, re.MULTILINE)
+
+
+def test_a_step_with_other_numbers_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("spacy")
+    pytest.importorskip("transformers")
+    layer_loss = step.PublicWay.forward.__globals__["layer_loss"]
+    monkeypatch.setitem(
+        step.PublicWay.forward.__globals__, "layer_loss", lambda *args: [1.1 * term for term in layer_loss(*args)]
+    )
+    made = step.small_setting()
+    with pytest.raises(SystemExit, match="step, the public way: DSA and Hid: expected parity below"):
+        step.measure(made, [step.WITHOUT, step.PUBLIC], step.full_rows(made, None), 1)
+
+
+def test_own_part_by_hand() -> None:
+    without, taken = step.Steps(0.0), step.Steps(0.25)
+    without.add(10.0, {step.COLLATE: 1.0, step.TEACH: 2.0, step.MTA: 0.0, step.OPTIMISE: 1.0})
+    taken.add(11.0, {step.COLLATE: 1.1, step.TEACH: 2.0, step.MTA: 0.4, step.OPTIMISE: 2.0})
+    steps = {step.WITHOUT: without, "cpp": taken}
+    assert step.own_part(steps, "cpp") == pytest.approx([0.1 + 0.4 + 0.5])
+    shares, pairs, fastest = step.overhead_rows(steps, "cpp", 4.0)
+    assert (shares.median, pairs.median, fastest.median) == pytest.approx((10, 10, 10))
+    assert (shares.reached, fastest.reached) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "reached", "note"),
+    [
+        ([1.0, 2.0] * 4, True, "95 % interval of the median: 1.0 to 2.0"),
+        ([5.0, 6.0] * 4, False, "95 % interval of the median: 5.0 to 6.0"),
+        ([-20.0, 9.0] * 4, None, "95 % interval of the median: -20.0 to 9.0, undecided"),
+        ([1.0, 2.0], None, "too few for an interval of the median; all lie from 1.0 to 2.0, undecided"),
+    ],
+)
+def test_noisy_pairs_are_judged_by_their_interval(pairs: list[float], reached: bool | None, note: str) -> None:
+    row = step._judged_by_interval("pairs", 4.0, pairs)
+    assert (row.target, row.reached, row.note) == ("<= 4", reached, note)
+
+
+def test_all_runs_every_benchmark_in_its_own_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import run
+
+    commands: list[list[str]] = []
+
+    def record(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert "TRITON_INTERPRET" not in options["env"]
+        commands.append(command[4:])
+        return subprocess.CompletedProcess(command, 1 if command[4] == "ops" else 0)
+
+    monkeypatch.setattr(run.subprocess, "run", record)
+    assert run.main(tmp_path, texts=Path("rows.jsonl")) == 1
+    assert [command[0] for command in commands] == list(run.NAMES)
+    assert commands[3] == ["spans", "--out", str(tmp_path / "spans"), "--texts", "rows.jsonl"]
+    assert "a target was missed, or it failed: ops" in capsys.readouterr().out
+
+
+def test_tables_are_put_into_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    (tmp_path / "bench/results").mkdir(parents=True)
+    (tmp_path / "bench/results/made.md").write_text(
+        "about\n\n## One\n\ntext\n\n| a |\n| - |\n\n| b |\n\n## Two\n\nno\n"
+    )
+    page = "Before.\n\n<!-- bench/results/made.md: One{} -->\n\n{}\nAfter.\n"
+    assert docs.rewrite(page.format("", "| old |\n| table |\n")) == page.format("", "| a |\n| - |\n")
+    assert docs.rewrite(page.format(", table 2", "")) == page.format(", table 2", "| b |\n")
+    for wrong in (page.format(", table 3", ""), page.replace("One", "Two").format("", "")):
+        with pytest.raises(SystemExit, match=r"expected table \d under '## (One|Two)' in bench/results/made.md"):
+            docs.rewrite(wrong)
