@@ -23,8 +23,8 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/*)
 demo: install  ## a small teacher teaches a student, with and without MTA (about 3 minutes)
 	$(BIN)/mta-fast demo
 
-test: install  ## the whole suite
-	$(BIN)/python -m pytest
+test: install  ## the whole suite, a process a core
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 SANITIZERS := address,undefined
 # the runtimes come first, and libstdc++ with them: a sanitizer looks for its throw when it starts

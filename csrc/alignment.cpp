@@ -1,13 +1,13 @@
 // Character spans to token ranges, and token ranges to the index tensors of a SpanBatch: mta_fast/spans/align.py in
 // C++. One thread and no vendor library: it runs in data loader workers, which are forked. Every op is linear where
 // spans ascend.
-#include "common.h"
-
 #include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
+
+#include "common.h"
 
 namespace mta_fast {
 
@@ -53,8 +53,7 @@ void check_rows(const Integers& rows, int64_t tokens) {
   for (int64_t b = 0; b < rows.size; ++b) {
     int64_t start = rows[2 * b], length = rows[2 * b + 1];
     MTA_CHECK(start >= last && length >= 0 && start <= tokens && length <= tokens - start, "rows",
-              "ascending rows within " + std::to_string(tokens) + " tokens",
-              "(", start, ", ", length, ") in row ", b);
+              "ascending rows within " + std::to_string(tokens) + " tokens", "(", start, ", ", length, ") in row ", b);
     last = start + length;
   }
 }
@@ -125,8 +124,8 @@ Tensor make_index(int64_t size) { return make_empty({size}, ScalarType::Int); }
 }  // namespace
 
 // Token j with offsets [s, t) belongs to the span [c, e) when s + 1 >= c (s >= c where texts don't forgive) and t <= e.
-// offsets [T, 2], rows [B, 2] (start, length), span_rows [N] ascending, char_spans [N, 2] -> ranges [N, 2] flat, 0 and 0
-// where no token belongs; cut [N], the span ends beyond the last token; the first row with bad offsets, or -1.
+// offsets [T, 2], rows [B, 2] (start, length), span_rows [N] ascending, char_spans [N, 2] -> ranges [N, 2] flat, 0 and
+// 0 where no token belongs; cut [N], the span ends beyond the last token; the first row with bad offsets, or -1.
 std::tuple<Tensor, Tensor, int64_t> token_ranges(const Tensor& offsets, const Tensor& rows, const Tensor& span_rows,
                                                  const Tensor& char_spans, const std::optional<Tensor>& characters,
                                                  const std::optional<Tensor>& text_splits,

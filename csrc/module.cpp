@@ -3,11 +3,10 @@
 #undef Py_LIMITED_API  // torch's build sets its own
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
-
-#include <cstdint>
-
 #include <torch/headeronly/macros/Macros.h>
 #include <torch/headeronly/version.h>
+
+#include <cstdint>
 
 #ifdef __clang__
 #define MTA_FAST_COMPILER __VERSION__
@@ -19,8 +18,8 @@
 #endif
 
 // mta_fast/_extension.py reads this from the file, before it loads it.
-static const char build[] = "mta_fast._C|torch=" TORCH_VERSION "|target=" C10_STRINGIZE(MTA_FAST_TARGET_TORCH)
-    "|compiler=" MTA_FAST_COMPILER "|sanitizers=" C10_STRINGIZE((MTA_FAST_SANITIZERS)) "|";
+static const char build[] = "mta_fast._C|torch=" TORCH_VERSION "|target=" C10_STRINGIZE(
+    MTA_FAST_TARGET_TORCH) "|compiler=" MTA_FAST_COMPILER "|sanitizers=" C10_STRINGIZE((MTA_FAST_SANITIZERS)) "|";
 
 // The items of a list or tuple, which differ in nothing else here.
 struct Items {
@@ -69,12 +68,21 @@ static PyObject* pairs(PyObject*, PyObject* row) {
 }
 
 static PyMethodDef methods[] = {
-    {"pairs", pairs, METH_O, "pairs(row) -> the bytes of an int64 array, or None where row is no list of integer pairs"},
+    {"pairs", pairs, METH_O,
+     "pairs(row) -> the bytes of an int64 array, or None where row is no list of integer pairs"},
     {nullptr, nullptr, 0, nullptr},
 };
 
 static PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_C", "C++ kernels for CPUs; see mta_fast.cpp.", -1, methods, nullptr, nullptr, nullptr, nullptr,
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "C++ kernels for CPUs; see mta_fast.cpp.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 PyMODINIT_FUNC PyInit__C() {

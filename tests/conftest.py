@@ -15,6 +15,10 @@ import torch
 if not torch.cuda.is_available():  # kernels then run in Triton's interpreter; read when they are decorated
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` has a worker a core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+    torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -104,9 +105,10 @@ def test_every_op_has_its_benchmark_under_its_own_name() -> None:
 def test_single_ops_under_pytest_benchmark(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "-q", "bench/test_ops.py", "-k", "pooling-forward-16x256 and embedding"]
-    done = subprocess.run(
-        [*command, f"--benchmark-json={tmp_path / 'made.json'}"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    # a worker of pytest-xdist passes itself on, which switches benchmarks off
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    command.append(f"--benchmark-json={tmp_path / 'made.json'}")
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     (made,) = json.loads((tmp_path / "made.json").read_text())["benchmarks"]
     assert made["group"] == "pooling, forward, B=16 S=256"
