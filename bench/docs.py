@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_PLACE = re.compile(r"(<!-- (bench/results/[\w.]+): (.+?)(?:, table (\d+))? -->\n\n?)((?:\|.*\n)*)")
+_PLACE = re.compile(r"(<!-- (bench/results/[\w.]+): (.+?)(?:, table (\d+))? -->)\n+(?:\|.*\n)*\n*")
 
 
 def pages() -> list[Path]:
@@ -24,8 +24,12 @@ def places(text: str) -> list[tuple[str, str]]:
 
 
 def rewrite(text: str) -> str:
-    """The page with its tables as the results files hold them."""
-    return _PLACE.sub(lambda match: match[1] + _table(match[2], match[3], int(match[4] or 1)), text)
+    """The page with its tables as the results files hold them, a blank line before and after each."""
+
+    def written(match: re.Match[str]) -> str:
+        return f"{match[1]}\n\n{_table(match[2], match[3], int(match[4] or 1))}\n"
+
+    return _PLACE.sub(written, text).rstrip("\n") + "\n"
 
 
 def _table(file: str, title: str, count: int) -> str:
