@@ -89,9 +89,12 @@ void Matrix::convert(int64_t row, T* out) const {
     for (int64_t i = 0; i < cols; ++i) out[i] = static_cast<T>(values[i]);
   };
   switch (dtype) {
-    case ScalarType::Double: return copy(static_cast<const double*>(data_));
-    case ScalarType::Float: return copy(static_cast<const float*>(data_));
-    case ScalarType::Half: return copy(static_cast<const torch::headeronly::Half*>(data_));
+    case ScalarType::Double:
+      return copy(static_cast<const double*>(data_));
+    case ScalarType::Float:
+      return copy(static_cast<const float*>(data_));
+    case ScalarType::Half:
+      return copy(static_cast<const torch::headeronly::Half*>(data_));
     default: {
       if constexpr (std::is_same_v<T, float>) {  // bfloat16: the upper half of a float32
         const uint16_t* values = static_cast<const uint16_t*>(data_) + row * stride;
@@ -131,10 +134,14 @@ void store(const T* values, int64_t count, ScalarType dtype, void* out) {
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(to)>>(values[i]);
   };
   switch (dtype) {
-    case ScalarType::Double: return copy(static_cast<double*>(out));
-    case ScalarType::Float: return copy(static_cast<float*>(out));
-    case ScalarType::Half: return copy(static_cast<torch::headeronly::Half*>(out));
-    default: return copy(static_cast<torch::headeronly::BFloat16*>(out));
+    case ScalarType::Double:
+      return copy(static_cast<double*>(out));
+    case ScalarType::Float:
+      return copy(static_cast<float*>(out));
+    case ScalarType::Half:
+      return copy(static_cast<torch::headeronly::Half*>(out));
+    default:
+      return copy(static_cast<torch::headeronly::BFloat16*>(out));
   }
 }
 
@@ -175,13 +182,13 @@ ScaledRows<T> scaled_rows(const Matrix& matrix, int64_t first, int64_t count, co
   return {copies, matrix.cols, nullptr};
 }
 
-#define MTA_INSTANTIATE(T)                                                   \
-  template const T* Matrix::row<T>(int64_t, T*) const;                       \
-  template const T* Matrix::block<T>(int64_t, int64_t, T*, int64_t&) const;  \
-  template void round_to<T>(ScalarType, T*, int64_t);                        \
-  template void store<T>(const T*, int64_t, ScalarType, void*);              \
-  template void scale_into<T>(const T*, T, int64_t, ScalarType, T*, void*);  \
-  template bool scales_later<T>(const Matrix&, const T*, int64_t);           \
+#define MTA_INSTANTIATE(T)                                                  \
+  template const T* Matrix::row<T>(int64_t, T*) const;                      \
+  template const T* Matrix::block<T>(int64_t, int64_t, T*, int64_t&) const; \
+  template void round_to<T>(ScalarType, T*, int64_t);                       \
+  template void store<T>(const T*, int64_t, ScalarType, void*);             \
+  template void scale_into<T>(const T*, T, int64_t, ScalarType, T*, void*); \
+  template bool scales_later<T>(const Matrix&, const T*, int64_t);          \
   template ScaledRows<T> scaled_rows<T>(const Matrix&, int64_t, int64_t, const T*, bool, T*);
 MTA_INSTANTIATE(float)
 MTA_INSTANTIATE(double)

@@ -1,6 +1,11 @@
 // What the four ops share: checks, strided matrices of any floating dtype, scratch memory, tasks.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -9,11 +14,6 @@
 #include <new>
 #include <type_traits>
 #include <utility>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 namespace mta_fast {
 

@@ -16,8 +16,8 @@ class Borrowed {
   Borrowed(const T* values, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
     int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
     int32_t dtype = std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
-        const_cast<T*>(values), 2, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), 0, &handle_));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<T*>(values), 2, sizes, strides, 0,
+                                                                     dtype, aoti_torch_device_type_cpu(), 0, &handle_));
   }
   template <typename T>
   explicit Borrowed(const View<T>& v) : Borrowed(v.data, v.rows, v.cols, v.row_stride, v.col_stride) {}

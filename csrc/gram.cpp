@@ -204,8 +204,8 @@ class GramRow {
   const SpanRow row_;
   const int64_t ds_, dt_;
   double omega_ = 0, delta_ = 0;
-  Scratch<T> mean_, pull_;   // (m, n); sum W b x
-  Scratch<double> offset_;   // b
+  Scratch<T> mean_, pull_;  // (m, n); sum W b x
+  Scratch<double> offset_;  // b
   Scratch<T> x_, wx_, y_, wy_, xx_, yx_, yy_;
 };
 

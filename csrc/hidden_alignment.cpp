@@ -19,10 +19,10 @@ namespace mta_fast {
 
 namespace {
 
-constexpr int64_t kBlock = 512;            // tokens of a task, at most
-constexpr int64_t kSmallestBlock = 64;     // below it the projection is read too often
-constexpr int64_t kLargestPiece = 2048;    // tokens
-constexpr int64_t kPieceValues = 1 << 23;  // of h and p of a piece: 32 MB of float32
+constexpr int64_t kBlock = 512;                      // tokens of a task, at most
+constexpr int64_t kSmallestBlock = 64;               // below it the projection is read too often
+constexpr int64_t kLargestPiece = 2048;              // tokens
+constexpr int64_t kPieceValues = 1 << 23;            // of h and p of a piece: 32 MB of float32
 constexpr int64_t kTileRows = 128, kTileCols = 512;  // of a task of the projection's gradient, at most
 
 // The largest size up to `most` that splits `total` into parts that are nearly equal, their number a multiple of
@@ -86,14 +86,15 @@ class Alignment {
       const std::vector<Block> blocks = blocks_of(now);
       std::vector<double> parts(blocks.size());
       const int64_t num_blocks = static_cast<int64_t>(blocks.size());
-      run_tasks(num_blocks + (multiply ? tiles : 0), (now.count + before.count) * dt_ * ds_, [&](int64_t task, int64_t) {
-        if (task < num_blocks) {
-          parts[task] = align_block(now, blocks[task]);
-        } else {
-          const int64_t tile = task - num_blocks;
-          add_projection_gradient(before, tile / across * kTileRows, tile % across * tile_cols, tile_cols);
-        }
-      });
+      run_tasks(num_blocks + (multiply ? tiles : 0), (now.count + before.count) * dt_ * ds_,
+                [&](int64_t task, int64_t) {
+                  if (task < num_blocks) {
+                    parts[task] = align_block(now, blocks[task]);
+                  } else {
+                    const int64_t tile = task - num_blocks;
+                    add_projection_gradient(before, tile / across * kTileRows, tile % across * tile_cols, tile_cols);
+                  }
+                });
       for (double part : parts) numerator += part;
     }
     return numerator;
@@ -121,7 +122,8 @@ class Alignment {
     std::vector<Block> blocks;
     for (int64_t piece = 0; piece < step.count; piece += piece_) {
       const int64_t end = std::min(step.count, piece + piece_);
-      for (int64_t begin = piece; begin < end; begin += block_) blocks.push_back({begin, std::min(end, begin + block_)});
+      for (int64_t begin = piece; begin < end; begin += block_)
+        blocks.push_back({begin, std::min(end, begin + block_)});
     }
     return blocks;
   }
@@ -241,9 +243,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment(const Tensor& studen
                                                             const Tensor& tokens, const Tensor& weights,
                                                             const Tensor& proj_weight, std::optional<Tensor> proj_bias,
                                                             ScalarType matmul_dtype, bool with_gradient) {
-  Inputs in{Matrix("student", student),         Matrix("teacher", teacher),
-            Index("tokens", tokens, 1),         Matrix("weights", weights, 1),
-            Matrix("proj_weight", proj_weight), std::nullopt,
+  Inputs in{Matrix("student", student),
+            Matrix("teacher", teacher),
+            Index("tokens", tokens, 1),
+            Matrix("weights", weights, 1),
+            Matrix("proj_weight", proj_weight),
+            std::nullopt,
             matmul_dtype};
   const int64_t ds = in.student.cols, dt = in.teacher.cols;
   check_size("teacher", "tokens, as in student", in.student.rows, in.teacher.rows);

@@ -18,13 +18,13 @@ namespace mta_fast {
 namespace {
 
 constexpr double kStdEps = 1e-5;
-constexpr int64_t kHeldTokens = 1024;        // scores of a held row: 4 MB of float32
-constexpr int64_t kStripScores = 1 << 21;    // scores of a strip: 8 MB of float32 for each thread
-constexpr int64_t kKeyTile = 512;            // keys that are multiplied at once
-constexpr int64_t kTasksPerRow = 64;         // bounds the column sums that wait to be added up
-constexpr int64_t kGroupScores = 1 << 20;    // held rows are worked on in groups of at least 4 MB of scores
-constexpr int64_t kGroupStates = 1 << 23;    // unless their states, where those are converted, reach 32 MB
-constexpr int64_t kBlocksPerThread = 8;      // and at least this many blocks, so that the threads finish together
+constexpr int64_t kHeldTokens = 1024;      // scores of a held row: 4 MB of float32
+constexpr int64_t kStripScores = 1 << 21;  // scores of a strip: 8 MB of float32 for each thread
+constexpr int64_t kKeyTile = 512;          // keys that are multiplied at once
+constexpr int64_t kTasksPerRow = 64;       // bounds the column sums that wait to be added up
+constexpr int64_t kGroupScores = 1 << 20;  // held rows are worked on in groups of at least 4 MB of scores
+constexpr int64_t kGroupStates = 1 << 23;  // unless their states, where those are converted, reach 32 MB
+constexpr int64_t kBlocksPerThread = 8;    // and at least this many blocks, so that the threads finish together
 
 struct Row {
   int64_t first, queries;  // flat position of query 0, and their number
@@ -53,7 +53,7 @@ void token_scales(const Matrix& hidden, int64_t first, int64_t count, T* scratch
 // One query's scores [keys] to its softmax, which is added to `columns`. `own` is the query's own key, if any.
 template <typename T>
 void attend(T* scores, int64_t keys, int64_t own, T* columns) {
-  if (keys == 0) return;  // an empty softmax adds 0
+  if (keys == 0) return;                                                          // an empty softmax adds 0
   if (own >= 0 && own < keys) scores[own] = -std::numeric_limits<T>::infinity();  // no self-loop
   T sum = softmax_terms(scores, keys);
   add_scaled(columns, scores, 1 / sum, keys);

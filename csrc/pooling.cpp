@@ -134,7 +134,9 @@ std::tuple<Tensor, Tensor, Tensor> span_weights(const Tensor& values, const Tens
   Tensor token = make_empty({values.size(0)}, dtype), span = make_empty({range.size()}, dtype);
   Tensor total = make_empty({splits.size() - 1}, dtype);
   torch::stable::zero_(token);
-  dispatch(dtype, [&](auto zero) { weigh<decltype(zero)>(values, range, splits, tokens, token_splits, counts, token, span, total); });
+  dispatch(dtype, [&](auto zero) {
+    weigh<decltype(zero)>(values, range, splits, tokens, token_splits, counts, token, span, total);
+  });
   return {token, span, total};
 }
 
@@ -166,7 +168,9 @@ Tensor pool_spans_gradient(const Tensor& grad, const Tensor& span_weight, const 
   splits.check_splits(spans.size());
   spans.check_below(gradient.rows);
   Tensor out = make_empty({weights.size(0), gradient.cols}, dtype);
-  dispatch(compute_dtype({gradient.dtype}), [&](auto zero) { pool_gradient<decltype(zero)>(gradient, span_weight, weights, splits, spans, dtype, out); });
+  dispatch(compute_dtype({gradient.dtype}), [&](auto zero) {
+    pool_gradient<decltype(zero)>(gradient, span_weight, weights, splits, spans, dtype, out);
+  });
   return out;
 }
 

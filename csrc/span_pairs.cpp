@@ -107,9 +107,8 @@ class HeldRows {
     run_tasks(blocks_.size(), num_errors_ * d / 2, [&](int64_t task, int64_t thread) {
       multiply_block(blocks_[task], rows_[blocks_[task].row], products[thread]);
     });
-    run_tasks(blocks_.size(), num_errors_ * d / 2, [&](int64_t task, int64_t) {
-      consume_block(blocks_[task], rows_[blocks_[task].row]);
-    });
+    run_tasks(blocks_.size(), num_errors_ * d / 2,
+              [&](int64_t task, int64_t) { consume_block(blocks_[task], rows_[blocks_[task].row]); });
     for (const Held& held : rows_) numerator_[held.index] = 0;
     std::vector<double> sums(rows_.size());
     for (const Block& block : blocks_) sums[block.row] += block.numerator;
@@ -303,8 +302,8 @@ std::tuple<Tensor, Tensor, Tensor> span_pairs(const Tensor& student, const Tenso
   Tensor gradient = make_empty({with_gradient ? s.rows : 0, s.cols}, dtype);
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
-    run_rows<T>(s, t, weights, student_norm, teacher_norm, splits, gram_from, data<T>(numerator),
-                data<T>(denominator), with_gradient ? data<T>(gradient) : nullptr);
+    run_rows<T>(s, t, weights, student_norm, teacher_norm, splits, gram_from, data<T>(numerator), data<T>(denominator),
+                with_gradient ? data<T>(gradient) : nullptr);
   });
   return {numerator, denominator, gradient};
 }

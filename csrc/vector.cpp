@@ -122,30 +122,30 @@ MTA_INLINE T squares_by_weight(const T* a, const T* w, int64_t n) {
 
 }  // namespace
 
-#define MTA_VECTOR_FUNCTIONS(T)                                                                          \
-  MTA_MULTIVERSION T dot(const T* a, const T* b, int64_t n) { return sum_of_products(a, b, n); }         \
+#define MTA_VECTOR_FUNCTIONS(T)                                                                                 \
+  MTA_MULTIVERSION T dot(const T* a, const T* b, int64_t n) { return sum_of_products(a, b, n); }                \
   MTA_MULTIVERSION double wide_dot(const T* a, const T* b, int64_t n) { return wide_sum_of_products(a, b, n); } \
-  MTA_MULTIVERSION void centre(T* a, const T* b, T scale, const T* c, int64_t n) { \
-    for (int64_t i = 0; i < n; ++i) a[i] = scale * b[i] - c[i]; \
-  } \
-  MTA_MULTIVERSION void dots(const T* a, const T* b, int64_t n, T* out) { all_products(a, b, n, out); } \
-  MTA_MULTIVERSION T centred_norm(const T* a, int64_t n) { return distance_from_mean(a, n); }            \
-  MTA_MULTIVERSION void scale_to(T* a, const T* b, T scale, int64_t n) {                                 \
-    for (int64_t i = 0; i < n; ++i) a[i] = scale * b[i];                                                 \
-  }                                                                                                      \
-  MTA_MULTIVERSION void add_scaled(T* a, const T* b, T scale, int64_t n) {                               \
-    for (int64_t i = 0; i < n; ++i) a[i] += scale * b[i];                                                \
-  }                                                                                                      \
-  MTA_MULTIVERSION void combine(T* a, const T* b, T x, T y, int64_t n) {                                 \
-    for (int64_t i = 0; i < n; ++i) a[i] = x * a[i] + y * b[i];                                          \
-  }                                                                                                      \
-  MTA_MULTIVERSION void multiply(T* a, const T* b, T scale, int64_t n) {                                 \
-    for (int64_t i = 0; i < n; ++i) a[i] *= scale * b[i];                                                \
-  }                                                                                                      \
-  MTA_MULTIVERSION T softmax_terms(T* a, int64_t n) { return exponentials(a, n); }                       \
-  MTA_MULTIVERSION void cosine_error(T* a, const T* b, T x, const T* t, const T* c, T y, int64_t n) {    \
-    for (int64_t i = 0; i < n; ++i) a[i] = x * b[i] * a[i] - y * c[i] * t[i];                            \
-  }                                                                                                      \
+  MTA_MULTIVERSION void centre(T* a, const T* b, T scale, const T* c, int64_t n) {                              \
+    for (int64_t i = 0; i < n; ++i) a[i] = scale * b[i] - c[i];                                                 \
+  }                                                                                                             \
+  MTA_MULTIVERSION void dots(const T* a, const T* b, int64_t n, T* out) { all_products(a, b, n, out); }         \
+  MTA_MULTIVERSION T centred_norm(const T* a, int64_t n) { return distance_from_mean(a, n); }                   \
+  MTA_MULTIVERSION void scale_to(T* a, const T* b, T scale, int64_t n) {                                        \
+    for (int64_t i = 0; i < n; ++i) a[i] = scale * b[i];                                                        \
+  }                                                                                                             \
+  MTA_MULTIVERSION void add_scaled(T* a, const T* b, T scale, int64_t n) {                                      \
+    for (int64_t i = 0; i < n; ++i) a[i] += scale * b[i];                                                       \
+  }                                                                                                             \
+  MTA_MULTIVERSION void combine(T* a, const T* b, T x, T y, int64_t n) {                                        \
+    for (int64_t i = 0; i < n; ++i) a[i] = x * a[i] + y * b[i];                                                 \
+  }                                                                                                             \
+  MTA_MULTIVERSION void multiply(T* a, const T* b, T scale, int64_t n) {                                        \
+    for (int64_t i = 0; i < n; ++i) a[i] *= scale * b[i];                                                       \
+  }                                                                                                             \
+  MTA_MULTIVERSION T softmax_terms(T* a, int64_t n) { return exponentials(a, n); }                              \
+  MTA_MULTIVERSION void cosine_error(T* a, const T* b, T x, const T* t, const T* c, T y, int64_t n) {           \
+    for (int64_t i = 0; i < n; ++i) a[i] = x * b[i] * a[i] - y * c[i] * t[i];                                   \
+  }                                                                                                             \
   MTA_MULTIVERSION T weighted_squares(const T* a, const T* w, int64_t n) { return squares_by_weight(a, w, n); }
 
 MTA_VECTOR_FUNCTIONS(float)

@@ -6,27 +6,27 @@
 
 namespace mta_fast {
 
-#define MTA_VECTOR_FUNCTIONS(T)                                                                                     \
-  /* sum of a_i b_i */                                                                                              \
-  T dot(const T* a, const T* b, int64_t n);                                                                         \
-  double wide_dot(const T* a, const T* b, int64_t n);  /* in float64 */                                             \
-  /* |a|^2, |b|^2 and a.b in one pass */                                                                            \
-  void dots(const T* a, const T* b, int64_t n, T* out);                                                             \
-  /* the norm of a less its mean: sqrt(sum (a_i - mean)^2) */                                                       \
-  T centred_norm(const T* a, int64_t n);                                                                            \
-  /* a_i = scale b_i;  a_i += scale b_i;  a_i = x a_i + y b_i */                                                    \
-  void scale_to(T* a, const T* b, T scale, int64_t n);                                                              \
-  void add_scaled(T* a, const T* b, T scale, int64_t n);                                                            \
-  void combine(T* a, const T* b, T x, T y, int64_t n);                                                              \
-  /* a_i = scale b_i - c_i */                                                                                       \
-  void centre(T* a, const T* b, T scale, const T* c, int64_t n);                                                    \
-  /* a_i *= scale b_i */                                                                                            \
-  void multiply(T* a, const T* b, T scale, int64_t n);                                                              \
-  /* a_i becomes exp(a_i - max a); the sum of all */                                                                \
-  T softmax_terms(T* a, int64_t n);                                                                                 \
-  /* a_i = x b_i a_i - y c_i t_i: the difference of two cosines */                                                  \
-  void cosine_error(T* a, const T* b, T x, const T* t, const T* c, T y, int64_t n);                                 \
-  /* sum of w_i a_i^2 */                                                                                            \
+#define MTA_VECTOR_FUNCTIONS(T)                                                     \
+  /* sum of a_i b_i */                                                              \
+  T dot(const T* a, const T* b, int64_t n);                                         \
+  double wide_dot(const T* a, const T* b, int64_t n); /* in float64 */              \
+  /* |a|^2, |b|^2 and a.b in one pass */                                            \
+  void dots(const T* a, const T* b, int64_t n, T* out);                             \
+  /* the norm of a less its mean: sqrt(sum (a_i - mean)^2) */                       \
+  T centred_norm(const T* a, int64_t n);                                            \
+  /* a_i = scale b_i;  a_i += scale b_i;  a_i = x a_i + y b_i */                    \
+  void scale_to(T* a, const T* b, T scale, int64_t n);                              \
+  void add_scaled(T* a, const T* b, T scale, int64_t n);                            \
+  void combine(T* a, const T* b, T x, T y, int64_t n);                              \
+  /* a_i = scale b_i - c_i */                                                       \
+  void centre(T* a, const T* b, T scale, const T* c, int64_t n);                    \
+  /* a_i *= scale b_i */                                                            \
+  void multiply(T* a, const T* b, T scale, int64_t n);                              \
+  /* a_i becomes exp(a_i - max a); the sum of all */                                \
+  T softmax_terms(T* a, int64_t n);                                                 \
+  /* a_i = x b_i a_i - y c_i t_i: the difference of two cosines */                  \
+  void cosine_error(T* a, const T* b, T x, const T* t, const T* c, T y, int64_t n); \
+  /* sum of w_i a_i^2 */                                                            \
   T weighted_squares(const T* a, const T* w, int64_t n);
 
 MTA_VECTOR_FUNCTIONS(float)
