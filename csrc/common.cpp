@@ -56,6 +56,12 @@ void Index::check_below(int64_t bound) const {
   }
 }
 
+void Index::check_ascending() const {
+  for (int64_t i = 1; i < count_; ++i) {
+    MTA_CHECK(data_[i] > data_[i - 1], name_, "ascending values", data_[i], " after ", data_[i - 1]);
+  }
+}
+
 void Index::check_splits(int64_t total) const {
   MTA_CHECK(count_ >= 1 && data_[0] == 0, name_, "0 first", count_ >= 1 ? data_[0] : -1);
   for (int64_t i = 1; i < count_; ++i) {

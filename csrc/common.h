@@ -39,6 +39,8 @@ class Index {
   Index(const char* name, const Tensor& tensor, int64_t dim);
   int32_t operator[](int64_t i) const { return data_[i]; }
   int64_t size() const { return size_; }  // along the first dimension
+  // Every value is greater than the one before.
+  void check_ascending() const;
   // Every value is in [0, bound).
   void check_below(int64_t bound) const;
   // Splits [n + 1]: 0 first, never decreasing, `total` last.
@@ -183,7 +185,8 @@ int64_t num_threads();
 constexpr int64_t kSmallWork = 1 << 18;
 
 // run(task, thread) for every task in [0, count), each by whichever thread is free, first tasks first. What a task
-// writes must not depend on its thread: then neither does the result. `work` is the multiply-adds of all together.
+// writes must not depend on its thread: then neither does the result. `work` is the multiply-adds of all
+// together, and no less than those of any one product.
 // The vendor GEMM is only called inside parallel regions, where it takes one thread: a product of several threads
 // could depend on their number.
 template <typename Run>

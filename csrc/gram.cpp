@@ -130,7 +130,7 @@ class GramRow {
     add(y_.get(), dt_, wy_.get(), dt_, yy_.get(), true);
     add(y_.get(), dt_, wx_.get(), ds_, yx_.get(), false);
     add(x_.get(), ds_, wx_.get(), ds_, xx_.get(), true);
-    run_tasks(tiles.size(), count * (ds_ + dt_) * (ds_ + dt_) / 2, [&](int64_t task, int64_t) {
+    run_tasks(tiles.size(), count * (ds_ + dt_) * (ds_ + dt_), [&](int64_t task, int64_t) {
       const Tile& tile = tiles[task];
       const int64_t rows = std::min(kTile, tile.width_left - tile.row);
       const int64_t cols = std::min(kTile, tile.width_right - tile.col);

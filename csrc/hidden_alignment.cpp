@@ -251,6 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment(const Tensor& studen
             std::nullopt,
             matmul_dtype};
   const int64_t ds = in.student.cols, dt = in.teacher.cols;
+  MTA_CHECK(ds >= 1 && dt >= 1, "student, teacher", "widths of at least 1", ds, " and ", dt);
   check_size("teacher", "tokens, as in student", in.student.rows, in.teacher.rows);
   check_size("weights", "values, as in tokens", in.tokens.size(), in.weights.rows);
   check_size("proj_weight", "rows, the teacher's width", dt, in.projection.rows);

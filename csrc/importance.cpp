@@ -104,7 +104,7 @@ class HeldRows {
     };
     each_block(num_tokens_ * d, [&](const Block& block, const Held& held) { scale(block, held); });
     prepare();
-    each_block(num_scores_ * d / 2, [&](const Block& block, const Held& held) { multiply_block(block, held); });
+    each_block(num_scores_ * d, [&](const Block& block, const Held& held) { multiply_block(block, held); });
     each_block(num_scores_, [&](const Block& block, const Held& held) { attend_block(block, held); });
     run_tasks(rows_.size(), num_partials_, [&](int64_t task, int64_t) {
       const Held& held = rows_[task];
@@ -277,12 +277,16 @@ Tensor token_importance(const Tensor& hidden, const Tensor& rows_host, int64_t s
   Index table("rows_host", rows_host, 2);
   check_size("rows_host", "columns", 2, rows_host.size(1));
   std::vector<Row> rows;
+  int64_t last = 0;
   for (int64_t b = 0; b < table.size(); ++b) {
     const int64_t start = table[2 * b], length = table[2 * b + 1], first = count_padding ? b * seq_len : start;
     const int64_t queries = count_padding ? seq_len : length;
     MTA_CHECK(length >= 0 && first >= 0 && start >= first && start + length <= first + queries &&
                   first + queries <= states.rows,
               "rows_host", "rows within the tokens", "row ", b, " from ", start, " of length ", length);
+    MTA_CHECK(length == 0 || start >= last, "rows_host", "rows that ascend and don't overlap", "row ", b, " from ",
+              start);
+    last = std::max(last, start + length);
     rows.push_back({first, queries, start - first, length, causal});
   }
   const ScalarType dtype = compute_dtype({states.dtype});

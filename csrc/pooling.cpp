@@ -126,6 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> span_weights(const Tensor& values, const Tens
   Index token_splits("covered_splits", covered_splits, 1), counts("cover_splits", cover_splits, 1);
   range.check_below(values.size(0) + 1);
   tokens.check_below(values.size(0));
+  tokens.check_ascending();
   splits.check_splits(range.size());
   token_splits.check_splits(tokens.size());
   check_size("covered_splits", "bounds, as in span_splits", splits.size(), token_splits.size());

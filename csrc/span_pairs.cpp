@@ -2,7 +2,7 @@
 //
 // Rows of up to kHeldSpans spans hold the errors of their pairs: blocks of spans against those from the block on, both
 // cosines a block, mirrored. Longer rows go strip by strip. Then, in the same memory, the errors become the weights of
-// the gradient's product. Rows with more spans than `gram_from` take the Gram form (gram.cpp).
+// the gradient's product. Rows of `gram_from` spans and more take the Gram form (gram.cpp).
 
 #include "span_pairs.h"
 
@@ -104,10 +104,10 @@ class HeldRows {
     errors_.get(num_errors_);
     prepare();
     std::vector<Scratch<T>> products(std::max<int64_t>(num_threads(), 2));
-    run_tasks(blocks_.size(), num_errors_ * d / 2, [&](int64_t task, int64_t thread) {
+    run_tasks(blocks_.size(), num_errors_ * d, [&](int64_t task, int64_t thread) {
       multiply_block(blocks_[task], rows_[blocks_[task].row], products[thread]);
     });
-    run_tasks(blocks_.size(), num_errors_ * d / 2,
+    run_tasks(blocks_.size(), num_errors_ * d,
               [&](int64_t task, int64_t) { consume_block(blocks_[task], rows_[blocks_[task].row]); });
     for (const Held& held : rows_) numerator_[held.index] = 0;
     std::vector<double> sums(rows_.size());
@@ -134,17 +134,25 @@ class HeldRows {
   void prepare() {
     const int64_t ds = pairs_.student.cols, dt = pairs_.teacher.cols;
     const int64_t first = rows_.front().row.first, spans = rows_.back().row.last - first;
-    const bool later_s = scales_later(pairs_.student, pairs_.student_scale + first, spans);
-    const bool later_t = scales_later(pairs_.teacher, pairs_.teacher_scale + first, spans);
-    T* copies_s = later_s ? nullptr : copies_s_.get(spans * ds);
-    T* copies_t = later_t ? nullptr : copies_t_.get(spans * dt);
-    run_tasks(rows_.size(), later_s && later_t ? 0 : spans * (ds + dt), [&](int64_t r, int64_t) {
+    std::vector<std::pair<char, char>> later(rows_.size());  // row by row: a row's bits don't depend on its neighbours
+    int64_t copied = 0;
+    for (size_t r = 0; r < rows_.size(); ++r) {
+      const SpanRow& row = rows_[r].row;
+      later[r] = {scales_later(pairs_.student, pairs_.student_scale + row.first, row.size()),
+                  scales_later(pairs_.teacher, pairs_.teacher_scale + row.first, row.size())};
+      if (!later[r].first) copies_s_.get(spans * ds);
+      if (!later[r].second) copies_t_.get(spans * dt);
+      copied += later[r].first && later[r].second ? 0 : row.size() * (ds + dt);
+    }
+    run_tasks(rows_.size(), copied, [&](int64_t r, int64_t) {
       const SpanRow& row = rows_[r].row;
       const int64_t at = row.first - first;
-      rows_[r].sides = {scaled_rows(pairs_.student, row.first, row.size(), pairs_.student_scale + row.first, later_s,
-                                    later_s ? nullptr : copies_s + at * ds),
-                        scaled_rows(pairs_.teacher, row.first, row.size(), pairs_.teacher_scale + row.first, later_t,
-                                    later_t ? nullptr : copies_t + at * dt)};
+      auto side = [&](const Matrix& matrix, const T* scale, bool as_is, const Scratch<T>& copies) {
+        return scaled_rows(matrix, row.first, row.size(), scale + row.first, as_is,
+                           as_is ? nullptr : copies.get() + at * matrix.cols);
+      };
+      rows_[r].sides = {side(pairs_.student, pairs_.student_scale, later[r].first != 0, copies_s_),
+                        side(pairs_.teacher, pairs_.teacher_scale, later[r].second != 0, copies_t_)};
     });
   }
 

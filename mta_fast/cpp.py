@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mta_fast.errors import InputError
 from mta_fast.reference import AlignmentGradient, Spans, gram_from
 
 _ops = torch.ops.mta_fast_cpp
@@ -83,7 +84,7 @@ def hidden_alignment(
 ) -> tuple[Tensor, AlignmentGradient | None]:
     """``reference.hidden_alignment``."""
     numerator, *gradient = _ops.hidden_alignment(
-        student, teacher, tokens.int(), weights, proj_weight, proj_bias, matmul_dtype, with_gradient
+        student, teacher, _int32(tokens), weights, proj_weight, proj_bias, matmul_dtype, with_gradient
     )
     return numerator, AlignmentGradient(*gradient) if with_gradient else None
 
@@ -99,6 +100,17 @@ def hidden_alignment_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.hidden_alignment_gradient``."""
     student, weight, bias = _ops.hidden_alignment_gradient(
-        *gradient, tokens.int(), grad, num_tokens, student_dtype, weight_dtype, bias_dtype
+        *gradient, _int32(tokens), grad, num_tokens, student_dtype, weight_dtype, bias_dtype
     )
     return student, weight, bias
+
+
+def _int32(tokens: Tensor) -> Tensor:
+    """Indices as the kernels read them; a value that int32 can't hold is refused, not wrapped."""
+    if (
+        tokens.dtype != torch.int32
+        and tokens.numel()
+        and not -(2**31) <= int(tokens.min()) <= int(tokens.max()) < 2**31
+    ):
+        raise InputError(f"tokens: expected indices below 2^31, got {int(tokens.min())} to {int(tokens.max())}")
+    return tokens.int()

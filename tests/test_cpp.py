@@ -306,6 +306,31 @@ def test_bitwise_the_same_at_any_thread_count() -> None:
         assert all(torch.equal(a, b) for a, b in zip(everything(), alone, strict=True)), threads
 
 
+def test_a_zero_vector_changes_no_other_row() -> None:
+    student, teacher, weights = _pooled(140, (100, 20))
+    call = _pairs([70, 70], "pairwise")
+    clean = call("cpp", student, teacher, weights)[2]
+    with torch.no_grad():
+        student[100] = 0
+    assert torch.equal(call("cpp", student, teacher, weights)[2][:70], clean[:70])
+
+
+@pytest.mark.parametrize("count", [20, 64, 100])
+def test_small_products_are_bitwise_the_same_at_any_thread_count(count: int) -> None:
+    # around the size from which an op leaves the calling thread
+    def everything() -> list[Tensor]:
+        torch.manual_seed(1)
+        made = [token_importance(torch.randn(1, count, 100), backend="cpp")]
+        for method, widths in (("pairwise", (100, 20)), ("gram", (4, 64))):
+            made += _pairs([count], method)("cpp", *_pooled(count, widths))
+        return made
+
+    torch.set_num_threads(1)
+    alone = everything()
+    torch.set_num_threads(5)
+    assert all(torch.equal(a, b) for a, b in zip(everything(), alone, strict=True))
+
+
 def test_strides_and_offsets_of_views() -> None:
     wide = torch.randn(3, 70, 50)
     hidden = wide[..., 3:43]  # rows further apart than they are wide, not at the start of the memory
@@ -394,6 +419,12 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
      lambda: OPS.span_weights(W, _index(0, 1).view(1, 2), _index(0, 2), _index(0), _index(0, 1), _index(0, 1))),
     ("covered: expected indices from 0 to 3, got 4",
      lambda: OPS.span_weights(W, _index(0, 1).view(1, 2), _index(0, 1), _index(4), _index(0, 1), _index(0, 1))),
+    ("covered: expected ascending values, got 0 after 3",
+     lambda: OPS.span_weights(W, _index(0, 1).view(1, 2), _index(0, 1), _index(3, 0), _index(0, 2), _index(0, 1, 2))),
+    ("rows_host: expected rows that ascend and don't overlap, got row 1 from 1",
+     lambda: OPS.token_importance(H, _index(0, 2, 1, 2).view(2, 2), 4, False, False)),
+    ("student, teacher: expected widths of at least 1, got 0 and 0",
+     lambda: OPS.hidden_alignment(H[:, :0], H[:, :0], _index(0), W[:1], H[:0, :0], None, torch.float32, True)),
     ("teacher: expected 4 spans, as in student, got 3",
      lambda: OPS.span_pairs(H, H[1:], W, W, W, _index(0, 4), -1, True)),
     ("student_norm: expected 4 spans, as in student, got 3",
