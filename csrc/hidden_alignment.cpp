@@ -189,7 +189,7 @@ class Alignment {
     }
   }
 
-  // In float64 over groups of tokens: a long chain of float32 sums would lose digits.
+  // In float64 over the groups of a piece: a long chain of float32 sums would lose digits.
   void add_bias_gradient(const T* dp, int64_t tokens, int64_t features, bool is_first, T* out) const {
     constexpr int64_t kGroup = 64;
     std::vector<double> sums(features, 0.0);

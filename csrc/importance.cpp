@@ -23,7 +23,7 @@ constexpr int64_t kStripScores = 1 << 21;  // scores of a strip: 8 MB of float32
 constexpr int64_t kKeyTile = 512;          // keys that are multiplied at once
 constexpr int64_t kTasksPerRow = 64;       // bounds the column sums that wait to be added up
 constexpr int64_t kGroupScores = 1 << 20;  // held rows are worked on in groups of at least 4 MB of scores
-constexpr int64_t kGroupStates = 1 << 23;  // unless their states, where those are converted, reach 32 MB
+constexpr int64_t kGroupStates = 1 << 22;  // unless their states, where those are converted, reach 16 MB a thread
 constexpr int64_t kBlocksPerThread = 8;    // and at least this many blocks, so that the threads finish together
 
 struct Row {
@@ -89,7 +89,7 @@ class HeldRows {
   }
 
   bool enough() const {
-    if (!hidden_.is<T>() && num_tokens_ * hidden_.cols >= kGroupStates) return true;
+    if (!hidden_.is<T>() && num_tokens_ * hidden_.cols > kGroupStates * num_threads()) return true;
     return num_scores_ >= kGroupScores && static_cast<int64_t>(blocks_.size()) >= kBlocksPerThread * num_threads();
   }
 
@@ -292,11 +292,7 @@ Tensor token_importance(const Tensor& hidden, const Tensor& rows_host, int64_t s
   const ScalarType dtype = compute_dtype({states.dtype});
   Tensor importance = make_empty({states.rows}, dtype);
   torch::stable::zero_(importance);
-  if (dtype == ScalarType::Double) {
-    run_rows(states, rows, data<double>(importance));
-  } else {
-    run_rows(states, rows, data<float>(importance));
-  }
+  dispatch(dtype, [&](auto zero) { run_rows(states, rows, data<decltype(zero)>(importance)); });
   return importance;
 }
 

@@ -27,6 +27,7 @@ namespace {
 
 constexpr int64_t kHeldSpans = 1024;       // errors of a held row: 4 MB of float32
 constexpr int64_t kGroupErrors = 1 << 20;  // held rows are worked on in groups of at least 4 MB of errors
+constexpr int64_t kGroupStates = 1 << 22;  // unless their pooled spans, where those are copied, reach 16 MB a thread
 constexpr int64_t kBlocksPerThread = 8;    // and at least this many blocks, so that the threads finish together
 constexpr int64_t kStripErrors = 1 << 21;  // errors of a strip: 8 MB of float32 for each thread
 constexpr int64_t kStripTile = 512;        // spans that a strip is multiplied with at once
@@ -95,6 +96,8 @@ class HeldRows {
   }
 
   bool enough() const {
+    const int64_t spans = rows_.back().row.last - rows_.front().row.first;  // copied as one where a row must be
+    if (spans * (pairs_.student.cols + pairs_.teacher.cols) > kGroupStates * num_threads()) return true;
     return num_errors_ >= kGroupErrors && static_cast<int64_t>(blocks_.size()) >= kBlocksPerThread * num_threads();
   }
 
@@ -109,7 +112,6 @@ class HeldRows {
     });
     run_tasks(blocks_.size(), num_errors_ * d,
               [&](int64_t task, int64_t) { consume_block(blocks_[task], rows_[blocks_[task].row]); });
-    for (const Held& held : rows_) numerator_[held.index] = 0;
     std::vector<double> sums(rows_.size());
     for (const Block& block : blocks_) sums[block.row] += block.numerator;
     for (size_t r = 0; r < rows_.size(); ++r) numerator_[rows_[r].index] = static_cast<T>(sums[r]);
