@@ -14,7 +14,6 @@ from batches import EDGE_ROWS, LAYOUTS, RaggedBatch, TokenSpans, make_batch, ran
 from torch import Tensor
 
 from mta_fast import MTAConfig, MTALoss, _extension, backends, token_importance
-from mta_fast.errors import BackendUnavailableError
 from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
 from mta_fast.ops.pooling import normalize_weights, pooled_spans
 from mta_fast.ops.span_pairs import span_pair_terms
@@ -381,80 +380,6 @@ def test_no_attention_map_and_no_projected_batch_in_memory() -> None:
     assert importance < 60, "an attention map would be 549 MB"
     assert halves < 80, "the batch in float32 would be 125 MB"
     assert alignment < 60, "the projected batch would be 117 MB"
-
-
-# --- bad input ---------------------------------------------------------------------------------------------------
-
-INT = torch.int32
-OPS = torch.ops.mta_fast_cpp
-
-
-def _index(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=INT)
-
-
-H, W = torch.ones(4, 3), torch.ones(4)
-BAD: list[tuple[str, Callable[[], Any]]] = [
-    ("hidden: expected 2 dimensions, got 1", lambda: OPS.token_importance(W, _index(0, 4).view(1, 2), 4, False, False)),
-    ("hidden: expected float64, float32, bfloat16 or float16, got Int",
-     lambda: OPS.token_importance(H.int(), _index(0, 4).view(1, 2), 4, False, False)),
-    ("hidden: expected a width of at least 2, got 1",
-     lambda: OPS.token_importance(H[:, :1], _index(0, 4).view(1, 2), 4, False, False)),
-    ("rows_host: expected int32, got Long",
-     lambda: OPS.token_importance(H, torch.tensor([[0, 4]]), 4, False, False)),
-    ("rows_host: expected rows within the tokens, got row 0 from 1 of length 4",
-     lambda: OPS.token_importance(H, _index(1, 4).view(1, 2), 4, False, False)),
-    ("rows_host: expected rows within the tokens",
-     lambda: OPS.token_importance(H, _index(0, 4).view(1, 2), 5, False, True)),
-    ("ranges: expected indices from 0 to 4, got 5", lambda: OPS.pool_spans(H, W, _index(3, 5).view(1, 2))),
-    ("ranges: expected indices from 0 to 4, got -1", lambda: OPS.pool_spans(H, W, _index(-1, 2).view(1, 2))),
-    ("weights: expected 4 tokens, as in hidden, got 3", lambda: OPS.pool_spans(H, W[1:], _index(0, 1).view(1, 2))),
-    ("token_splits: expected 5 bounds, got 2",
-     lambda: OPS.pool_spans_gradient(H[:1], W[:1], W, _index(0, 1), _index(0), torch.float32)),
-    ("token_splits: expected no decrease, got 0",
-     lambda: OPS.pool_spans_gradient(H[:1], W[:1], W, _index(0, 1, 0, 1, 1), _index(0), torch.float32)),
-    ("cover_spans: expected indices from 0 to 0, got 1",
-     lambda: OPS.pool_spans_gradient(H[:1], W[:1], W, _index(0, 1, 1, 1, 1), _index(1), torch.float32)),
-    ("span_splits: expected 1 last, got 2",
-     lambda: OPS.span_weights(W, _index(0, 1).view(1, 2), _index(0, 2), _index(0), _index(0, 1), _index(0, 1))),
-    ("covered: expected indices from 0 to 3, got 4",
-     lambda: OPS.span_weights(W, _index(0, 1).view(1, 2), _index(0, 1), _index(4), _index(0, 1), _index(0, 1))),
-    ("covered: expected ascending values, got 0 after 3",
-     lambda: OPS.span_weights(W, _index(0, 1).view(1, 2), _index(0, 1), _index(3, 0), _index(0, 2), _index(0, 1, 2))),
-    ("rows_host: expected rows that ascend and don't overlap, got row 1 from 1",
-     lambda: OPS.token_importance(H, _index(0, 2, 1, 2).view(2, 2), 4, False, False)),
-    ("student, teacher: expected widths of at least 1, got 0 and 0",
-     lambda: OPS.hidden_alignment(H[:, :0], H[:, :0], _index(0), W[:1], H[:0, :0], None, torch.float32, True)),
-    ("teacher: expected 4 spans, as in student, got 3",
-     lambda: OPS.span_pairs(H, H[1:], W, W, W, _index(0, 4), -1, True)),
-    ("student_norm: expected 4 spans, as in student, got 3",
-     lambda: OPS.span_pairs(H, H, W, W[1:], W, _index(0, 4), -1, True)),
-    ("span_splits: expected 4 last, got 3", lambda: OPS.span_pairs(H, H, W, W, W, _index(0, 3), -1, True)),
-    ("span_rows: expected indices from 0 to 0, got 1",
-     lambda: OPS.span_pairs_gradient(H, W[:1], _index(0, 0, 0, 1), torch.float32)),
-    ("tokens: expected indices from 0 to 3, got 4",
-     lambda: OPS.hidden_alignment(H, H, _index(4), W[:1], torch.ones(3, 3), None, torch.float32, True)),
-    ("proj_weight: expected 3 rows, the teacher's width, got 2",
-     lambda: OPS.hidden_alignment(H, H, _index(0), W[:1], torch.ones(2, 3), None, torch.float32, True)),
-    ("proj_bias: expected 3 values, the teacher's width, got 4",
-     lambda: OPS.hidden_alignment(H, H, _index(0), W[:1], torch.ones(3, 3), W, torch.float32, True)),
-    ("tokens: expected indices from 0 to 3, got 4",
-     lambda: OPS.hidden_alignment_gradient(H[:1], H, W, _index(4), W[0], 4, *[torch.float32] * 3)),
-    ("dtype: expected a floating dtype, got Int",
-     lambda: OPS.hidden_alignment_gradient(H[:1], H, W, _index(0), W[0], 4, INT, torch.float32, torch.float32)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("message", "call"), BAD, ids=[message for message, _ in BAD])
-def test_bad_input_is_refused_before_a_pointer_is_touched(message: str, call: Callable[[], Any]) -> None:
-    with pytest.raises(RuntimeError) as error:
-        call()
-    assert message in str(error.value)
-
-
-def test_other_devices_are_refused() -> None:
-    with pytest.raises(BackendUnavailableError, match="got cpp: expected CPU tensors, got meta"):
-        backends.choose("token_importance", [torch.empty(2, 2, device="meta")], "cpp")
 
 
 def test_auto_runs_them_on_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
