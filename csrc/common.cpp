@@ -224,6 +224,8 @@ Tensor make_empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 
 // --- tasks ---
 
+thread_local bool in_parallel_tasks = false;
+
 int64_t num_threads() { return std::max<int64_t>(torch::stable::get_num_threads(), 1); }
 
 }  // namespace mta_fast

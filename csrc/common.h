@@ -184,6 +184,9 @@ int64_t num_threads();
 // Below this many multiply-adds an op stays on the calling thread, and a product of tiles is taken by our own loops.
 constexpr int64_t kSmallWork = 1 << 18;
 
+// Whether this thread is inside a parallel region of run_tasks.
+extern thread_local bool in_parallel_tasks;
+
 // run(task, thread) for every task in [0, count), each by whichever thread is free, first tasks first. What a task
 // writes must not depend on its thread: then neither does the result. `work` is the multiply-adds of all
 // together, and no less than those of any one product.
@@ -197,6 +200,10 @@ void run_tasks(int64_t count, int64_t work, const Run& run) {
   }
   std::atomic<int64_t> next{0};
   auto worker = [&](int64_t first, int64_t last) {
+    struct Inside {
+      Inside() { in_parallel_tasks = true; }
+      ~Inside() { in_parallel_tasks = false; }
+    } inside;
     for (int64_t thread = first; thread < last; ++thread) {
       for (int64_t task = next++; task < count; task = next++) run(task, thread);
     }

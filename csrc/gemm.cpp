@@ -30,6 +30,11 @@ class Borrowed {
   AtenTensorHandle handle_ = nullptr;
 };
 
+// A product on the calling thread alone would take several threads: its result could depend on their number.
+void check_parallel() {
+  MTA_CHECK(in_parallel_tasks, "gemm", "a call from within run_tasks, whose `work` covers every product", "none");
+}
+
 // c += scale a b by our own loops, for products that are over before the vendor GEMM has begun.
 template <typename T>
 void small_gemm_add(const View<T>& a, const View<T>& b, T scale, T* c, int64_t ld) {
@@ -64,6 +69,7 @@ void gemm(const View<T>& a, const View<T>& b, T* c, int64_t ld) {
     small_gemm_add(a, b, T(1), c, ld);
     return;
   }
+  check_parallel();
   Borrowed left(a), right(b), out(c, a.rows, b.cols, ld, 1);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
@@ -71,6 +77,7 @@ void gemm(const View<T>& a, const View<T>& b, T* c, int64_t ld) {
 template <typename T>
 void gemm_add(const View<T>& a, const View<T>& b, T scale, T* c, int64_t ld) {
   if (is_small(a, b)) return small_gemm_add(a, b, scale, c, ld);
+  check_parallel();
   Borrowed left(a), right(b), out(c, a.rows, b.cols, ld, 1);
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, static_cast<double>(scale)));
