@@ -144,6 +144,21 @@ bool scales_later(const Matrix& matrix, const T* scale, int64_t count);
 template <typename T>
 ScaledRows<T> scaled_rows(const Matrix& matrix, int64_t first, int64_t count, const T* scale, bool later, T* copies);
 
+// A vector of any floating dtype, one value at a time.
+template <typename T>
+class Values {
+ public:
+  Values(const char* name, const Tensor& tensor) : matrix_(name, tensor, 1) {}
+  T operator[](int64_t i) const {
+    T scratch;
+    return *matrix_.row<T>(i, &scratch);
+  }
+  int64_t size() const { return matrix_.rows; }
+
+ private:
+  Matrix matrix_;
+};
+
 // --- scratch memory ---
 
 // Uninitialised values, aligned to a cache line. Grows, never shrinks.

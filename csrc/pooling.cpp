@@ -13,21 +13,6 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 64;  // spans, or tokens of the gradient
 
-// A vector of any floating dtype, one value at a time.
-template <typename T>
-class Values {
- public:
-  Values(const char* name, const Tensor& tensor) : matrix_(name, tensor, 1) {}
-  T operator[](int64_t i) const {
-    T scratch;
-    return *matrix_.row<T>(i, &scratch);
-  }
-  int64_t size() const { return matrix_.rows; }
-
- private:
-  Matrix matrix_;
-};
-
 template <typename T>
 void weigh_row(const Values<T>& values, const Index& ranges, const Index& covered, const Index& cover_splits,
                int64_t first_covered, int64_t last_covered, int64_t first_span, int64_t last_span, T* token, T* span,

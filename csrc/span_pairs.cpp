@@ -247,13 +247,9 @@ T strip_row(const SpanPairs<T>& pairs, const SpanRow& row) {
 
 template <typename T>
 Scratch<T> converted(const char* name, const Tensor& tensor, bool inverted) {
-  Matrix values(name, tensor, 1);
-  Scratch<T> out(values.rows);
-  for (int64_t i = 0; i < values.rows; ++i) {
-    T scratch;
-    const T value = *values.row<T>(i, &scratch);
-    out.get()[i] = inverted ? reciprocal(value) : value;
-  }
+  const Values<T> values(name, tensor);
+  Scratch<T> out(values.size());
+  for (int64_t i = 0; i < values.size(); ++i) out.get()[i] = inverted ? reciprocal(values[i]) : values[i];
   return out;
 }
 
