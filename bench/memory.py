@@ -1,7 +1,7 @@
 """How time and peak memory grow with batch, row, spans and width, and where the two methods of DSA cross.
 
-``mta-fast bench memory``. Sizes double; an exponent is the slope of the line through the logarithms of the four
-largest sizes. Times are taken side by side as everywhere, peaks in a process of their own (``bench.peak``).
+``mta-fast bench memory``. An exponent is the slope of the line through the logarithms, of the sizes from an eighth of
+the largest on. Times are taken side by side as everywhere, peaks in a process of their own (``bench.peak``).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _sweeps(dims: tuple[int, int], batch: int, seq_len: int, most: int, points: 
         ),
         Sweep(
             "S", f"B=1, {widths}", dims, [16 * seq_len // 2**i for i in range(points - 1, -1, -1)], loss,
-            lambda side, value: _loss(side, 1, value, wide), tiny, public=True,
+            lambda side, value: _loss(side, 1, value, wide), tiny,
         ),
         Sweep(
             "N", f"DSA of one row, {widths}", dims, spans, "bench.span_pairs:call",
@@ -185,7 +185,7 @@ def _check(sweep: Sweep, value: int, names: Sequence[str], results: dict[str, An
 
 def _exponent_rows(found: Found) -> list[Row]:
     size, values, rows = found.sweep.size, found.sweep.values, []
-    last = f"{values[-plots.FITTED :][0]} to {values[-1]}"
+    last = f"{values[-plots.fitted(values)]} to {values[-1]}"
     for side in found.sides:
         rounds = min(len(times[side]) for times in found.times)
         fits = [plots.exponent(values, [times[side][i] for times in found.times]) for i in range(rounds)]

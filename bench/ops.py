@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench import hidden_alignment, importance, plots, pooling, span_pairs
@@ -42,7 +42,6 @@ class Found:
     label: str
     floor: list[float]  # seconds, round by round
     times: Times
-    rows: list[Row] = field(default_factory=list)
 
     def over_floor(self, side: str) -> list[float]:
         """time / floor of each round."""

@@ -136,15 +136,20 @@ class Curves:
     marks: Mapping[str, float] = field(default_factory=dict)  # vertical lines by their text
 
 
-FITTED = 4  # the largest sizes, where fixed costs no longer show
+FITTED = 8  # sizes from an eighth of the largest on: below, fixed costs show
+
+
+def fitted(sizes: Sequence[float]) -> int:
+    """How many of the largest sizes an exponent is fitted to."""
+    return sum(FITTED * size >= max(sizes) for size in sizes)
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The slope of the line through the logarithms of the ``FITTED`` largest sizes."""
+    """The slope of the line through the logarithms of the ``fitted`` sizes."""
     if len(sizes) < 2 or min(values) <= 0:
         return float("nan")
-    x, y = np.log(sizes[-FITTED:]), np.log(values[-FITTED:])
-    return float(np.polyfit(x, y, 1)[0])
+    last = fitted(sizes)
+    return float(np.polyfit(np.log(sizes[-last:]), np.log(values[-last:]), 1)[0])
 
 
 def curves(rows: Sequence[Sequence[Curves]], path: Path, title: str) -> None:
@@ -169,7 +174,10 @@ def _curves(axes: Any, chart: Curves, looks: Mapping[str, tuple[str, str]]) -> N
         axes.plot(line.sizes, line.values, marker=marker, color=colour, markersize=5.5, label=line.side + shown)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    sizes = chart.lines[0].sizes
+    axes.set_xticks(sizes[(len(sizes) - 1) % 2 :: 2] if len(sizes) > 6 else sizes)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.xaxis.set_minor_locator(_no_ticks())
     axes.set_xlabel(chart.size)
     axes.set_ylabel(chart.unit)
     axes.set_title(chart.title, fontsize=11, color=INK, loc="left")

@@ -24,7 +24,8 @@ from mta_fast.spans.cache import SpanCache
 from mta_fast.spans.extract import DEFAULT_MODEL, load_pipeline
 
 ROW_TOKENS = 512  # of the alignment benchmark
-ROUNDS, QUICK_TEXTS = 3, 4
+ROUNDS, QUICK_TEXTS = 2, 4
+CACHED = 400  # texts of the cache's row, whose first run is another extraction
 
 
 def main(rounds: int | None, out: Path | None, texts: Path | None = None, quick: bool = False) -> int:
@@ -89,7 +90,7 @@ def extraction_rows(texts: list[str], rounds: int) -> list[Row]:
     }
     times = alternate(sides, Effort(rounds), warm_up=False, collect=True)
     with tempfile.TemporaryDirectory() as folder:
-        first, second = (seconds(SpanCache(SpanExtractor(), folder), texts) for _ in range(2))
+        first, second = (seconds(SpanCache(SpanExtractor(), folder), texts[:CACHED]) for _ in range(2))
     count, start_up = f"{len(texts)} texts", "start-up included: 1 process / 2 processes"
     return [
         make_row(
@@ -101,7 +102,13 @@ def extraction_rows(texts: list[str], rounds: int) -> list[Row]:
         ),
         make_row("extraction / words alone", "x", ">=", 10.0, times.ratio("ours", "words")),
         make_row(f"extraction of {count}, {start_up}", "x", ">=", 1.6, times.ratio("one", "two")),
-        make_row(f"spans of {count}: first run / second run, from the cache", "x", ">=", 30.0, [first / second]),
+        make_row(
+            f"spans of {len(texts[:CACHED])} texts: first run / second run, from the cache",
+            "x",
+            ">=",
+            30.0,
+            [first / second],
+        ),
     ]
 
 

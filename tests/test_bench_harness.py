@@ -163,7 +163,7 @@ def test_peak_is_what_a_call_adds_to_its_inputs_and_results(tmp_path: Path, monk
 
 def test_exponents_and_crossing_by_hand() -> None:
     sizes = [1, 2, 4, 8, 16, 32]
-    assert plots.exponent(sizes, [100, *[3 * n**1.5 for n in sizes[1:]]]) == pytest.approx(1.5)  # of the largest four
+    assert plots.exponent(sizes, [100, *[3 * n**1.5 for n in sizes[1:]]]) == pytest.approx(1.5)  # from 4 on
     assert math.isnan(plots.exponent([1], [1]))
     # squares against 10 n cross at 10
     assert crossing(sizes, [n**2 for n in sizes], [10 * n for n in sizes]) == pytest.approx(10)
