@@ -1,15 +1,20 @@
-"""The commands: mta-fast doctor | demo | spans | cut | train | export | inspect | bench."""
+"""The commands: mta-fast doctor | demo | spans | cut | train | ablate | generate | eval | export | inspect | bench."""
 
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from mta_fast.errors import MissingPackageError
+from mta_fast.errors import InputError, MissingPackageError
+
+if TYPE_CHECKING:
+    from mta_fast.distill.generation import GenerationSettings
 
 app = typer.Typer(
     help="Multi-Granular Trajectory Alignment: a span-level distillation loss.",
@@ -25,6 +30,27 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 _MODEL_HELP = "Folder, hub name, or package:NAME for model files inside an installed Python package."
+
+
+class _ManyValues(TyperCommand):
+    """An option that may be repeated takes several values at once: --seeds 10 20 is --seeds 10 --seeds 20."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before its second and later values; a value that begins with a hyphen ends them."""
+        repeated = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
+        option, waiting, spelt_out = None, False, list[str]()
+        for i, word in enumerate(args):
+            if word == "--":
+                spelt_out += args[i:]
+                break
+            if word.startswith("-") and word != "-":
+                name, equals, _ = word.partition("=")
+                option, waiting = (name, not equals) if name in repeated else (None, False)
+            elif option is not None:
+                spelt_out += [] if waiting else [option]
+                waiting = False
+            spelt_out.append(word)
+        return super().parse_args(ctx, spelt_out)
 
 
 @app.command()
@@ -53,6 +79,9 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file; docs/training.md lists its keys.")],
     override: Annotated[list[str] | None, typer.Option(help="key=value with dotted keys; may be repeated.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
+    match_time: Annotated[
+        Path | None, typer.Option(help="output_dir of a finished run: train as long as that one did.")
+    ] = None,
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them.")] = False,
 ) -> None:
     """Distil a student as a YAML file says; also under torchrun and accelerate launch."""
@@ -60,7 +89,34 @@ def train(
     from mta_fast.distill.settings import TrainSettings
 
     changes = [*(override or []), *(["data.skip_bad_rows=true"] if skip_bad_rows else [])]
-    raise typer.Exit(run(TrainSettings.from_yaml(config, changes), resume=resume))
+    raise typer.Exit(run(TrainSettings.from_yaml(config, changes), resume=resume, match_time=match_time))
+
+
+@app.command(cls=_ManyValues)
+def ablate(
+    config: Annotated[Path, typer.Argument(help="YAML file of the full method; docs/configuration.md lists its keys.")],
+    rows: Annotated[list[str] | None, typer.Option(help="Rows to run, such as base full; else all.")] = None,
+    seeds: Annotated[list[int], typer.Option(help="Seeds of training; one or several.")] = [42],  # noqa: B006
+    match_time: Annotated[
+        bool, typer.Option("--match-time", help="Also the base row, trained as long as the full one took.")
+    ] = False,
+    eval_data: Annotated[list[str] | None, typer.Option(help="Data sets for ROUGE-L; else the losses only.")] = None,
+    eval_options: Annotated[str, typer.Option(help='Options of mta-fast eval, such as "--seeds 10 20 --greedy".')] = "",
+    override: Annotated[list[str] | None, typer.Option(help="key=value with dotted keys; may be repeated.")] = None,
+) -> None:
+    """The paper's rows, each trained with each seed, into one table and picture; goes on where it was interrupted."""
+    from mta_fast.distill.ablation import ablate as run
+    from mta_fast.distill.settings import TrainSettings
+
+    code = run(
+        TrainSettings.from_yaml(config, override or []),
+        rows=rows,
+        seeds=seeds,
+        match_time=match_time,
+        eval_data=eval_data or [],
+        eval_options=shlex.split(eval_options),
+    )
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -78,6 +134,151 @@ def cut(
     export_student(student, load_tokenizer(teacher), out)
     size = sum(parameter.numel() for parameter in student.parameters()) / 1e6
     typer.echo(f"{out}: {student.config.num_hidden_layers} blocks, {size:.1f} million parameters")
+
+
+_Data = Annotated[list[str], typer.Option(help="JSONL files, data sets, or sample; one or several.")]
+_Template = Annotated[str, typer.Option(help="paper, plain, chat, or a text with {instruction} and {input}.")]
+_Temperature = Annotated[float, typer.Option(help="Divides the logits.")]
+_TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens of this probability; 1: all.")]
+_TopK = Annotated[int, typer.Option(help="Draw among so many likeliest tokens; 0: all.")]
+_Greedy = Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of drawing one.")]
+_Stop = Annotated[str, typer.Option(help='A response ends before this text; "": only where the model ends it.')]
+_BatchSize = Annotated[int, typer.Option(help="Prompts that a model is given at a time.")]
+_MaxPrompt = Annotated[int, typer.Option(min=1, help="Tokens; rows with longer prompts are left out and counted.")]
+_MaxLength = Annotated[int, typer.Option(help="Tokens; a response has what the longest prompt leaves of them.")]
+_MaxRows = Annotated[int | None, typer.Option(min=1, help="Read at most so many rows of each data set.")]
+_Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+_Columns = Annotated[
+    list[str] | None, typer.Option(help="The data's own names, such as input=context output=response.")
+]
+_SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them.")]
+
+
+@app.command(cls=_ManyValues)
+def generate(
+    student: Annotated[str, typer.Option(help=_MODEL_HELP)],
+    data: _Data,
+    out: Annotated[Path, typer.Option(help="JSONL file of prompt, chosen and rejected.")],
+    teacher: Annotated[str | None, typer.Option(help=_MODEL_HELP)] = None,
+    chosen: Annotated[str, typer.Option(help="teacher: its response; data: the data set's, without a teacher.")] = (
+        "teacher"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 42,
+    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
+    template: _Template = "paper",
+    temperature: _Temperature = 1.0,
+    top_p: _TopP = 1.0,
+    top_k: _TopK = 0,
+    greedy: _Greedy = False,
+    stop: _Stop = "###",
+    batch_size: _BatchSize = 16,
+    max_prompt_length: _MaxPrompt = 128,
+    max_length: _MaxLength = 256,
+    max_rows: _MaxRows = None,
+    columns: _Columns = None,
+    dtype: _Dtype = "float32",
+    device: _Device = "auto",
+    skip_bad_rows: _SkipBadRows = False,
+) -> None:
+    """Pairs of a teacher's and a student's response, for DistiLLM-2; goes on where it was interrupted."""
+    from mta_fast.distill.pairs import generate_pairs
+
+    counts = generate_pairs(
+        data,
+        out,
+        _generation(max_prompt_length, max_length, temperature, top_p, top_k, greedy, stop, batch_size),
+        student=student,
+        teacher=teacher,
+        chosen=chosen,
+        seed=seed,
+        max_prompt_length=max_prompt_length,
+        dtype=dtype,
+        device=device,
+        split=split,
+        template=template,
+        limit=max_rows,
+        columns=_columns(columns),
+        skip_bad_rows=skip_bad_rows,
+    )
+    left_out = "; ".join(f"{count} x {reason}" for reason, count in counts.items() if reason != "pairs")
+    typer.echo(f"{counts['pairs']} pairs in {out}" + (f", left out: {left_out}" if left_out else ""))
+
+
+@app.command("eval", cls=_ManyValues)
+def evaluate(
+    model: Annotated[str, typer.Argument(help=_MODEL_HELP + " Before the options that take several values.")],
+    data: _Data,
+    seeds: Annotated[list[int], typer.Option(help="One run for each; one or several.")] = [10, 20, 30, 40, 50],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Folder of results and responses; else eval/MODEL here.")] = None,
+    references: Annotated[str, typer.Option(help="Of several: best or first.")] = "best",
+    split: Annotated[str, typer.Option(help="Split of a data set.")] = "test",
+    template: _Template = "paper",
+    temperature: _Temperature = 1.0,
+    top_p: _TopP = 1.0,
+    top_k: _TopK = 0,
+    greedy: _Greedy = False,
+    stop: _Stop = "###",
+    batch_size: _BatchSize = 16,
+    max_prompt_length: _MaxPrompt = 256,
+    max_length: _MaxLength = 512,
+    max_rows: _MaxRows = None,
+    columns: _Columns = None,
+    dtype: _Dtype = "float32",
+    device: _Device = "auto",
+    skip_bad_rows: _SkipBadRows = False,
+) -> None:
+    """ROUGE-L of a model's responses, mean and deviation over seeds; goes on where it was interrupted."""
+    from mta_fast.distill.evaluation import EvaluationSettings, run_evaluation
+
+    generation = _generation(max_prompt_length, max_length, temperature, top_p, top_k, greedy, stop, batch_size)
+    code = run_evaluation(
+        model,
+        data,
+        EvaluationSettings(generation, tuple(seeds), references),
+        out=out,
+        max_prompt_length=max_prompt_length,
+        dtype=dtype,
+        device=device,
+        split=split,
+        template=template,
+        limit=max_rows,
+        columns=_columns(columns),
+        skip_bad_rows=skip_bad_rows,
+    )
+    raise typer.Exit(code)
+
+
+def _columns(pairs: list[str] | None) -> dict[str, str]:
+    for pair in pairs or []:
+        if not all(pair.partition("=")):
+            raise InputError(f"columns: expected name=own name, such as output=response, got {pair!r}")
+    return dict(pair.split("=", 1) for pair in pairs or [])
+
+
+def _generation(
+    max_prompt_length: int,
+    max_length: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    greedy: bool,
+    stop: str,
+    batch_size: int,
+) -> GenerationSettings:
+    from mta_fast.distill.generation import GenerationSettings
+
+    if max_length <= max_prompt_length:
+        raise InputError(f"max_length: expected more than max_prompt_length = {max_prompt_length}, got {max_length}")
+    return GenerationSettings(
+        max_new_tokens=max_length - max_prompt_length,
+        do_sample=not greedy,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop=stop or None,
+        batch_size=batch_size,
+    )
 
 
 @app.command()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Granularity = Literal["word", "phrase"]
+LayerPairs = tuple[tuple[int, int], ...]
 T = TypeVar("T", float, "Tensor")
 
 
@@ -71,7 +72,7 @@ class MTAConfig:
         InputError: a value outside these, or lengths that don't match.
     """
 
-    layer_pairs: tuple[tuple[int, int], ...]
+    layer_pairs: LayerPairs
     granularity: tuple[Granularity, ...] = field(default=("phrase",))
     lambda_dsa: float = 2.0
     lambda_hid: float = 0.2
@@ -85,7 +86,7 @@ class MTAConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        pairs = _layer_pairs(self.layer_pairs)
+        pairs = checked_layer_pairs(self.layer_pairs)
         given: object = self.granularity
         kinds = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
         kinds = kinds * len(pairs) if len(kinds) == 1 else kinds
@@ -193,7 +194,8 @@ class MTAConfig:
         Path(path).write_text(_yaml.dumps(self.to_dict()), encoding="utf-8")
 
 
-def _layer_pairs(pairs: Any) -> tuple[tuple[int, int], ...]:
+def checked_layer_pairs(pairs: Any) -> LayerPairs:
+    """(student layer, teacher layer) pairs of hidden-state indices; InputError for anything else."""
     try:
         made = tuple((operator.index(student), operator.index(teacher)) for student, teacher in pairs)
     except (TypeError, ValueError):

@@ -31,9 +31,11 @@ OPTIONAL = {
     "yaml": ("train", "settings in YAML"),
     "typer": ("train", "the command line"),
     "matplotlib": ("train", "pictures"),
+    "rouge_score": ("train", "mta-fast eval"),
+    "scipy": ("train", "intervals of mta-fast ablate"),
     "triton": ("triton", "fused GPU kernels"),
 }
-_DISTRIBUTIONS = {"yaml": "pyyaml"}
+_DISTRIBUTIONS = {"yaml": "pyyaml", "rouge_score": "rouge-score"}
 
 
 def report() -> str:

@@ -133,5 +133,5 @@ def test_examples_are_valid(path: Path) -> None:
     settings = TrainSettings.from_yaml(
         path, ["training.use_cpu=true", "training.bf16=false", "training.report_to=none"]
     )
-    assert settings.mta_config(24, 24) is not None
+    assert (settings.mta_config(24, 24) is None) == (settings.teacher is None)
     assert training_arguments(settings).projection_learning_rate == 5e-4

@@ -103,8 +103,8 @@ def test_the_teacher_is_frozen_and_keeps_no_graph(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     output = seen[0]
-    assert sorted(output.hidden) == CONFIG.teacher_layers
-    assert all(h.dtype == torch.bfloat16 and not h.requires_grad for h in output.hidden.values())
+    assert sorted(output.hidden_states) == CONFIG.teacher_layers
+    assert all(h.dtype == torch.bfloat16 and not h.requires_grad for h in output.hidden_states.values())
     assert not output.logits.requires_grad
 
 

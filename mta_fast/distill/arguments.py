@@ -25,18 +25,30 @@ class MTATrainingArguments(TrainingArguments):
             cost nothing. Several ranks are always exact (one all-reduce of [L, 2] numbers a step).
         log_gradient_norms: at logging steps, also the norm of the gradient that base, lambda_dsa DSA and lambda_hid
             Hid each leave on the student (of this rank's first micro-batch); costs three more backward passes.
+        max_seconds: stop after the step in which so many seconds of training are reached (evaluation and saving not
+            counted), for a comparison at equal time. The learning rate then follows the clock, warm-up as a ratio, and
+            num_train_epochs is only an upper bound.
     """
 
     max_length: int = field(default=256, metadata={"help": "tokens a row is truncated to"})
     projection_learning_rate: float = field(default=5e-4, metadata={"help": "learning rate of Hid's projections"})
     accumulation: str = field(default="keep", metadata={"help": f"one of {', '.join(ACCUMULATION)}"})
     log_gradient_norms: bool = field(default=False, metadata={"help": "log the gradient norm of each term"})
+    max_seconds: float | None = field(default=None, metadata={"help": "stop after so many seconds of training"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.remove_unused_columns = False  # the collator reads texts and spans, not the model's arguments
         if self.accumulation not in ACCUMULATION:
             raise InputError(f"accumulation: expected one of {', '.join(ACCUMULATION)}, got {self.accumulation!r}")
+        if self.max_seconds is not None:
+            if not self.max_seconds > 0:
+                raise InputError(f"max_seconds: expected a time > 0, got {self.max_seconds}")
+            if self.warmup_steps >= 1:
+                raise InputError(
+                    f"warmup_steps: expected a ratio below 1 beside max_seconds, got {self.warmup_steps}; the learning "
+                    f"rate follows the clock, not the steps"
+                )
         if self.torch_compile:
             raise InputError(
                 "torch_compile: expected false, got true; the step captures hidden states with hooks. Compile the "

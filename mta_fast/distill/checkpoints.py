@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MTA_FOLDER, CONFIG_FILE, PROJECTIONS_FILE = "mta", "config.json", "projections.safetensors"
+PROGRESS_FILE = "progress_{rank}.json"
 PARTIAL = ".partial"
 # they choose how the same numbers are computed
 FREE_TO_CHANGE = frozenset({"backend", "dsa_method"})
@@ -112,6 +113,14 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a small file whole or not at all; what was there goes once the new one is on disk."""
+    partial = file.with_name(file.name + PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    _flush(partial)
+    os.replace(partial, file)
+
+
 # --- projections and settings ------------------------------------------------------------------------------------
 
 
@@ -172,6 +181,20 @@ def load_loss(folder: Path) -> MTALoss | None:
     loss = MTALoss(MTAConfig.from_dict(settings), student_dims, teacher_dims)
     load_mta(folder, loss)
     return loss
+
+
+# --- progress ----------------------------------------------------------------------------------------------------
+
+
+def save_progress(folder: Path, rank: int, progress: Mapping[str, Any]) -> None:
+    """Write what a rank needs to go on beside weights, optimiser and random numbers."""
+    (folder / PROGRESS_FILE.format(rank=rank)).write_text(json.dumps(progress), encoding="utf-8")
+
+
+def load_progress(folder: Path, rank: int) -> dict[str, Any] | None:
+    """What ``save_progress`` wrote; None where that rank wrote nothing."""
+    file = folder / PROGRESS_FILE.format(rank=rank)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 # --- the student -------------------------------------------------------------------------------------------------

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Generic, TypedDict, TypeVar
 
 from mta_fast.config import nearest
 from mta_fast.errors import InputError
@@ -34,16 +34,19 @@ class PromptRow(TypedDict):
     output: str
 
 
+Row = TypeVar("Row", bound=Mapping[str, Any])
+
+
 @dataclass
-class LoadedRows:
+class LoadedRows(Generic[Row]):
     """Rows of a source, and what was left out.
 
     Attributes:
-        rows: prompts and responses, in the source's order.
+        rows: such as PromptRow, in the source's order.
         skipped: number of rows left out, by reason.
     """
 
-    rows: list[PromptRow]
+    rows: list[Row]
     skipped: Counter[str] = field(default_factory=Counter)
 
 
@@ -105,7 +108,7 @@ def load_rows(
     columns: Mapping[str, str] | None = None,
     skip_bad_rows: bool = False,
     limit: int | None = None,
-) -> LoadedRows:
+) -> LoadedRows[PromptRow]:
     """Read rows and fill in the template.
 
     A row has "prompt" and "output" (the prompt is taken as it is), or "instruction", "output" and, if it has one,
@@ -123,20 +126,41 @@ def load_rows(
     Raises:
         InputError: a bad row, with file, line and reason; a source without a usable row; an unknown split.
     """
-    loaded = LoadedRows([])
+
+    def read(row: Mapping[str, Any]) -> PromptRow | str:
+        return row_fault(row) or PromptRow(prompt=prompt_of(row, template, tokenizer), output=row["output"])
+
+    return read_rows(source, read, split=split, columns=columns, skip_bad_rows=skip_bad_rows, limit=limit)
+
+
+def read_rows(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    read: Callable[[Mapping[str, Any]], Row | str],
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
+    limit: int | None = None,
+) -> LoadedRows[Row]:
+    """Read rows of any kind; everything but ``read`` is as in ``load_rows``.
+
+    Args:
+        read: what is kept of a row, or the reason why it can't be used.
+    """
+    loaded: LoadedRows[Row] = LoadedRows([])
     name = str(source) if isinstance(source, (str, Path)) else type(source).__name__
     for place, row in _numbered(source, split):
         if limit is not None and len(loaded.rows) == limit:
             break
         if columns and isinstance(row, Mapping):
             row = {**row, **{name: row[own] for name, own in columns.items() if own in row}}
-        reason = row if isinstance(row, str) else _fault(row)
-        if reason is None:
-            loaded.rows.append(_prompt_row(row, template, tokenizer))
+        made = row if isinstance(row, str) else read(row)
+        if not isinstance(made, str):
+            loaded.rows.append(made)
         elif skip_bad_rows:
-            loaded.skipped[reason] += 1
+            loaded.skipped[made] += 1
         else:
-            raise InputError(f"{place}: {reason}; --skip-bad-rows leaves such rows out and counts them")
+            raise InputError(f"{place}: {made}; --skip-bad-rows leaves such rows out and counts them")
     if not loaded.rows:
         left_out = f", {sum(loaded.skipped.values())} bad ones ({_summary(loaded.skipped)})" if loaded.skipped else ""
         raise InputError(f"{name}: expected at least one usable row, got none{left_out}")
@@ -144,8 +168,8 @@ def load_rows(
 
 
 def drop_long_rows(
-    loaded: LoadedRows, tokenizer: Any, *, max_length: int, max_prompt_length: int | None = None
-) -> LoadedRows:
+    loaded: LoadedRows[Row], tokenizer: Any, *, max_length: int, max_prompt_length: int | None = None
+) -> LoadedRows[Row]:
     """Leave out rows whose prompt is too long, and count them; a long response is truncated later, not here.
 
     Args:
@@ -226,26 +250,27 @@ def _data_set(name: str, split: str) -> Any:
         raise InputError(f"{name}: expected a JSONL file or a data set with the split {split!r}: {error}") from None
 
 
-def _fault(row: Mapping[str, Any]) -> str | None:
-    """Why a row can't be used, or None."""
-    columns = ("prompt", "output") if "prompt" in row else ("instruction", "output")
-    missing = [name for name in columns if name not in row]
-    if missing:
-        return f"expected the columns prompt and output, or instruction and output, got {', '.join(row) or 'none'}"
+def row_fault(row: Mapping[str, Any], responses: Sequence[str] = ("output",)) -> str | None:
+    """Why a row with a prompt or an instruction and these responses can't be used, or None."""
+    columns = ("prompt" if "prompt" in row else "instruction", *responses)
+    if any(name not in row for name in columns):
+        forms = ", or ".join(" and ".join((first, *responses)) for first in ("prompt", "instruction"))
+        return f"expected the columns {forms}, got {', '.join(row) or 'none'}"
     for name in (*columns, *(["input"] if row.get("input") is not None and "prompt" not in row else [])):
         value = row[name]
         if not isinstance(value, str):
             return f"{name}: expected a string, got {type(value).__name__}"
         if any("\ud800" <= character <= "\udfff" for character in value):
             return f"{name}: expected Unicode text, got a lone surrogate"
-    return None if row["output"].strip() else "output: expected a text, got an empty one"
+    empty = [name for name in responses if not row[name].strip()]
+    return f"{empty[0]}: expected a text, got an empty one" if empty else None
 
 
-def _prompt_row(row: Mapping[str, Any], template: str, tokenizer: Any) -> PromptRow:
+def prompt_of(row: Mapping[str, Any], template: str, tokenizer: Any = None) -> str:
+    """The prompt of a row that ``row_fault`` accepts: its own, or the template with its instruction."""
     if "prompt" in row:
-        return PromptRow(prompt=row["prompt"], output=row["output"])
-    prompt = fill_template(template, row["instruction"], row.get("input") or "", tokenizer)
-    return PromptRow(prompt=prompt, output=row["output"])
+        return str(row["prompt"])
+    return fill_template(template, row["instruction"], row.get("input") or "", tokenizer)
 
 
 def _summary(skipped: Mapping[str, int]) -> str:

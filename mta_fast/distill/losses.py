@@ -50,7 +50,7 @@ def forward_kl(
     Raises:
         InputError: shapes that don't match, an unknown reduction.
     """
-    log = _log_probabilities(student_logits, teacher_logits, labels)
+    log = log_probabilities(student_logits, teacher_logits, labels)
     return _reduced(_kl(log.p, log.q), reduction)
 
 
@@ -58,7 +58,7 @@ def reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, reduction: Reduction = "mean"
 ) -> Tensor:
     """KL(q || p) at the counted positions (MiniLLM, arXiv 2306.08543). Arguments as in ``forward_kl``."""
-    log = _log_probabilities(student_logits, teacher_logits, labels)
+    log = log_probabilities(student_logits, teacher_logits, labels)
     return _reduced(_kl(log.q, log.p), reduction)
 
 
@@ -78,10 +78,9 @@ def skewed_kl(
         alpha: share of the other side in the mixture (here the teacher's), 0 < alpha < 1.
         detach_mixture: no gradient through the student's part of the mixture (SKL then has none at all).
     """
-    _check_share("alpha", alpha)
-    log = _log_probabilities(student_logits, teacher_logits, labels)
-    mixture = _mixture(log.p, log.q.detach() if detach_mixture else log.q, alpha)
-    return _reduced(_kl(log.p, mixture), reduction)
+    check_share("alpha", alpha)
+    log = log_probabilities(student_logits, teacher_logits, labels)
+    return _reduced(skl_values(log, alpha, detach_mixture=detach_mixture), reduction)
 
 
 def skewed_reverse_kl(
@@ -100,10 +99,9 @@ def skewed_reverse_kl(
         alpha: share of the student in the mixture, 0 < alpha < 1. The mixture is taken in log space.
         detach_mixture: no gradient through the student's part of the mixture.
     """
-    _check_share("alpha", alpha)
-    log = _log_probabilities(student_logits, teacher_logits, labels)
-    mixture = _mixture(log.q.detach() if detach_mixture else log.q, log.p, alpha)
-    return _reduced(_kl(log.q, mixture), reduction)
+    check_share("alpha", alpha)
+    log = log_probabilities(student_logits, teacher_logits, labels)
+    return _reduced(srkl_values(log, alpha, detach_mixture=detach_mixture), reduction)
 
 
 def jensen_shannon(
@@ -120,8 +118,8 @@ def jensen_shannon(
         student_logits, teacher_logits, labels, reduction: as in ``forward_kl``.
         beta: share of the teacher, 0 < beta < 1.
     """
-    _check_share("beta", beta)
-    log = _log_probabilities(student_logits, teacher_logits, labels)
+    check_share("beta", beta)
+    log = log_probabilities(student_logits, teacher_logits, labels)
     mixture = _mixture(log.p, log.q, beta)
     return _reduced(beta * _kl(log.p, mixture) + (1 - beta) * _kl(log.q, mixture), reduction)
 
@@ -178,14 +176,15 @@ def counted_positions(labels: Tensor) -> Tensor:
     return labels[:, 1:] != IGNORED_LABEL
 
 
-class _LogProbabilities(NamedTuple):
+class LogProbabilities(NamedTuple):
     """[M, V] log-probabilities at the counted positions; the teacher's without a graph."""
 
     p: Tensor
     q: Tensor
 
 
-def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> _LogProbabilities:
+def log_probabilities(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> LogProbabilities:
+    """Both sides at the counted positions, row after row; arguments as in ``forward_kl``."""
     if student_logits.shape != teacher_logits.shape:
         raise InputError(
             f"teacher_logits: expected {tuple(student_logits.shape)} as the student's, got "
@@ -196,7 +195,17 @@ def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, labels: T
     dtype = compute_dtype(student_logits, teacher_logits)
     log_q = F.log_softmax(student_logits[:, :-1][counted].to(dtype), -1)
     log_p = F.log_softmax(teacher_logits[:, :-1][counted].detach().to(dtype), -1)
-    return _LogProbabilities(log_p, log_q)
+    return LogProbabilities(log_p, log_q)
+
+
+def skl_values(log: LogProbabilities, alpha: float | Tensor, *, detach_mixture: bool = False) -> Tensor:
+    """SKL of each counted position, [M]; ``alpha`` a number or [M, 1]."""
+    return _kl(log.p, _mixture(log.p, log.q.detach() if detach_mixture else log.q, alpha))
+
+
+def srkl_values(log: LogProbabilities, alpha: float | Tensor, *, detach_mixture: bool = False) -> Tensor:
+    """SRKL of each counted position, [M]; ``alpha`` a number or [M, 1]."""
+    return _kl(log.q, _mixture(log.q.detach() if detach_mixture else log.q, log.p, alpha))
 
 
 def _check_labels(student_logits: Tensor, labels: Tensor) -> None:
@@ -204,13 +213,16 @@ def _check_labels(student_logits: Tensor, labels: Tensor) -> None:
         raise InputError(f"labels: expected {tuple(student_logits.shape[:2])}, got {tuple(labels.shape)}")
 
 
-def _check_share(name: str, share: float) -> None:
+def check_share(name: str, share: float) -> None:
+    """Refuse a share that isn't between 0 and 1."""
     if not 0 < share < 1:
         raise InputError(f"{name}: expected a number between 0 and 1, got {share}")
 
 
-def _mixture(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """log(share exp(first) + (1 - share) exp(second))."""
+def _mixture(first: Tensor, second: Tensor, share: float | Tensor) -> Tensor:
+    """log(share exp(first) + (1 - share) exp(second)); ``share`` a number or [M, 1]."""
+    if isinstance(share, Tensor):
+        return torch.logaddexp(first + share.log(), second + (-share).log1p())
     return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
 
 

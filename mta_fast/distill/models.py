@@ -63,6 +63,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise InputError(f"tokenizer of {name!r}: expected one beside the model: {error}") from None
 
 
+def model_depth(name: str, **options: Any) -> int:
+    """How many blocks a model has, from its config alone; names as in ``load_model``.
+
+    Raises:
+        InputError: none there. MissingPackageError: transformers or gguf is not installed.
+    """
+    tf = _transformers()
+    place, gguf = _resolve(name)
+    try:
+        config = tf.AutoConfig.from_pretrained(place, **gguf, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name!r}: expected one with a config: {error}") from None
+    return int(config.get_text_config().num_hidden_layers)
+
+
 def _resolve(name: str) -> tuple[str, dict[str, str]]:
     """The folder or hub name to load from, and the GGUF file where the model is one."""
     place = name

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mta_fast.distill.losses import BaseLoss
+from mta_fast.distill.methods import BaseMethod
 from mta_fast.distill.stopwatch import Stopwatch
 from mta_fast.layers import capture_layers
 from mta_fast.loss import MTALoss
@@ -21,13 +21,25 @@ class TeacherOutput:
 
     Attributes:
         logits: [B, S, V] over the common vocabulary; None where the base loss reads none.
-        hidden: {layer: [B, S, d_T]} of the configured layers.
+        hidden_states: {layer: [B, S, d_T]} of the layers that MTA and the base method read.
         entropy_weights: [B, S], or None where the config does not ask for them.
     """
 
     logits: Tensor | None
-    hidden: Mapping[int, Tensor]
+    hidden_states: Mapping[int, Tensor]
     entropy_weights: Tensor | None = None
+
+
+class StudentOutput(NamedTuple):
+    """What the base method reads of the student.
+
+    Attributes:
+        logits: [B, S, V] over the common vocabulary.
+        hidden_states: {layer: [B, S, d_S]} of the layers that MTA and the base method read.
+    """
+
+    logits: Tensor
+    hidden_states: Mapping[int, Tensor]
 
 
 @dataclass(eq=False)
@@ -37,7 +49,7 @@ class StepTotals:
     A plain object, so that no wrapper casts it on its way into the module.
 
     Attributes:
-        base: counted positions.
+        base: [K] counts of the base method; empty without one.
         reduce: sums a tensor over the ranks.
         mta: [L, 2] denominators, or None: the micro-batch's own, after ``reduce``.
         mta_scale: factor of DSA and Hid; 1 / micro-batches where each is normalised by itself.
@@ -56,13 +68,15 @@ class DistillationOutput(NamedTuple):
 
     ``loss`` is what to call backward on: scale * (base + lambda_dsa * dsa + lambda_hid * hid); ``base``, ``dsa``
     and ``hid`` are unscaled and unweighted. Over all micro-batches and ranks each sums to the step's value.
-    ``per_layer``: [4, L] as in LayerPairTerms, detached; None without MTA.
+    ``base_terms``: [2, K] the base method's sums and counts of this micro-batch, detached. ``per_layer``: [4, L] as in
+    LayerPairTerms, detached; None without MTA.
     """
 
     loss: Tensor
     base: Tensor
     dsa: Tensor
     hid: Tensor
+    base_terms: Tensor
     per_layer: Tensor | None
 
 
@@ -72,8 +86,8 @@ class DistillationModel(nn.Module):
     Args:
         student: a causal language model of transformers, or one wrapped by PEFT.
         mta: its MTALoss; None trains on the base loss alone.
-        base_loss: called with student logits, teacher logits and labels; None trains on MTA alone.
-        vocabulary: how many ids of the student's logits the base loss reads; None: all.
+        base: its base method; None trains on MTA alone.
+        vocabulary: how many ids of the student's logits the base method reads; None: all.
 
     The teacher is not a part of it: it is not trained, not sharded and not saved.
     """
@@ -82,12 +96,12 @@ class DistillationModel(nn.Module):
         self,
         student: nn.Module,
         mta: MTALoss | None = None,
-        base_loss: BaseLoss | None = None,
+        base: BaseMethod | None = None,
         vocabulary: int | None = None,
     ) -> None:
         super().__init__()
         self.student, self.mta = student, mta
-        self.base_loss, self.vocabulary = base_loss, vocabulary
+        self.base, self.vocabulary = base, vocabulary
         self.stopwatch: Stopwatch | None = None
 
     def forward(self, batch: Mapping[str, Any], teacher: TeacherOutput, totals: StepTotals) -> DistillationOutput:
@@ -98,21 +112,36 @@ class DistillationModel(nn.Module):
             teacher: the teacher's output on the same rows.
             totals: what to divide by.
         """
-        layers = [] if self.mta is None else self.mta.config.student_layers
-        with capture_layers(self.student, layers) as hidden:
+        with capture_layers(self.student, self.layers("student")) as hidden:
             inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
             logits = self.student(**inputs, use_cache=False).logits
-        base = logits[:0].sum(dtype=torch.float32)  # zero, with a graph
-        if self.base_loss is not None:
-            logits = logits[..., : self.vocabulary]
-            total = self.base_loss(logits, teacher.logits, batch["labels"], reduction="sum")
-            base = total / totals.base.clamp(min=1)
+        base, terms = self._base(batch, StudentOutput(logits[..., : self.vocabulary], hidden), teacher, totals)
         if self.mta is None:
             zero = base.new_zeros(())
-            return DistillationOutput(totals.scale * base, base, zero, zero, None)
+            return DistillationOutput(totals.scale * base, base, zero, zero, terms, None)
         dsa, hid, per_layer = self._alignment(batch, hidden, teacher, totals)
         loss = base + self.mta.config.weighted(dsa, hid)
-        return DistillationOutput(totals.scale * loss, base, dsa, hid, per_layer)
+        return DistillationOutput(totals.scale * loss, base, dsa, hid, terms, per_layer)
+
+    def layers(self, side: str) -> list[int]:
+        """The hidden states of "student" or "teacher" that MTA and the base method read."""
+        own = [] if self.mta is None else getattr(self.mta.config, f"{side}_layers")
+        return sorted({*own, *(() if self.base is None else getattr(self.base, f"{side}_layers"))})
+
+    def counts(self, batch: Mapping[str, Any]) -> Tensor:
+        """[K] the base method's counts of a batch; empty without one."""
+        return batch["labels"].new_zeros(0) if self.base is None else self.base.counts(batch)
+
+    def _base(
+        self, batch: Mapping[str, Any], student: StudentOutput, teacher: TeacherOutput, totals: StepTotals
+    ) -> tuple[Tensor, Tensor]:
+        """The base loss and its terms."""
+        if self.base is None:
+            zero = student.logits[:0].sum(dtype=torch.float32)  # with a graph
+            return zero, zero.new_zeros(2, 0)
+        sums = self.base.sums(student, teacher, batch)
+        terms = torch.stack([sums.detach().double(), self.counts(batch).double()])
+        return (sums / totals.base.clamp(min=1)).sum(), terms
 
     def _alignment(
         self, batch: Mapping[str, Any], hidden: Mapping[int, Tensor], teacher: TeacherOutput, totals: StepTotals
@@ -128,7 +157,7 @@ class DistillationModel(nn.Module):
             hidden = {layer: watch.ends_backward(state) for layer, state in hidden.items()}
         per_layer = self.mta(
             hidden,
-            teacher.hidden,
+            teacher.hidden_states,
             batch["spans"],
             teacher_spans=batch.get("teacher_spans"),
             entropy_weights=teacher.entropy_weights,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import signal
-from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mta_fast import _yaml
 from mta_fast.config import nearest
-from mta_fast.distill.data import LoadedRows, describe_rows, drop_long_rows, load_rows, texts_of
+from mta_fast.distill.checkpoints import write_whole
+from mta_fast.distill.data import describe_rows, drop_long_rows, load_rows
+from mta_fast.distill.distillm2 import RESPONSES
 from mta_fast.distill.models import load_model, load_tokenizer
+from mta_fast.distill.pairs import load_pairs
 from mta_fast.distill.settings import LoraSettings, TrainSettings
 from mta_fast.errors import InputError, MissingPackageError
 from mta_fast.layers import num_layers
@@ -22,16 +25,21 @@ if TYPE_CHECKING:
     from mta_fast.distill.arguments import MTATrainingArguments
     from mta_fast.distill.trainer import MTATrainer
 
-CONFIG_FILE, STUDENT_FOLDER, PICTURE = "config.yaml", "student", "training.png"
+CONFIG_FILE, STUDENT_FOLDER, PICTURE, RESULTS_FILE = "config.yaml", "student", "training.png", "results.json"
 INTERRUPTED = 130
+MATCHED_EPOCHS = 1000  # time ends a run that is matched to another's, long before
 
 
-def train(settings: TrainSettings, *, resume: bool = False) -> int:
+def train(settings: TrainSettings, *, resume: bool = False, match_time: Path | None = None) -> int:
     """Run the settings; on one process, or on each rank of torchrun or accelerate launch.
+
+    Leaves in ``output_dir``: config.yaml, checkpoints, the exported student, training.png, and last, so that it tells a
+    finished run, results.json (steps, seconds of training, the losses on the evaluation set).
 
     Args:
         settings: from ``TrainSettings.from_yaml``.
         resume: go on from the last checkpoint in ``output_dir``; without one, start.
+        match_time: output_dir of a finished run; this one trains as long as that one did, however many steps it takes.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C (the step is finished and a checkpoint saved first).
@@ -41,6 +49,8 @@ def train(settings: TrainSettings, *, resume: bool = False) -> int:
         CheckpointError: no room to write. MissingPackageError: a package is missing.
     """
     out = Path(settings.output_dir)
+    if match_time is not None:
+        settings = _matched(settings, read_results(match_time)["train_seconds"])
     checkpoint = _last_checkpoint(out)
     if checkpoint is not None and not resume:
         raise InputError(
@@ -56,12 +66,35 @@ def train(settings: TrainSettings, *, resume: bool = False) -> int:
         _say(trainer, f"stopped after step {trainer.state.global_step}; go on with --resume")
         return INTERRUPTED
     trainer.export_student(out / STUDENT_FOLDER)
+    losses = trainer.final_losses()
     if trainer.is_world_process_zero():
         draw_training(trainer.state.log_history, out / PICTURE)
+        results = {"steps": trainer.state.global_step, "train_seconds": trainer.train_seconds, **losses}
+        write_whole(out / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
     _say(trainer, f"student in {out / STUDENT_FOLDER}, curves in {out / PICTURE}")
     trainer.accelerator.wait_for_everyone()  # no rank leaves while another still talks
     trainer.accelerator.end_training()
     return 0
+
+
+def read_results(run: Path) -> dict[str, float]:
+    """results.json of a finished run.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    file = run / RESULTS_FILE
+    if not file.is_file():
+        raise InputError(f"{run}: expected the output_dir of a finished run, it holds no {RESULTS_FILE}")
+    results: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+    return results
+
+
+def _matched(settings: TrainSettings, seconds: float) -> TrainSettings:
+    """The settings of a run that ends after so many seconds of training."""
+    training = {**settings.training, "max_seconds": seconds, "num_train_epochs": MATCHED_EPOCHS}
+    training.pop("max_steps", None)
+    return replace(settings, training=training)
 
 
 def build_trainer(settings: TrainSettings) -> MTATrainer:
@@ -71,16 +104,23 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
     from mta_fast.distill.trainer import MTATrainer
 
     # models first: a DeepSpeed config in the arguments would make from_pretrained shard the teacher too
-    teacher = load_model(settings.teacher.path, dtype=settings.teacher.dtype, **settings.teacher.options)
+    teacher: Any = None
+    if settings.teacher is not None:
+        teacher = load_model(settings.teacher.path, dtype=settings.teacher.dtype, **settings.teacher.options)
     student: Any = load_model(settings.student.path, dtype=settings.student.dtype, **settings.student.options)
     tokenizer = load_tokenizer(settings.student.tokenizer or settings.student.path)
-    teacher_tokenizer = load_tokenizer(settings.teacher.tokenizer or settings.teacher.path)
-    config = settings.mta_config(num_layers(student), num_layers(teacher))
+    teacher_tokenizer = None
+    if settings.teacher is not None:
+        teacher_tokenizer = load_tokenizer(settings.teacher.tokenizer or settings.teacher.path)
+    config = settings.mta_config(num_layers(student), None if teacher is None else num_layers(teacher))
     arguments = training_arguments(settings)
     kinds = sorted(set(config.granularity)) if config is not None else []
+    extractor = None
+    if kinds:
+        extractor = SpanExtractor(settings.spans.model, granularity=kinds, n_process=settings.spans.n_process)
     with arguments.main_process_first(desc="span extraction"):  # the other ranks then find the spans in the cache
         rows = {
-            name: _rows(settings, source, split, tokenizer, kinds, arguments)
+            name: _rows(settings, source, split, tokenizer, extractor, arguments)
             for name, source, split in (
                 ("train", settings.data.train, settings.data.train_split),
                 ("eval", settings.data.eval, settings.data.eval_split),
@@ -101,6 +141,7 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
         teacher_tokenizer=teacher_tokenizer,
         base_loss=None if settings.base.loss == "none" else settings.base.loss,
         base_loss_options=settings.base.options,
+        span_extractor=extractor,
         train_dataset=rows["train"],
         eval_dataset=rows.get("eval"),
     )
@@ -134,31 +175,31 @@ def _rows(
     source: str,
     split: str,
     tokenizer: Any,
-    kinds: Sequence[str],
+    extractor: SpanExtractor | None,
     arguments: MTATrainingArguments,
 ) -> Any:
     """A ``datasets.Dataset`` of prompts, responses and spans; the spans come from the cache where they are."""
     import datasets
 
-    data = settings.data
-    loaded: LoadedRows = load_rows(
-        source,
-        split=split,
-        template=data.template,
-        tokenizer=tokenizer,
-        columns=data.columns,
-        skip_bad_rows=data.skip_bad_rows,
-        limit=data.max_rows,
-    )
+    data, paired = settings.data, settings.base.loss == "distillm2"
+    options: dict[str, Any] = {"skip_bad_rows": data.skip_bad_rows, "limit": data.max_rows, "columns": data.columns}
+    if paired:
+        loaded: Any = load_pairs(source, split=split, **options)
+    else:
+        loaded = load_rows(source, split=split, template=data.template, tokenizer=tokenizer, **options)
     loaded = drop_long_rows(
         loaded, tokenizer, max_length=arguments.max_length, max_prompt_length=data.max_prompt_length
     )
     if arguments.process_index == 0:
         print(f"{source}: {describe_rows(loaded)}")
-    columns: dict[str, Any] = {name: [row[name] for row in loaded.rows] for name in ("prompt", "output")}
-    if kinds:
-        extractor = SpanExtractor(settings.spans.model, granularity=kinds, n_process=settings.spans.n_process)
-        columns |= SpanCache(extractor, settings.spans.cache)(texts_of(loaded.rows), progress=True)
+    responses = RESPONSES if paired else ("output",)
+    columns: dict[str, Any] = {name: [row[name] for row in loaded.rows] for name in ("prompt", *responses)}
+    if extractor is not None:
+        cache = SpanCache(extractor, settings.spans.cache)
+        for response in responses:
+            texts = [row["prompt"] + row[response] for row in loaded.rows]
+            spans = cache(texts, progress=True)
+            columns |= {f"{response}_{name}" if paired else name: column for name, column in spans.items()}
     return datasets.Dataset.from_dict(columns)
 
 

@@ -68,7 +68,8 @@ class DataSettings:
     """Text.
 
     Attributes:
-        train: "sample", a .jsonl file, or a data set (``data.load_rows``).
+        train: "sample", a .jsonl file, or a data set (``data.load_rows``); for distillm2 the pairs that
+            ``mta-fast generate`` makes (``pairs.load_pairs``).
         eval: likewise; None: no evaluation.
         train_split, eval_split: splits of a data set.
         columns: the data's own names where they are not prompt, output, instruction or input.
@@ -106,11 +107,11 @@ class SpanSettings:
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """The base loss.
+    """The base method.
 
     Attributes:
-        loss: srkl, skl, forward_kl, reverse_kl, jsd, cross_entropy, or none.
-        options: such as {alpha: 0.1}.
+        loss: srkl, skl, forward_kl, reverse_kl, jsd, cross_entropy, distillm, distillm2, fdd, or none.
+        options: such as {alpha: 0.1}, or {schedule: decreasing, generation: {max_new_tokens: 128}} of distillm.
     """
 
     loss: str = "srkl"
@@ -122,16 +123,18 @@ class TrainSettings:
     """A whole run.
 
     Attributes:
+        student: what is trained.
+        teacher: what it learns from; null to learn from the data alone (base cross_entropy, mta false).
         output_dir: checkpoints, logs, pictures and the exported student go here.
         mta: fields of MTAConfig and, if wanted, ``preset``; false: the base loss alone. Without ``layer_pairs`` and
             ``preset`` the layers are mapped proportionally, words at the first.
         training: fields of MTATrainingArguments, such as learning_rate.
     """
 
-    teacher: ModelSettings
     student: StudentSettings
     data: DataSettings
     output_dir: str
+    teacher: ModelSettings | None = None
     spans: SpanSettings = field(default_factory=SpanSettings)
     base: BaseSettings = field(default_factory=BaseSettings)
     mta: dict[str, Any] | bool = field(default_factory=dict)
@@ -154,14 +157,16 @@ class TrainSettings:
         """Plain lists, strings and numbers."""
         return asdict(self)
 
-    def mta_config(self, student_layers: int, teacher_layers: int) -> MTAConfig | None:
+    def mta_config(self, student_layers: int, teacher_layers: int | None) -> MTAConfig | None:
         """The MTAConfig for models of these depths; None when MTA is off.
 
         Raises:
-            InputError: an unknown preset or field.
+            InputError: an unknown preset or field, or no teacher.
         """
         if self.mta is False:
             return None
+        if teacher_layers is None:
+            raise InputError("teacher: expected a model, as MTA compares two, got none; give one, or mta: false")
         changes = dict(self.mta) if isinstance(self.mta, dict) else {}
         preset = changes.pop("preset", None)
         if preset is not None:

@@ -7,9 +7,10 @@ and checkpoints that are whole or absent.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from mta_fast.config import MTAConfig
 from mta_fast.distill import checkpoints
 from mta_fast.distill.arguments import MTATrainingArguments
-from mta_fast.distill.losses import SEQUENCE_LEVEL_LOSSES, base_loss, counted_positions
+from mta_fast.distill.distillm import DistiLLM
+from mta_fast.distill.distillm2 import DistiLLM2, PairCollator
+from mta_fast.distill.losses import SEQUENCE_LEVEL_LOSSES
+from mta_fast.distill.methods import BaseMethod, base_method
 from mta_fast.distill.models import common_vocabulary, same_vocabulary
 from mta_fast.distill.module import DistillationModel, DistillationOutput, StepTotals, TeacherOutput
+from mta_fast.distill.on_policy import OnPolicyBatches, RowCollator, with_spans
 from mta_fast.distill.training_log import TERMS, EvaluationSums, StepEnd, TrainingLog
 from mta_fast.errors import InputError
 from mta_fast.layers import capture_layers
 from mta_fast.loss import MTALoss
 from mta_fast.ops.entropy import entropy_weights
 from mta_fast.spans.collate import SpanCollator
+from mta_fast.spans.extract import SpanExtractor
 
+CLOCK_TICKS = 10_000  # of a learning-rate schedule that follows the clock
 Batch = dict[str, Any]
 
 
@@ -39,15 +46,19 @@ class MTATrainer(Trainer):
 
     Args:
         student: a causal language model of transformers, or one wrapped by PEFT.
-        teacher: likewise, of any floating dtype; frozen and moved to the training device.
+        teacher: likewise, of any floating dtype; frozen and moved to the training device. None where nothing of it is
+            read: no MTA, and cross_entropy as the base loss.
         mta: an MTAConfig (the widths are then read from the models), an MTALoss, or None for the base loss alone.
         args: MTATrainingArguments.
         processing_class: the student's fast tokenizer, saved beside it.
         teacher_tokenizer: the teacher's, where it differs. The two then see their own tokens, MTA compares spans,
             and the base loss is None or a sequence-level one.
-        base_loss: a name in ``losses.BASE_LOSSES``, or None: MTA alone.
+        base_loss: a BaseMethod, its name as in ``methods.base_method``, or None: MTA alone.
         base_loss_options: such as {"alpha": 0.1}.
-        train_dataset, eval_dataset: rows with "prompt", "output", "word_spans" and "phrase_spans".
+        span_extractor: for text that the student writes during training (DistiLLM with MTA); parses in processes of
+            its own.
+        train_dataset, eval_dataset: rows with "prompt", "output", "word_spans" and "phrase_spans"; for DistiLLM-2 as
+            PairCollator reads them.
         options: passed to ``Trainer``.
 
     Raises:
@@ -57,37 +68,56 @@ class MTATrainer(Trainer):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         mta: MTAConfig | MTALoss | None,
         args: MTATrainingArguments,
         *,
         processing_class: Any,
         teacher_tokenizer: Any = None,
-        base_loss: str | None = "srkl",
+        base_loss: str | BaseMethod | None = "srkl",
         base_loss_options: Mapping[str, Any] | None = None,
+        span_extractor: SpanExtractor | None = None,
         **options: Any,
     ) -> None:
         if teacher_tokenizer is not None and same_vocabulary(processing_class, teacher_tokenizer):
             teacher_tokenizer = None
         set_seed(args.seed)  # before the projections are made; Trainer sets it again
-        loss = MTALoss.for_models(student, teacher, mta) if isinstance(mta, MTAConfig) else mta
-        self.teacher = teacher.requires_grad_(False).eval()
-        self._reads_logits = base_loss is not None and base_loss not in SEQUENCE_LEVEL_LOSSES
-        model = _distillation_model(
-            student, teacher, loss, base_loss, base_loss_options or {}, processing_class, teacher_tokenizer
-        )
-        kinds = sorted(set(loss.config.granularity)) if loss is not None else ()
-        options.setdefault(
-            "data_collator",
-            SpanCollator(processing_class, teacher_tokenizer, granularity=kinds, max_length=args.max_length),
-        )
+        method = base_method(base_loss, **(base_loss_options or {})) if isinstance(base_loss, str) else base_loss
+        if teacher is None and (mta is not None or method is None or method.reads_teacher):
+            raise InputError(
+                "teacher: expected a model, got none; without one there is no MTA, and the base loss is cross_entropy"
+            )
+        if isinstance(mta, MTAConfig):
+            assert teacher is not None
+            mta = MTALoss.for_models(student, teacher, mta)
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        model = _distillation_model(student, teacher, mta, method, processing_class, teacher_tokenizer)
+        kinds = sorted(set(mta.config.granularity)) if mta is not None else ()
+        collator: Any = SpanCollator(processing_class, teacher_tokenizer, granularity=kinds, max_length=args.max_length)
+        self._on_policy: OnPolicyBatches | None = None
+        if isinstance(method, DistiLLM):
+            self._on_policy = OnPolicyBatches(method, collator, span_extractor if kinds else None)
+            collator = RowCollator(collator)
+        elif isinstance(method, DistiLLM2):
+            collator = PairCollator(collator)
+        options.setdefault("data_collator", collator)
         super().__init__(model=model, args=args, processing_class=processing_class, **options)
         self.args: MTATrainingArguments = args
         if args.log_gradient_norms and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise InputError(
                 "log_gradient_norms: expected whole gradients, got sharded ones (FSDP or DeepSpeed); set it to false"
             )
-        self.teacher.to(args.device)
+        if self._on_policy is not None:
+            self._on_policy.check(kinds, self.eval_dataset)
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise InputError(
+                    "base_loss distillm: expected a student with whole weights to generate with, got sharded ones "
+                    "(FSDP or DeepSpeed); use DDP"
+                )
+        if method is not None:
+            method.reduce = self._sum_over_ranks
+        if self.teacher is not None:
+            self.teacher.to(args.device)
         self._totals: StepTotals | None = None
         self._teacher_outputs: deque[TeacherOutput] = deque()
         self._log = TrainingLog(args.device)
@@ -108,11 +138,19 @@ class MTATrainer(Trainer):
     ) -> tuple[list[Batch], Tensor]:
         """Fetch the micro-batches of a step and find what their losses are divided by."""
         self._log.begin_step()
+        module = self._module
+        if module.base is not None:
+            module.base.progress = self._progress()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        counted = sum(
-            (counted_positions(batch["labels"]).sum() for batch in batches), torch.zeros((), dtype=torch.long)
-        )
-        base = self._sum_over_ranks(counted.to(device))
+        if self._on_policy is not None:
+            seeds = (self._generation_seed(i) for i in range(len(batches)))
+            with self.accelerator.autocast():
+                batches = [
+                    self._on_policy.batch(module.student, batch, seed, device)
+                    for batch, seed in zip(batches, seeds, strict=False)
+                ]
+        counts = torch.stack([module.counts(batch) for batch in batches]).sum(0)
+        base = self._sum_over_ranks(counts.to(device))
         totals = StepTotals(base, reduce=self._sum_over_ranks, scale=float(self.args.world_size))
         self._teacher_outputs.clear()
         if len(batches) > 1 and self._module.mta is not None:
@@ -121,7 +159,18 @@ class MTATrainer(Trainer):
             else:
                 totals.mta = self._step_denominators(batches)
         self._totals = totals
-        return batches, totals.base
+        return batches, totals.base.sum()
+
+    def _progress(self) -> float:
+        """How much of the training is done: steps, or time where that is what ends it."""
+        if self.args.max_seconds is not None:
+            return min(1.0, self._log.total_seconds / self.args.max_seconds)
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    def _generation_seed(self, micro_batch: int) -> int:
+        """Of what the student generates for a micro-batch: the same in a run that was resumed."""
+        place = (self.state.global_step * self.args.gradient_accumulation_steps + micro_batch) * self.args.world_size
+        return (self.args.seed << 32) + place + self.args.process_index
 
     def _step_denominators(self, batches: list[Batch]) -> Tensor:
         """[L, 2] summed over the micro-batches and ranks; the teacher runs on all of them first."""
@@ -131,16 +180,19 @@ class MTATrainer(Trainer):
         sums: list[Tensor] = []
         for batch in batches:
             batch = self._prepare_inputs(batch)
-            spans, teacher_spans = batch["spans"], batch.get("teacher_spans")
             if keep:
                 teacher = self._teach(batch)
                 self._log.mta.start()
             else:  # this pass is there for MTA alone
                 self._log.mta.start()
                 teacher = self._teach(batch)
+            batch = with_spans(batch)
             sums.append(
                 mta.denominators(
-                    teacher.hidden, spans, teacher_spans=teacher_spans, entropy_weights=teacher.entropy_weights
+                    teacher.hidden_states,
+                    batch["spans"],
+                    teacher_spans=batch.get("teacher_spans"),
+                    entropy_weights=teacher.entropy_weights,
                 )
             )
             self._log.mta.stop()
@@ -152,16 +204,19 @@ class MTATrainer(Trainer):
     def _teach(self, batch: Mapping[str, Any]) -> TeacherOutput:
         """The teacher's pass; no graph, and only the chosen layers and the logits that are read are kept."""
         module = self._module
+        layers, reads = module.layers("teacher"), module.base is not None and module.base.reads_teacher
+        if self.teacher is None or not (layers or reads):
+            return TeacherOutput(None, {})
         config = None if module.mta is None else module.mta.config
         side = "teacher_" if "teacher_input_ids" in batch else ""
         inputs = {name: batch[side + name] for name in ("input_ids", "attention_mask")}
         by_entropy = config is not None and config.weighting == "entropy"
         with self.accelerator.autocast():
-            with capture_layers(self.teacher, [] if config is None else config.teacher_layers) as hidden:
+            with capture_layers(self.teacher, layers) as hidden:
                 logits = self.teacher(**inputs, use_cache=False).logits
         logits = logits[..., : module.vocabulary]
         weights = entropy_weights(logits) if by_entropy else None
-        return TeacherOutput(logits if self._reads_logits else None, dict(hidden), weights)
+        return TeacherOutput(logits if reads else None, dict(hidden), weights)
 
     def compute_loss(
         self,
@@ -173,9 +228,10 @@ class MTATrainer(Trainer):
         """The micro-batch's share of the step's loss; over micro-batches and ranks it sums to the whole."""
         totals = self._totals
         if totals is None or not model.training:
-            totals = StepTotals(counted_positions(inputs["labels"]).sum(), reduce=lambda own: own)
+            totals = StepTotals(self._module.counts(inputs), reduce=lambda own: own)
         kept = model.training and self._teacher_outputs
         teacher = self._teacher_outputs.popleft() if kept else self._teach(inputs)
+        inputs = with_spans(inputs)  # after the teacher's pass: what is parsed meanwhile is ready
         output: DistillationOutput = model(inputs, teacher, totals)
         if model.training:
             self._log.add(output)
@@ -219,13 +275,52 @@ class MTATrainer(Trainer):
                 optimizer.add_param_group({**group, "params": own, "lr": self.args.projection_learning_rate})
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The Trainer's schedule; it follows the clock where that is what ends the training."""
+        if self.args.max_seconds is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        schedule = super().create_scheduler(CLOCK_TICKS, optimizer)
+        if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            raise InputError(
+                f"lr_scheduler_type: expected a schedule that is a function of the progress beside max_seconds, got "
+                f"{self.args.lr_scheduler_type!r}; linear and cosine are"
+            )
+        schedule.lr_lambdas = [functools.partial(self._at_the_clock, rate) for rate in schedule.lr_lambdas]
+        return schedule
+
+    def _at_the_clock(self, rate: Callable[[int], float], step: int) -> float:
+        """What a schedule of CLOCK_TICKS steps gives now, whatever the step."""
+        return rate(int(CLOCK_TICKS * self._progress()))
+
     # --- logging -------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Also the three terms (unweighted means over the logged steps) and the share of MTA in the step's time."""
         if "loss" in logs and self._log.steps:
             logs |= self._log.drain(self._sum_over_ranks)
+            if self._on_policy is not None:
+                logs |= self._on_policy.drain()
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """The Trainer's; DistiLLM's threshold follows the base loss that it finds."""
+        metrics: dict[str, float] = super().evaluate(*args, **options)
+        if self._on_policy is not None and "eval_base" in metrics:
+            self._on_policy.method.observe_validation(metrics["eval_base"])
+        return metrics
+
+    @property
+    def train_seconds(self) -> float:
+        """Wall-clock time of all steps so far, a resumed run's earlier ones too; without evaluation and saving."""
+        return self._log.total_seconds
+
+    def final_losses(self) -> dict[str, float]:
+        """eval_loss, eval_base, eval_dsa and eval_hid of the student as it is; none without an evaluation set."""
+        if self.eval_dataset is None:
+            return {}
+        now = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
+        metrics = next((entry for entry in reversed(now) if "eval_loss" in entry), None) or self.evaluate()
+        return {name: metrics[name] for name in ("eval_loss", *(f"eval_{term}" for term in TERMS)) if name in metrics}
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **options: Any) -> Any:
         """The Trainer's loop; the losses are those of the whole set, whatever the batch size and number of ranks."""
@@ -248,7 +343,7 @@ class MTATrainer(Trainer):
             inputs = self._prepare_inputs(inputs)
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
             if self._evaluated is not None:
-                self._evaluated.add(output, counted_positions(inputs["labels"]).sum())
+                self._evaluated.add(output)
         return loss.detach(), None, None
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
@@ -267,7 +362,30 @@ class MTATrainer(Trainer):
                 raise InputError(f"{self.args.output_dir}: expected a checkpoint to resume from, there is none")
         if isinstance(resume_from_checkpoint, str):
             checkpoints.check_mta(Path(resume_from_checkpoint), self._module.mta)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+            self._load_progress(Path(resume_from_checkpoint))
+        if self._on_policy is None:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+        with self._on_policy:
+            if self._on_policy.wants_first_validation:
+                self.evaluate()
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Called on every rank, which all have a state of their own: with the random numbers, this run's progress."""
+        super()._save_rng_state(output_dir)
+        stateful = self._module.base if self._on_policy is None else self._on_policy
+        progress = {
+            "seconds": self._log.total_seconds,
+            "base": {} if stateful is None else stateful.state_dict(),
+        }
+        checkpoints.save_progress(Path(output_dir), self.args.process_index, progress)
+
+    def _load_progress(self, checkpoint: Path) -> None:
+        progress = checkpoints.load_progress(checkpoint, self.args.process_index)
+        if progress is not None:
+            self._log.finished_seconds = progress["seconds"]
+            if self._module.base is not None and progress["base"]:
+                self._module.base.load_state_dict(progress["base"])
 
     def export_student(self, directory: str | Path) -> None:
         """Write the plain student and its tokenizer; see ``checkpoints.export_student``. All ranks call it."""
@@ -354,27 +472,28 @@ class MTATrainer(Trainer):
 
 def _distillation_model(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     mta: MTALoss | None,
-    name: str | None,
-    options: Mapping[str, Any],
+    base: BaseMethod | None,
     tokenizer: Any,
     teacher_tokenizer: Any,
 ) -> DistillationModel:
-    """Check that models, tokenizers and base loss fit together, and join them."""
-    if name is None and mta is None:
+    """Check that models, tokenizers and base method fit together, and join them."""
+    if base is None and mta is None:
         raise InputError("base_loss: expected a base loss or an MTA config, got neither; there is nothing to train on")
-    made = None if name is None else base_loss(name, **options)
-    reads_teacher = name is not None and name not in SEQUENCE_LEVEL_LOSSES
+    if base is not None and teacher is not None:
+        base.attach(student, teacher, None if mta is None else mta.config.layer_pairs)
     if teacher_tokenizer is not None:
-        if reads_teacher:
+        if base is not None and base.reads_teacher:
             raise InputError(
                 f"base_loss: expected None or one of {', '.join(sorted(SEQUENCE_LEVEL_LOSSES))} with two tokenizers "
-                f"(their tokens share no distribution), got {name!r}"
+                f"(their tokens share no distribution), got {base.name!r}"
             )
-        return DistillationModel(student, mta, made)
-    vocabulary = common_vocabulary(student, teacher, tokenizer) if reads_teacher else None
-    return DistillationModel(student, mta, made, vocabulary)
+        return DistillationModel(student, mta, base)
+    vocabulary = None
+    if teacher is not None and base is not None and base.reads_teacher:
+        vocabulary = common_vocabulary(student, teacher, tokenizer)
+    return DistillationModel(student, mta, base, vocabulary)
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,16 +21,23 @@ TERMS = ("base", "dsa", "hid")
 
 
 class TrainingLog:
-    """Sums of the terms, and times, since the last log."""
+    """Sums of the terms, and times, since the last log.
+
+    Attributes:
+        finished_seconds: wall-clock time of all finished steps, data included; evaluation and saving are not.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.mta, self.step = Stopwatch(device), Stopwatch(device)
         self.norms: dict[str, float] = {}
         self.steps = 0
+        self.finished_seconds = 0.0
         self._sums: Tensor | None = None
+        self._began: float | None = None
 
     def begin_step(self) -> None:
         """A step begins, its data included."""
+        self._began = time.perf_counter()
         self.step.start()
 
     def end_step(self) -> None:
@@ -37,6 +45,14 @@ class TrainingLog:
         self.step.stop()
         self.mta.close()
         self.steps += 1
+        self.finished_seconds = self.total_seconds
+        self._began = None
+
+    @property
+    def total_seconds(self) -> float:
+        """Of the finished steps and of the one that runs."""
+        running = 0.0 if self._began is None else time.perf_counter() - self._began
+        return self.finished_seconds + running
 
     def add(self, output: DistillationOutput) -> None:
         """The terms of a micro-batch."""
@@ -63,7 +79,7 @@ class TrainingLog:
 
 
 class StepEnd(TrainerCallback):
-    """Stops the step's clock before evaluation and saving begin."""
+    """Stops the step's clock before evaluation and saving begin, and the training once its time is up."""
 
     def __init__(self, log: TrainingLog) -> None:
         self._log = log
@@ -71,6 +87,8 @@ class StepEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called by the Trainer."""
         self._log.end_step()
+        if args.max_seconds is not None and self._log.total_seconds >= args.max_seconds:
+            control.should_training_stop = True
 
 
 class EvaluationSums:
@@ -80,16 +98,16 @@ class EvaluationSums:
         self._base: list[Tensor] = []
         self._mta: list[Tensor] = []
 
-    def add(self, output: DistillationOutput, counted: Tensor) -> None:
-        """A batch whose base loss is a mean over ``counted`` positions."""
-        self._base.append(torch.stack([output.base.double() * counted, counted.double()]))
+    def add(self, output: DistillationOutput) -> None:
+        """A batch."""
+        self._base.append(output.base_terms)
         if output.per_layer is not None:
             self._mta.append(output.per_layer.double())
 
     def terms(self, config: MTAConfig | None, reduce: Reduce) -> dict[str, float]:
         """loss, base, dsa and hid of the whole set."""
-        total, counted = self._sum(self._base, reduce)
-        terms = {"base": float(total / counted.clamp(min=1))}
+        sums, counts = self._sum(self._base, reduce)
+        terms = {"base": float((sums / counts.clamp(min=1)).sum())}
         if config is not None and self._mta:
             dsa, hid = (float(term) for term in LayerPairTerms(*self._sum(self._mta, reduce)).means())
             return {"loss": terms["base"] + config.weighted(dsa, hid), **terms, "dsa": dsa, "hid": hid}

@@ -22,6 +22,22 @@ class _Tokenized(NamedTuple):
     offsets: Tensor  # [B, S, 2]
 
 
+@dataclass(frozen=True, eq=False)
+class TokenizedRows:
+    """Rows as ``SpanCollator.tokenize`` leaves them: a batch without its spans, and what those are aligned to.
+
+    Attributes:
+        batch: input_ids, attention_mask and labels [B, S] int64; with a teacher tokenizer also teacher_input_ids,
+            teacher_attention_mask and teacher_labels.
+        texts: prompt + output of each row, which the character spans count in.
+        sides: (offsets [B, S, 2], attention mask [B, S]) of the student's tokens, then of a teacher's own.
+    """
+
+    batch: dict[str, Any]
+    texts: Sequence[str]
+    sides: tuple[tuple[Tensor, Tensor], ...]
+
+
 @dataclass
 class SpanCollator:
     """Tokenise, truncate, pad and mask a list of rows, and turn their character spans to token ranges.
@@ -69,34 +85,62 @@ class SpanCollator:
                 )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of these rows.
+        """The batch of these rows: ``tokenize`` and ``align``.
 
         Returns:
             input_ids, attention_mask, labels [B, S] int64 and spans {"word": SpanBatch, ...}; with a teacher
             tokenizer also teacher_input_ids, teacher_attention_mask, teacher_labels and teacher_spans.
         """
+        tokenized = self.tokenize(rows)
+        names = [f"{kind}_spans" for kind in self.granularity]
+        columns = {name: [_spans_of(i, row, name) for i, row in enumerate(rows)] for name in names}
+        return tokenized.batch | self.align(tokenized, columns)
+
+    def tokenize(self, rows: Sequence[Mapping[str, Any]]) -> TokenizedRows:
+        """The batch of these rows without its spans, whose columns are not read."""
         if not rows:
             raise InputError("rows: expected at least one row, got none")
         prompts, texts = zip(*(self._texts(i, row) for i, row in enumerate(rows)), strict=True)
-        char_spans = {kind: [_spans_of(i, row, kind) for i, row in enumerate(rows)] for kind in self.granularity}
         own = self._tokenize(self.tokenizer, prompts, texts)
-        batch: dict[str, Any] = {"input_ids": own.ids, "attention_mask": own.mask, "labels": own.labels}
-        if self.teacher_tokenizer is None:
-            batch["spans"] = {
-                kind: SpanBatch.from_char_spans(spans, own.offsets, own.mask, texts=texts, backend=self.backend)
-                for kind, spans in char_spans.items()
+        batch = {"input_ids": own.ids, "attention_mask": own.mask, "labels": own.labels}
+        sides: tuple[tuple[Tensor, Tensor], ...] = ((own.offsets, own.mask),)
+        if self.teacher_tokenizer is not None:
+            teacher = self._tokenize(self.teacher_tokenizer, prompts, texts)
+            batch |= {
+                "teacher_input_ids": teacher.ids,
+                "teacher_attention_mask": teacher.mask,
+                "teacher_labels": teacher.labels,
             }
-            return batch
-        teacher = self._tokenize(self.teacher_tokenizer, prompts, texts)
-        sides = (own.offsets, own.mask), (teacher.offsets, teacher.mask)
+            sides += ((teacher.offsets, teacher.mask),)
+        return TokenizedRows(batch, texts, sides)
+
+    def align(self, tokenized: TokenizedRows, columns: Mapping[str, Any]) -> dict[str, dict[str, SpanBatch]]:
+        """The spans of a tokenised batch.
+
+        Args:
+            columns: {"word_spans": per row [[start, end], ...], ...} over ``tokenized.texts``, as SpanExtractor
+                makes them; those of ``granularity`` are read.
+
+        Returns:
+            spans {"word": SpanBatch, ...}; with a teacher tokenizer also teacher_spans.
+        """
+        missing = [f"{kind}_spans" for kind in self.granularity if f"{kind}_spans" not in columns]
+        if missing:
+            raise InputError(f"columns: expected {', '.join(missing)}, got {sorted(columns)}; extract those spans too")
+        char_spans = {kind: columns[f"{kind}_spans"] for kind in self.granularity}
+        sides, texts, backend = tokenized.sides, tokenized.texts, self.backend
+        if len(sides) == 1:
+            return {
+                "spans": {
+                    kind: SpanBatch.from_char_spans(spans, *sides[0], texts=texts, backend=backend)
+                    for kind, spans in char_spans.items()
+                }
+            }
         pairs = {
-            kind: SpanBatch.pair(spans, *sides, texts=texts, backend=self.backend) for kind, spans in char_spans.items()
+            kind: SpanBatch.pair(spans, *sides, texts=texts, backend=backend) for kind, spans in char_spans.items()
         }
-        return batch | {
+        return {
             "spans": {kind: pair[0] for kind, pair in pairs.items()},
-            "teacher_input_ids": teacher.ids,
-            "teacher_attention_mask": teacher.mask,
-            "teacher_labels": teacher.labels,
             "teacher_spans": {kind: pair[1] for kind, pair in pairs.items()},
         }
 
@@ -154,7 +198,7 @@ class SpanCollator:
         return ids, labels, offsets
 
 
-def _spans_of(i: int, row: Mapping[str, Any], kind: str) -> Any:
-    if f"{kind}_spans" not in row:
-        raise InputError(f"row {i}: expected the column '{kind}_spans', got {sorted(row)}; run SpanExtractor first")
-    return row[f"{kind}_spans"]
+def _spans_of(i: int, row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        raise InputError(f"row {i}: expected the column '{name}', got {sorted(row)}; run SpanExtractor first")
+    return row[name]

@@ -1,0 +1,195 @@
+"""DistiLLM-2: skewed divergences on pairs of responses, the teacher's (chosen) and the student's (rejected)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mta_fast.distill.losses import (
+    LogProbabilities,
+    check_share,
+    counted_positions,
+    log_probabilities,
+    skl_values,
+    srkl_values,
+)
+from mta_fast.distill.methods import BaseMethod, Batch, ModelOutput
+from mta_fast.errors import InputError
+from mta_fast.spans.collate import SpanCollator
+
+RESPONSES = ("chosen", "rejected")
+SMALLEST_ALPHA, LARGEST_ALPHA = 0.01, 0.1  # of the adaptive alpha
+GAP_EPS = 1e-5
+
+
+class DistiLLM2(BaseMethod):
+    """mean over pairs of (2 - beta) SKL(chosen) + beta SRKL(rejected) (DistiLLM-2, arXiv 2503.07067).
+
+    Each divergence is the mean over a response's tokens. A batch holds 2B rows: the chosen responses of B prompts, then
+    the rejected ones in the same order, as PairCollator makes them.
+
+    Args:
+        alpha: skew of both divergences.
+        beta: weight of the rejected responses, 0 to 2.
+        growing_beta: beta = 1 + 0.5 min(1, 2 progress) instead.
+        adaptive_alpha: a skew for each response instead, from how far the two models are apart on it:
+            alpha = clip(1 - (1 - 0.1) m / (delta + 1e-5), 0.01, 0.1), detached, with delta = exp(mean log p) -
+            exp(mean log q) on chosen responses and its negative on rejected ones, and m the mean of delta over the
+            first ``anchor_steps`` batches (until then ``alpha`` is used).
+        anchor_steps: batches of training that m is taken over.
+        detach_mixture: no gradient through the student's part of the rejected mixture.
+
+    Raises:
+        InputError: an alpha outside 0 to 1, a beta outside 0 to 2.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.1,
+        beta: float = 1.0,
+        growing_beta: bool = False,
+        adaptive_alpha: bool = False,
+        anchor_steps: int = 10,
+        detach_mixture: bool = True,
+    ) -> None:
+        super().__init__()
+        check_share("alpha", alpha)
+        if not 0 <= beta <= 2:
+            raise InputError(f"beta: expected a number from 0 to 2, got {beta}")
+        if anchor_steps < 1:
+            raise InputError(f"anchor_steps: expected an integer >= 1, got {anchor_steps}")
+        self.alpha, self.detach_mixture = alpha, detach_mixture
+        self._beta = None if growing_beta else beta
+        self._anchor = _Anchor(anchor_steps) if adaptive_alpha else None
+
+    @property
+    def beta(self) -> float:
+        """The weight of the rejected responses now."""
+        return 1 + 0.5 * min(1.0, 2 * self.progress) if self._beta is None else self._beta
+
+    def counts(self, batch: Batch) -> Tensor:
+        """[1] pairs."""
+        return batch["labels"].new_tensor([len(batch["labels"]) // 2])
+
+    def sums(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """[1] the loss, summed over the pairs."""
+        labels = batch["labels"]
+        if len(labels) % 2:
+            raise InputError(
+                f"batch: expected as many rejected rows as chosen ones, got {len(labels)} rows in all; "
+                f"PairCollator makes such batches of rows with prompt, chosen and rejected"
+            )
+        counted = counted_positions(labels)
+        lengths = counted.sum(1)
+        log = log_probabilities(student.logits, teacher.logits, labels)
+        rows = torch.arange(len(labels), device=labels.device).repeat_interleave(lengths)
+        alpha = self._alpha(log, labels[:, 1:][counted], rows, lengths)
+        pairs = len(labels) // 2
+        chosen, rejected = rows < pairs, rows >= pairs
+        on_chosen = skl_values(_part(log, chosen), alpha[chosen])
+        on_rejected = srkl_values(_part(log, rejected), alpha[rejected], detach_mixture=self.detach_mixture)
+        weighted = torch.cat([(2 - self.beta) * on_chosen, self.beta * on_rejected])
+        return _row_means(weighted, rows, lengths).sum()[None]
+
+    def _alpha(self, log: LogProbabilities, labels: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
+        """[M, 1] the skew at each counted position."""
+        if self._anchor is None:
+            return torch.full_like(log.p[:, :1], self.alpha)
+        p, q = (
+            _row_means(side.detach().gather(-1, labels[:, None])[:, 0], rows, lengths).exp() for side in (log.p, log.q)
+        )
+        pairs = len(lengths) // 2
+        gap = torch.cat([(p - q)[:pairs], (q - p)[pairs:]])
+        if torch.is_grad_enabled():
+            self._anchor.observe(gap.reshape(2, pairs), self.reduce)
+        if not self._anchor.known:
+            return torch.full_like(log.p[:, :1], self.alpha)
+        anchor = self._anchor.mean.to(gap).repeat_interleave(pairs)
+        alpha = 1 - (1 - LARGEST_ALPHA) * anchor / (gap + GAP_EPS)
+        return alpha.nan_to_num(LARGEST_ALPHA).clamp(SMALLEST_ALPHA, LARGEST_ALPHA)[rows][:, None]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running average of the adaptive alpha."""
+        return {} if self._anchor is None else self._anchor.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it up."""
+        if self._anchor is not None:
+            self._anchor.load_state_dict(state)
+
+
+class _Anchor:
+    """m of the adaptive alpha: the mean gap of chosen and of rejected responses over the first batches."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._seen = steps, 0
+        self._total = torch.zeros(3, dtype=torch.float64)  # gaps of chosen, of rejected; pairs
+
+    @property
+    def known(self) -> bool:
+        return self._seen >= self._steps
+
+    @property
+    def mean(self) -> Tensor:
+        """[2] of chosen, of rejected."""
+        return self._total[:2] / self._total[2]
+
+    def observe(self, gap: Tensor, reduce: Any) -> None:
+        """[2, pairs] of a batch."""
+        if not self.known:
+            own = torch.cat([gap.double().sum(1), gap.new_full((1,), gap.shape[1], dtype=torch.float64)])
+            self._total += reduce(own).cpu()
+            self._seen += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self._seen, "total": self._total.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._seen, self._total = int(state["seen"]), torch.tensor(state["total"], dtype=torch.float64)
+
+
+def _part(log: LogProbabilities, positions: Tensor) -> LogProbabilities:
+    return LogProbabilities(log.p[positions], log.q[positions])
+
+
+def _row_means(values: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
+    """[R] means of values [M] over the rows they are of; 0 for a row without any."""
+    return values.new_zeros(len(lengths)).index_add(0, rows, values) / lengths.clamp(min=1)
+
+
+class PairCollator:
+    """A batch of 2B rows from B pairs: the chosen responses, then the rejected ones.
+
+    A pair has "prompt", "chosen" and "rejected", and their spans over prompt + response in "chosen_word_spans",
+    "rejected_word_spans" and so on.
+
+    Args:
+        collator: makes the batch of the 2B rows.
+    """
+
+    def __init__(self, collator: SpanCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch, as SpanCollator makes it.
+
+        Raises:
+            InputError: a row without its columns.
+        """
+        return self.collator([response_row(i, row, name) for name in RESPONSES for i, row in enumerate(rows)])
+
+
+def response_row(i: int, row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One response of a pair as a row of prompt and output; ``name`` is "chosen" or "rejected"."""
+    for column in ("prompt", name):
+        if not isinstance(row.get(column), str):
+            raise InputError(
+                f"row {i}: expected strings in the columns 'prompt', 'chosen' and 'rejected', got "
+                f"{ ({key: type(value).__name__ for key, value in row.items()}) }; mta-fast generate makes such rows"
+            )
+    spans = {key.removeprefix(f"{name}_"): value for key, value in row.items() if key.startswith(f"{name}_")}
+    return {"prompt": row["prompt"], "output": row[name], **spans}

@@ -1,0 +1,230 @@
+"""``mta-fast generate``: prompts with a chosen and a rejected response, as DistiLLM-2 trains on; making and reading.
+
+The teacher answers every prompt, then the student does, so that only one of them is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from mta_fast.distill.checkpoints import write_whole
+from mta_fast.distill.data import (
+    LoadedRows,
+    PromptRow,
+    describe_rows,
+    drop_long_rows,
+    load_rows,
+    prompt_of,
+    read_rows,
+    row_fault,
+)
+from mta_fast.distill.generation import (
+    GenerationSettings,
+    choose_device,
+    claim,
+    digest_of,
+    encode_prompts,
+    generate_batches,
+    weights_digest,
+)
+from mta_fast.distill.models import load_model, load_tokenizer
+from mta_fast.errors import InputError
+
+CHOSEN = ("teacher", "data")
+ATTEMPTS = 4  # at a response that is not empty
+RESPONSES = ("chosen", "rejected")
+
+
+class PairRow(TypedDict):
+    """A prompt, the response to learn from, and one of the student's own."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def load_pairs(
+    source: Any,
+    *,
+    split: str = "train",
+    template: str = "paper",
+    tokenizer: Any = None,
+    columns: Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
+    limit: int | None = None,
+) -> LoadedRows[PairRow]:
+    """Read pairs; sources and options are those of ``data.load_rows``.
+
+    A row has "chosen", "rejected" and "prompt", or "instruction" and perhaps "input" instead of the last. Both
+    responses may be the same: short answers of teacher and student often are.
+
+    Raises:
+        InputError: a bad row (a response that is missing, empty or no text), with file, line and reason; a source
+            without a usable row.
+    """
+
+    def read(row: Mapping[str, Any]) -> PairRow | str:
+        fault = row_fault(row, RESPONSES)
+        if fault is not None:
+            return fault
+        return PairRow(prompt=prompt_of(row, template, tokenizer), chosen=row["chosen"], rejected=row["rejected"])
+
+    return read_rows(source, read, split=split, columns=columns, skip_bad_rows=skip_bad_rows, limit=limit)
+
+
+# --- making ------------------------------------------------------------------------------------------------------
+
+
+def generate_pairs(
+    data: Sequence[str],
+    target: Path,
+    settings: GenerationSettings,
+    *,
+    student: str,
+    teacher: str | None = None,
+    chosen: str = "teacher",
+    seed: int = 42,
+    max_prompt_length: int = 128,
+    dtype: str = "float32",
+    device: str = "auto",
+    progress: bool = True,
+    **reading: Any,
+) -> Counter[str]:
+    """Write a JSONL file of pairs for the prompts of data sets: {"prompt", "chosen", "rejected"} a line.
+
+    Responses are kept batch by batch in the folder TARGET.responses until the file is whole; a run that was
+    interrupted goes on from there and makes the same file. An empty response is generated again, ``ATTEMPTS`` times
+    in all; a prompt whose response stays empty is left out.
+
+    Args:
+        data: sources as ``data.load_rows`` takes them.
+        target: the file; its folder is made.
+        settings: how both models respond.
+        student, teacher: as ``models.load_model`` takes them.
+        chosen: "teacher": its response; "data": the data set's own, and no teacher is needed.
+        seed: of all random numbers.
+        max_prompt_length: tokens, of each model's own; rows with longer prompts are left out.
+        dtype: of both models, as in ``load_model``; device: as in ``choose_device``.
+        progress: show a bar on stderr.
+        reading: options of ``load_rows``.
+
+    Returns:
+        "pairs" written, and how many rows were left out, by reason.
+
+    Raises:
+        InputError: a target that is there already, an unknown ``chosen``, no teacher; rows, models or responses from
+            an earlier run that don't fit. OSError: no room to write.
+    """
+    if chosen not in CHOSEN:
+        raise InputError(f"chosen: expected one of {', '.join(CHOSEN)}, got {chosen!r}")
+    if (teacher is None) == (chosen == "teacher"):
+        raise InputError(
+            "teacher: expected a model for chosen = teacher, got none"
+            if teacher is None
+            else f"teacher: expected none, as chosen = data takes the data's own responses, got {teacher!r}"
+        )
+    if target.exists():
+        raise InputError(f"{target}: expected a new file, there is one; give another --out, or move it")
+    place, folder = choose_device(device), target.with_name(target.name + ".responses")
+    sides = {"teacher": teacher, "student": student} if teacher is not None else {"student": student}
+    tokenizers = {side: load_tokenizer(name) for side, name in sides.items()}
+    loaded = _rows(data, tokenizers, settings, max_prompt_length, reading)
+    prompts = [row["prompt"] for row in loaded.rows]
+    responses = {"data": [row["output"] for row in loaded.rows]}
+    for side, name in sides.items():
+        model: Any = load_model(name, dtype=dtype)
+        model.to(place)
+        responses[side] = _respond(
+            side, model, tokenizers[side], prompts, settings, seed=seed, folder=folder, progress=progress
+        )
+        del model
+        _release(place)
+    columns = zip(prompts, responses[chosen], responses["student"], strict=True)
+    return _write([PairRow(prompt=p, chosen=c, rejected=r) for p, c, r in columns], target, folder, loaded.skipped)
+
+
+def _respond(
+    side: str,
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    settings: GenerationSettings,
+    *,
+    seed: int,
+    folder: Path,
+    progress: bool,
+) -> list[str]:
+    """One model's responses, kept in its part of the folder."""
+    encoded = encode_prompts(model, tokenizer, prompts, settings)
+    weight = next(model.parameters())
+    made_with = {
+        "prompts": len(prompts),
+        "digest of the prompts and their tokens": digest_of([prompts, encoded]),
+        "seed": seed,
+        **asdict(settings),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": weight.device.type,
+        "digest of the weights": weights_digest(model),
+    }
+    claim(folder / side, made_with)
+    made = generate_batches(
+        model,
+        tokenizer,
+        prompts,
+        settings,
+        lambda i, response: {"prompt": prompts[i], "response": response},
+        seed=f"{seed}/{side}",
+        path=folder / side / "responses.jsonl",
+        attempts=ATTEMPTS if settings.do_sample else 1,
+        description=f"{side}'s responses",
+        progress=progress,
+    )
+    return [row["response"] for row in made]
+
+
+def _rows(
+    data: Sequence[str], tokenizers: Mapping[str, Any], settings: GenerationSettings, longest: int, reading: Any
+) -> LoadedRows[PromptRow]:
+    """The rows of all sources whose prompts are short enough for every tokenizer."""
+    rows: list[PromptRow] = []
+    skipped: Counter[str] = Counter()
+    for source in data:
+        loaded = load_rows(source, tokenizer=tokenizers["student"], **reading)
+        for tokenizer in tokenizers.values():
+            limit = longest + settings.max_new_tokens
+            loaded = drop_long_rows(loaded, tokenizer, max_length=limit, max_prompt_length=longest)
+        print(f"{source}: {describe_rows(loaded)}")
+        rows += loaded.rows
+        skipped += loaded.skipped
+    return LoadedRows(rows, skipped)
+
+
+def _release(device: torch.device) -> None:
+    """Give the memory of a model back that nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _write(pairs: Sequence[PairRow], target: Path, folder: Path, skipped: Counter[str]) -> Counter[str]:
+    whole = [pair for pair in pairs if pair["chosen"].strip() and pair["rejected"].strip()]
+    if not whole:
+        raise InputError(
+            f"{target}: expected at least one pair, every prompt of {len(pairs)} has an empty response, kept in "
+            f"{folder}; look at the models, and delete that folder"
+        )
+    write_whole(target, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in whole))
+    shutil.rmtree(folder)
+    return Counter({"pairs": len(whole), "empty response": len(pairs) - len(whole)}) + skipped

@@ -1,0 +1,270 @@
+"""The base methods in the trainer: pairs, feature dynamics, what the student writes, and runs matched in time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import make_tokenizer
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from training import CONFIG, logged, make_rows, make_trainer, weights
+
+from mta_fast import SpanExtractor, capture_layers
+from mta_fast.distill import MTATrainer, training_log
+from mta_fast.distill.distillm import DistiLLM
+from mta_fast.distill.fdd import FDD
+from mta_fast.errors import InputError
+
+
+def _close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _base_by_hand(trainer: MTATrainer, batch: Any) -> torch.Tensor:
+    """The method called alone, on the outputs that transformers gives."""
+    method = trainer.model.base
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad():
+        outs = [model(**inputs, output_hidden_states=True) for model in (trainer.model.student, trainer.teacher)]
+        return method(*outs, batch)
+
+
+# --- DistiLLM-2 --------------------------------------------------------------------------------------------------
+
+
+def _paired(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pairs of the rows' responses: the row's own is chosen, the next row's is rejected."""
+    pairs = []
+    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+        spans = SpanExtractor()([row["prompt"] + other["output"]])
+        pairs.append(
+            {"prompt": row["prompt"], "chosen": row["output"], "rejected": other["output"]}
+            | {f"chosen_{kind}_spans": row[f"{kind}_spans"] for kind in ("word", "phrase")}
+            | {f"rejected_{name}": column[0] for name, column in spans.items()}
+        )
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[dict[str, Any]]:
+    return _paired(make_rows())
+
+
+@pytest.mark.parametrize("mta", [CONFIG, None])
+def test_distillm2_trains_on_pairs(tmp_path: Path, mta: Any, pairs: Any) -> None:
+    trainer = make_trainer(tmp_path, base_loss="distillm2", mta=mta, rows=pairs, max_length=160)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len(batch["input_ids"]) == 2 * 4
+    expected = _base_by_hand(trainer, batch)
+    trainer.train()
+    assert logged(trainer, "base")[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert (logged(trainer, "dsa")[0] > 0) == (mta is not None)
+    assert trainer.evaluate()["eval_base"] > 0
+
+
+def test_mta_covers_all_rows_of_the_pairs(tmp_path: Path, pairs: Any) -> None:
+    trainer = make_trainer(tmp_path, base_loss="distillm2", rows=pairs, max_steps=1, max_length=160)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert len(batch["spans"]["word"].rows.host) == 8
+    with torch.no_grad(), capture_layers(trainer.model.student, CONFIG.student_layers) as student:
+        trainer.model.student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    with torch.no_grad(), capture_layers(trainer.teacher, CONFIG.teacher_layers) as teacher:
+        trainer.teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    expected = trainer.model.mta(student, teacher, batch["spans"]).dsa.item()
+    trainer.train()
+    assert logged(trainer, "dsa")[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("base_loss", ["distillm2", "fdd"])
+def test_micro_batches_equal_the_big_batch(tmp_path: Path, base_loss: str, pairs: Any) -> None:
+    rows = pairs if base_loss == "distillm2" else make_rows()
+    big = make_trainer(tmp_path, base_loss=base_loss, rows=rows, max_steps=2)
+    big.train()
+    sizes: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    small = make_trainer(tmp_path, base_loss=base_loss, rows=rows, max_steps=2, **sizes)
+    small.train()
+    for name in ("loss", "base", "dsa", "hid"):
+        assert logged(small, name) == pytest.approx(logged(big, name), rel=1e-4)
+    _close(weights(small), weights(big))
+
+
+def test_evaluation_of_pairs_does_not_depend_on_the_batch_size(tmp_path: Path, pairs: Any) -> None:
+    found = [
+        make_trainer(tmp_path, base_loss="distillm2", rows=pairs, per_device_eval_batch_size=size).evaluate()
+        for size in (3, 8)
+    ]
+    assert found[0]["eval_base"] == pytest.approx(found[1]["eval_base"], rel=1e-5)
+
+
+# --- FDD ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mta", [CONFIG, None])
+def test_fdd_in_the_trainer_is_fdd_alone(tmp_path: Path, mta: Any) -> None:
+    method = FDD([(2, 4), (3, 6), (4, 8)])
+    trainer = make_trainer(tmp_path, base_loss=method, mta=mta)
+    expected = _base_by_hand(trainer, next(iter(trainer.get_train_dataloader())))
+    trainer.train()
+    losses = logged(trainer, "base")
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert losses[-1] < losses[0]
+
+
+def test_fdd_maps_the_layers_of_mta_unless_it_has_its_own(tmp_path: Path) -> None:
+    assert make_trainer(tmp_path, base_loss="fdd").model.base.layer_pairs == CONFIG.layer_pairs
+    with pytest.raises(InputError, match="FDD: expected layer_pairs, got none"):
+        make_trainer(tmp_path, base_loss="fdd", mta=None)
+
+
+def test_fdd_with_an_adapter(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from models import make_model
+
+    student = peft.get_peft_model(
+        make_model("opt", 4, vocabulary=len(make_tokenizer())), peft.LoraConfig(r=2, task_type="CAUSAL_LM")
+    )
+    trainer = make_trainer(tmp_path, student=student, base_loss="fdd", gradient_checkpointing=True)
+    trainer.train()
+    assert all(torch.tensor(logged(trainer, "base")).isfinite())
+
+
+# --- DistiLLM ----------------------------------------------------------------------------------------------------
+
+
+def _distillm(tmp_path: Path, mta: Any = CONFIG, **options: Any) -> MTATrainer:
+    arguments = {name: options.pop(name) for name in list(options) if name not in DISTILLM}
+    method = DistiLLM(**({"generation": {"max_new_tokens": 8}, "increase": 0.0} | options))
+    extractor = None if mta is None else SpanExtractor()
+    settings = {"max_length": 320} | arguments
+    return make_trainer(tmp_path, base_loss=method, mta=mta, span_extractor=extractor, **settings)
+
+
+DISTILLM = ("threshold", "increase", "schedule", "capacity", "generation", "tolerance", "seed")
+
+
+def test_the_student_writes_what_it_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _distillm(tmp_path, threshold=1.0, schedule="constant", capacity=1000)
+    seen: list[Any] = []
+    compute = trainer.compute_loss
+
+    def noted(model: Any, inputs: Any, **options: Any) -> Any:
+        seen.append(inputs)
+        return compute(model, inputs, **options)
+
+    monkeypatch.setattr(trainer, "compute_loss", noted)
+    trainer.train()
+    buffer = list(trainer.model.base.replay)
+    assert len(buffer) == 16
+    assert logged(trainer, "student_share") == [1.0] * 4
+    tokenizer = make_tokenizer()
+    for step, inputs in enumerate(seen):
+        for row, ids, labels in zip(buffer[4 * step :], inputs["input_ids"], inputs["labels"], strict=False):
+            text = tokenizer(row["prompt"] + row["output"], return_offsets_mapping=True)
+            written = [j for j, (start, _) in enumerate(text["offset_mapping"]) if start >= len(row["prompt"])]
+            size = len(text["input_ids"])
+            assert written
+            assert ids[:size].tolist() == text["input_ids"]
+            counted = (labels != -100).nonzero()[:, 0].tolist()
+            assert counted == [*written, size]  # and the end token; each at its own place: the loss shifts them
+            assert torch.equal(labels[counted], ids[counted])
+    extracted = SpanExtractor()([row["prompt"] + row["output"] for row in buffer])
+    for name, column in extracted.items():
+        assert [row[name] for row in buffer] == column
+
+
+def test_a_full_buffer_is_replayed(tmp_path: Path) -> None:
+    trainer = _distillm(tmp_path, threshold=1.0, schedule="increasing", capacity=4, seed=1)
+    trainer.train()
+    assert logged(trainer, "student_share")[0] == 1.0  # it was not full
+    assert sum(logged(trainer, "replay_share")) > 0
+    assert all(entry > 0 for entry in logged(trainer, "dsa"))
+
+
+def test_micro_batches_wait_for_their_spans_after_the_teacher(tmp_path: Path) -> None:
+    trainer = _distillm(
+        tmp_path, threshold=1.0, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2
+    )
+    trainer.train()
+    assert len(trainer.model.base.replay) == 8
+    assert all(stall >= 0 for stall in logged(trainer, "span_stall_seconds"))
+
+
+def test_empty_responses_keep_the_data_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mta_fast.distill import on_policy
+
+    monkeypatch.setattr(on_policy, "generate_texts", lambda model, tokenizer, prompts, *a, **k: [" \n"] * len(prompts))
+    trainer = _distillm(tmp_path, threshold=1.0, max_steps=1)
+    trainer.train()
+    own = {(row["prompt"], row["output"]) for row in make_rows()}
+    assert {(row["prompt"], row["output"]) for row in trainer.model.base.replay} <= own
+    assert logged(trainer, "empty_responses") == [4.0]
+
+
+def test_the_threshold_follows_the_evaluations(tmp_path: Path) -> None:
+    trainer = _distillm(tmp_path, mta=None, increase=0.25, tolerance=-100.0, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert trainer.model.base.threshold == 1.0  # four evaluations after the one before training
+    assert logged(trainer, "threshold")[0] == 0.0
+
+
+def test_distillm_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"threshold": 0.7, "schedule": "constant", "capacity": 6, "seed": 3}
+    whole = _distillm(tmp_path / "whole", **options)
+    whole.train()
+    first = _distillm(tmp_path / "parts", save_strategy="steps", save_steps=2, **options)
+    first.train()
+    second = _distillm(tmp_path / "parts", **options)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    _close(weights(second), weights(whole))
+    assert list(second.model.base.replay) == list(whole.model.base.replay)
+
+
+def test_what_distillm_needs_is_asked_for_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="span_extractor: expected one"):
+        make_trainer(tmp_path, base_loss="distillm")
+    with pytest.raises(InputError, match="generation: expected fields of GenerationSettings"):
+        _distillm(tmp_path, generation={"max_tokens": 3})
+
+
+# --- equal time --------------------------------------------------------------------------------------------------
+
+
+def test_time_ends_a_run_and_the_learning_rate_follows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr(training_log, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    trainer = make_trainer(tmp_path, max_seconds=5.0, max_steps=100, lr_scheduler_type="linear")
+    step = trainer.training_step
+
+    def in_a_second(*args: Any) -> torch.Tensor:
+        seconds[0] += 1
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "training_step", in_a_second)
+    trainer.train()
+    assert trainer.state.global_step == 5
+    assert logged(trainer, "learning_rate") == pytest.approx([0.001, 0.0008, 0.0006, 0.0004, 0.0002])
+
+
+def test_seconds_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    first = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    first.train()
+    seconds = json.loads((tmp_path / "checkpoint-2" / "progress_0.json").read_text())["seconds"]
+    assert 0 < seconds <= first.train_seconds
+    second = make_trainer(tmp_path)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert second.train_seconds > seconds
+
+
+def test_a_clock_needs_a_warm_up_ratio(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="warmup_steps: expected a ratio"):
+        make_trainer(tmp_path, max_seconds=5.0, warmup_steps=10)
+    with pytest.raises(InputError, match="max_seconds: expected a time > 0"):
+        make_trainer(tmp_path, max_seconds=0.0)
