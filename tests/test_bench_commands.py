@@ -151,6 +151,27 @@ def test_step(tmp_path: Path) -> None:
     assert re.search(r"^\| of which: parse \| - \| - \| [\d.]+ \|$", text, re.MULTILINE)
 
 
+def test_on_policy(tmp_path: Path) -> None:
+    pytest.importorskip("spacy")
+    pytest.importorskip("transformers")
+    report = _run("on-policy", tmp_path, "--rounds", "2")
+    rows = _rows(report)
+    assert any("a pool of 1" in row for row in rows)
+    assert all(len(values) == 2 for taken in report["samples"].values() for values in taken["whole"].values())
+    assert _is_png(tmp_path / "on-policy.png")
+
+
+def test_recipes_are_modelled_as_their_files_say(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    main(["bench", "recipes", "--out", str(tmp_path / "recipes")])
+    text = (tmp_path / "recipes.md").read_text()
+    lines = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in text.splitlines() if "," in line}
+    assert lines["gpt2"][1] == f"{14_000 // 16 * 5:,}"
+    assert lines["opt-distillm2"][1] == f"{14_000 // 8 * 3:,}"
+    flops = 4096 * (2 * 1_557_611_200 + 6 * 124_439_808)  # the published sizes of GPT-2 XL and GPT-2
+    assert lines["gpt2"][2] == f"{4375 * flops / (0.4 * 312e12) / 60:.0f}"
+
+
 def test_a_step_with_other_numbers_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("spacy")
     pytest.importorskip("transformers")

@@ -13,9 +13,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
-from mta_fast.config import PRESETS
+from mta_fast.config import PRESETS, MTAConfig
 from mta_fast.distill.checkpoints import load_loss
 from mta_fast.distill.data import load_sample
+from mta_fast.distill.fdd import FDD
+from mta_fast.distill.methods import base_method
 from mta_fast.distill.run import train
 from mta_fast.distill.settings import TrainSettings
 
@@ -81,10 +83,9 @@ def test_recipe_trains(tmp_path: Path, name: str) -> None:
         "teacher.tokenizer": tmp_path / "tokenizer",
         "teacher.dtype": "float32",
     }
-    if "distillm2" not in name:
-        changes["data.eval"] = tmp_path / "rows.jsonl"
+    changes["data.eval"] = tmp_path / "rows.jsonl"
     if "-" not in name:  # DistiLLM: let the student write at once
-        changes["base.options"] = "{threshold: 1, schedule: constant, generation: {max_new_tokens: 8}}"
+        changes |= {"base.options.threshold": 1, "base.options.generation.max_new_tokens": 8}
     settings = TrainSettings.from_yaml(ROOT / "examples" / name, _changed(tmp_path, name, **changes))
     config = settings.mta_config(max(preset.student), max(preset.teacher))
     assert config is not None
@@ -94,6 +95,15 @@ def test_recipe_trains(tmp_path: Path, name: str) -> None:
     assert results["steps"] == 2
     assert (tmp_path / "out" / "student" / "config.json").is_file()
     assert load_loss(tmp_path / "out" / "student") is None  # nothing of MTA in it
+
+
+@pytest.mark.parametrize("name", RECIPES + TEACHERS)
+def test_base_methods_are_made_as_written(name: str) -> None:
+    """Its own options, and all it needs without MTA: the baseline is the same file with mta: false."""
+    settings = TrainSettings.from_yaml(ROOT / "examples" / name)
+    method = base_method(settings.base.loss, **settings.base.options)
+    if isinstance(method, FDD):
+        assert method.layer_pairs == MTAConfig.paper(name.removesuffix(".yaml")).layer_pairs
 
 
 @pytest.mark.parametrize("name", TEACHERS)

@@ -118,13 +118,6 @@ def test_one_submit_is_parsed_by_all_processes(pool: SpanPool, tmp_path: Path) -
     assert len(pending.result()["word_spans"]) == 2
 
 
-def test_ctrl_c_is_the_callers_from_a_process_start_on(pool: SpanPool) -> None:
-    for pid in _pids(pool):
-        blocked = re.search(r"^SigBlk:\s+(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-        assert blocked is not None
-        assert int(blocked[1], 16) >> (signal.SIGINT - 1) & 1
-
-
 def test_no_texts_and_wrong_ones(pool: SpanPool) -> None:
     assert pool.submit([]).result() == {"word_spans": [], "phrase_spans": []}
     with pytest.raises(InputError, match="text of row 1: expected a string, got NoneType"):

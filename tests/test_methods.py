@@ -257,6 +257,8 @@ def test_distillm_refuses_bad_settings() -> None:
         ({"schedule": "decreasin"}, "got 'decreasin', did you mean 'decreasing'"),
         ({"threshold": 1.5}, "threshold: expected"),
         ({"capacity": 0}, "capacity: expected"),
+        ({"alpha": 7.0}, "alpha: expected a number between 0 and 1, got 7.0"),
+        ({"loss": "forward_kl"}, "loss: expected one of srkl, skl, got 'forward_kl'"),
     ):
         with pytest.raises(InputError, match=message):
             DistiLLM(**options)

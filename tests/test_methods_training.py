@@ -21,6 +21,7 @@ from mta_fast.distill import MTATrainer, training_log
 from mta_fast.distill.distillm import DistiLLM
 from mta_fast.distill.fdd import FDD
 from mta_fast.errors import InputError
+from mta_fast.spans.live import LazySpans
 
 
 def _close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -188,13 +189,25 @@ def test_a_full_buffer_is_replayed(tmp_path: Path) -> None:
     assert all(entry > 0 for entry in logged(trainer, "dsa"))
 
 
-def test_micro_batches_wait_for_their_spans_after_the_teacher(tmp_path: Path) -> None:
+def test_micro_batches_wait_for_their_spans_after_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = _distillm(
         tmp_path, threshold=1.0, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2
     )
+    order: list[str] = []
+    teach, result = trainer._teach, LazySpans.result
+    monkeypatch.setattr(trainer, "_teach", lambda batch: (order.append("teacher"), teach(batch))[1])
+    monkeypatch.setattr(LazySpans, "result", lambda spans: (order.append("spans"), result(spans))[1])
     trainer.train()
     assert len(trainer.model.base.replay) == 8
-    assert all(stall >= 0 for stall in logged(trainer, "span_stall_seconds"))
+    # denominators of both micro-batches, then their losses, which know the teacher's output
+    assert order == ["teacher", "spans", "teacher", "spans", "spans", "spans"] * 2
+
+
+def test_training_twice_starts_the_parsers_twice(tmp_path: Path) -> None:
+    trainer = _distillm(tmp_path, threshold=1.0, max_steps=1)
+    trainer.train()
+    trainer.train()
+    assert len(trainer.model.base.replay) == 8
 
 
 def test_empty_responses_keep_the_data_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +245,48 @@ def test_what_distillm_needs_is_asked_for_before_the_first_step(tmp_path: Path) 
         make_trainer(tmp_path, base_loss="distillm")
     with pytest.raises(InputError, match="generation: expected fields of GenerationSettings"):
         _distillm(tmp_path, generation={"max_tokens": 3})
+    with pytest.raises(InputError, match="granularity phrase, word, got word"):
+        make_trainer(tmp_path, base_loss="distillm", span_extractor=SpanExtractor(granularity="word"))
+    rows = [row | {"prompt": ""} if i == 3 else row for i, row in enumerate(make_rows())]
+    with pytest.raises(InputError, match="row 3: expected a prompt that the student can answer"):
+        _distillm(tmp_path, mta=None, rows=rows)
+    trainer = make_trainer(tmp_path, mta=None)
+    with pytest.raises(InputError, match="eval_dataset: expected one"):
+        trainer.__class__(
+            trainer.model.student,
+            trainer.teacher,
+            None,
+            trainer.args,
+            processing_class=make_tokenizer(),
+            base_loss="distillm",
+            train_dataset=make_rows(),
+        )
+
+
+def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path, mta=None, save_strategy="steps", save_steps=2, max_steps=2).train()
+    other = make_trainer(tmp_path, mta=None, base_loss="skl")
+    with pytest.raises(InputError, match="expected a checkpoint trained with the base loss skl, it has srkl"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
+    first = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    first.train()
+    again = make_trainer(tmp_path, max_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 2
+    assert again.train_seconds == pytest.approx(first.train_seconds, rel=0.5)
+    _close(weights(again), weights(first))
+    assert again.final_losses()["eval_loss"] == pytest.approx(first.final_losses()["eval_loss"], rel=1e-5)
+
+
+def test_more_ranks_than_before_share_the_first_one_s_state(tmp_path: Path) -> None:
+    from mta_fast.distill.checkpoints import load_progress, save_progress
+
+    save_progress(tmp_path, 0, {"seconds": 1.0})
+    assert load_progress(tmp_path, 3) == {"seconds": 1.0}
+    assert load_progress(tmp_path / "none", 0) is None
 
 
 # --- equal time --------------------------------------------------------------------------------------------------

@@ -9,10 +9,12 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from mta_fast.layers import LayerMap
 
 BASE, FULL, MATCHED = "base", "full", "base, time of full"
 LAYER_COUNTS = (1, 2, 3, 4, 5)
-LOG_FILE, EVAL_FOLDER, REPORT = "run.log", "eval", "ablation"
+LOG_FILE, LOCK_FILE, EVAL_FOLDER, REPORT = "run.log", ".lock", "eval", "ablation"
 SHOWN_LINES = 12  # of the log of a run that failed
 CONFIDENCE = 0.95
 
@@ -72,7 +74,7 @@ def ablation_rows(settings: TrainSettings, student_layers: int, teacher_layers: 
 
     base, +Hid, +DSA, full; words only and phrases only; no weights; and 1 to 5 layer pairs, spread evenly over the
     student's upper half, words at the first of several, mapped proportionally. Rows that a shallow student has no
-    layers for are left out.
+    layers for are left out. FDD keeps the layers of the full method in all of them (``ablate``).
 
     Raises:
         InputError: settings without MTA.
@@ -146,6 +148,7 @@ def ablate(
             raise InputError(f"rows: expected some of {', '.join(known)}, got {row!r}{nearest(row, known)}")
     if match_time and not {BASE, FULL} <= set(chosen):
         raise InputError(f"match_time: expected the rows {BASE} and {FULL} among those that are run, got {chosen}")
+    settings = _with_own_layers(settings, *depths)
     out = Path(settings.output_dir)
     runs = [_run(settings, out, row, known[row], seed) for seed in seeds for row in chosen]
     matched = [_run(settings, out, MATCHED, False, seed) for seed in seeds] if match_time else []
@@ -156,7 +159,7 @@ def ablate(
         print(f"[{number}/{len(runs) + len(matched)}] {run.row}, seed {run.seed}: ", end="", flush=True)
         partner = _folder(out, FULL, run.seed) if run.row == MATCHED else None
         code = _train(run, partner) or _evaluate(run, eval_data, eval_options)
-        if code in (INTERRUPTED, -2):
+        if code == INTERRUPTED:
             print("stopped; the same command goes on")
             return INTERRUPTED
         if code:
@@ -168,6 +171,17 @@ def ablate(
         print(_tail(run.folder / LOG_FILE), file=sys.stderr)
     print(f"table in {out / REPORT}.md, picture in {out / REPORT}.png")
     return 1 if failed else 0
+
+
+def _with_own_layers(settings: TrainSettings, student_layers: int, teacher_layers: int) -> TrainSettings:
+    """FDD's layers written down, where it takes MTA's: a row changes one thing, and the base row has no MTA."""
+    base = settings.base
+    if base.loss != "fdd" or "layer_pairs" in base.options:
+        return settings
+    config = settings.mta_config(student_layers, teacher_layers)
+    assert config is not None
+    options = {**base.options, "layer_pairs": config.to_dict()["layer_pairs"]}
+    return replace(settings, base=replace(base, options=options))
 
 
 def _config_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,14 +228,43 @@ def _evaluate(run: Run, data: Sequence[str], options: Sequence[str]) -> int:
 
 
 def _call(command: Sequence[str], log: Path) -> int:
-    """Run a command of mta-fast, its output appended to the log; Ctrl-C reaches it too, and it saves first."""
-    with log.open("ab") as file:
-        process = subprocess.Popen([sys.executable, "-m", "mta_fast", *command], stdout=file, stderr=file)
+    """Run a command of mta-fast, its output appended to the log. Ctrl-C is passed on to it: it saves, and ends.
+
+    Raises:
+        InputError: a process of an earlier command that was killed is still at work in the folder.
+    """
+    with log.open("ab") as file, _only_here(log.parent) as lock:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mta_fast", *command],
+            stdout=file,
+            stderr=file,
+            pass_fds=(lock,),  # held until this process has ended too
+            start_new_session=True,  # the terminal's Ctrl-C reaches it through us alone
+        )
+        interrupted = False
         while True:
             try:
-                return process.wait()
+                code = process.wait()
+                return INTERRUPTED if interrupted else code
             except KeyboardInterrupt:
-                continue
+                interrupted = True
+                process.send_signal(signal.SIGINT)
+
+
+@contextmanager
+def _only_here(folder: Path) -> Iterator[int]:
+    """A lock on a run's folder, as a file descriptor: a process that inherits it holds it on."""
+    import fcntl
+
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: expected no process at work in it, one of an earlier command still is; wait for its "
+                f"end, or stop it"
+            ) from None
+        yield file.fileno()
 
 
 def _outcome(run: Run, code: int) -> str:
@@ -240,7 +283,8 @@ def _tail(log: Path) -> str:
 
 
 def report(out: Path, rows: Sequence[str], seeds: Sequence[int]) -> None:
-    """Write the table, its data and the picture of the runs that are done."""
+    """Write the table, its data and the picture of the runs that are done, those of earlier commands too."""
+    rows, seeds = _with_earlier(out / f"{REPORT}.json", rows, seeds)
     found = {row: {seed: _figures(_folder(out, row, seed)) for seed in seeds} for row in rows}
     names = list(dict.fromkeys(name for by_seed in found.values() for each in by_seed.values() for name in each))
     table = {row: {name: _figure(found, row, name) for name in names} for row in rows}
@@ -248,6 +292,12 @@ def report(out: Path, rows: Sequence[str], seeds: Sequence[int]) -> None:
     write_whole(out / f"{REPORT}.json", json.dumps(found, indent=2) + "\n")
     _write_csv(out / f"{REPORT}.csv", found)
     _draw(table, [name for name in names if name == "eval_base" or name.startswith("ROUGE-L")], out / f"{REPORT}.png")
+
+
+def _with_earlier(file: Path, rows: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = sorted({*seeds, *(int(seed) for by_seed in earlier.values() for seed in by_seed)})
+    return list(dict.fromkeys([*earlier, *rows])), known
 
 
 def _figures(folder: Path) -> dict[str, float]:
@@ -258,7 +308,7 @@ def _figures(folder: Path) -> dict[str, float]:
     evaluated = folder / EVAL_FOLDER / RESULTS_FILE
     if evaluated.is_file():
         for each in json.loads(evaluated.read_text(encoding="utf-8"))["data"]:
-            if each["mean"] is not None:
+            if all(run["error"] is None for run in each["seeds"]):  # a mean of some seeds would pass for that of all
                 figures[f"ROUGE-L {each['name']}"] = each["mean"]
     return figures
 
@@ -319,7 +369,7 @@ def _markdown(table: Mapping[str, Mapping[str, Figure | None]], names: Sequence[
         f"Seeds {', '.join(map(str, seeds))}. Mean ± standard deviation over the seeds; against base: mean difference "
         f"with the same seed, and its 95 % interval (Student's t) in brackets."
     )
-    return "\n".join([note, "", *lines]) + "\n"
+    return "\n".join(["## Ablation", "", note, "", *lines]) + "\n"
 
 
 def _cells(figure: Figure | None, form: Callable[[float], str], *, judged: bool) -> list[str]:

@@ -192,9 +192,10 @@ def save_progress(folder: Path, rank: int, progress: Mapping[str, Any]) -> None:
 
 
 def load_progress(folder: Path, rank: int) -> dict[str, Any] | None:
-    """What ``save_progress`` wrote; None where that rank wrote nothing."""
-    file = folder / PROGRESS_FILE.format(rank=rank)
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """What ``save_progress`` wrote, the first rank's where there were fewer ranks; None where none wrote anything."""
+    files = [folder / PROGRESS_FILE.format(rank=each) for each in (rank, 0)]
+    found = next((file for file in files if file.is_file()), None)
+    return None if found is None else json.loads(found.read_text(encoding="utf-8"))
 
 
 # --- the student -------------------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from torch import Tensor
+
 from mta_fast.config import nearest
-from mta_fast.distill.methods import TokenMethod
+from mta_fast.distill.methods import BaseMethod, Batch, ModelOutput, skewed_method
 from mta_fast.errors import InputError
 
 Source = Literal["data", "student", "replay"]
@@ -20,7 +22,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-class DistiLLM(TokenMethod):
+class DistiLLM(BaseMethod):
     """SRKL or SKL with adaptive off-policy training (DistiLLM, arXiv 2402.03898).
 
     Called alone it is the loss. In training each batch comes from one of three sources, with threshold f, progress t
@@ -56,7 +58,8 @@ class DistiLLM(TokenMethod):
         generation: Mapping[str, Any] | None = None,
         seed: int = 42,
     ) -> None:
-        super().__init__(loss, alpha=alpha, detach_mixture=detach_mixture)
+        super().__init__()
+        self._token = skewed_method(loss, alpha, detach_mixture)
         if schedule not in SCHEDULES:
             raise InputError(
                 f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}{nearest(schedule, SCHEDULES)}"
@@ -72,6 +75,14 @@ class DistiLLM(TokenMethod):
         self.generation = dict(generation or {})
         self._share = SCHEDULES[schedule]
         self._random = random.Random(seed)
+
+    def counts(self, batch: Batch) -> Tensor:
+        """[1] counted positions."""
+        return self._token.counts(batch)
+
+    def sums(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """[1] the divergence, summed over the counted positions."""
+        return self._token.sums(student, teacher, batch)
 
     def next_source(self) -> Source:
         """Where the next batch comes from; draws U."""

@@ -38,8 +38,8 @@ class DistiLLM2(BaseMethod):
         adaptive_alpha: a skew for each response instead, from how far the two models are apart on it:
             alpha = clip(1 - (1 - 0.1) m / (delta + 1e-5), 0.01, 0.1), detached, with delta = exp(mean log p) -
             exp(mean log q) on chosen responses and its negative on rejected ones, and m the mean of delta over the
-            first ``anchor_steps`` batches (until then ``alpha`` is used).
-        anchor_steps: batches of training that m is taken over.
+            first ``anchor_steps`` micro-batches (until then ``alpha`` is used).
+        anchor_steps: micro-batches of training that m is taken over.
         detach_mixture: no gradient through the student's part of the rejected mixture.
 
     Raises:
@@ -105,7 +105,7 @@ class DistiLLM2(BaseMethod):
         pairs = len(lengths) // 2
         gap = torch.cat([(p - q)[:pairs], (q - p)[pairs:]])
         if torch.is_grad_enabled():
-            self._anchor.observe(gap.reshape(2, pairs), self.reduce)
+            self._anchor.observe(gap.reshape(2, pairs), (lengths > 0).reshape(2, pairs), self.reduce)
         if not self._anchor.known:
             return torch.full_like(log.p[:, :1], self.alpha)
         anchor = self._anchor.mean.to(gap).repeat_interleave(pairs)
@@ -127,7 +127,7 @@ class _Anchor:
 
     def __init__(self, steps: int) -> None:
         self._steps, self._seen = steps, 0
-        self._total = torch.zeros(3, dtype=torch.float64)  # gaps of chosen, of rejected; pairs
+        self._total = torch.zeros(2, 2, dtype=torch.float64)  # gaps of chosen, of rejected; how many of each
 
     @property
     def known(self) -> bool:
@@ -136,12 +136,12 @@ class _Anchor:
     @property
     def mean(self) -> Tensor:
         """[2] of chosen, of rejected."""
-        return self._total[:2] / self._total[2]
+        return self._total[0] / self._total[1].clamp(min=1)
 
-    def observe(self, gap: Tensor, reduce: Any) -> None:
-        """[2, pairs] of a batch."""
+    def observe(self, gap: Tensor, counted: Tensor, reduce: Any) -> None:
+        """[2, pairs] of a batch; those without a counted token are left out."""
         if not self.known:
-            own = torch.cat([gap.double().sum(1), gap.new_full((1,), gap.shape[1], dtype=torch.float64)])
+            own = torch.stack([(gap * counted).double().sum(1), counted.double().sum(1)])
             self._total += reduce(own).cpu()
             self._seen += 1
 

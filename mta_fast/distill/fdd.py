@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mta_fast.config import LayerPairs, checked_layer_pairs
-from mta_fast.distill.methods import BaseMethod, Batch, ModelOutput, TokenMethod
+from mta_fast.distill.methods import BaseMethod, Batch, ModelOutput, skewed_method
 from mta_fast.errors import InputError
 from mta_fast.layers import num_layers, unwrap
 from mta_fast.reference import compute_dtype
@@ -54,7 +54,7 @@ class FDD(BaseMethod):
         if not tau > 0:
             raise InputError(f"tau: expected a temperature > 0, got {tau}")
         self.tau = tau
-        self._token = TokenMethod(loss, alpha=alpha, detach_mixture=detach_mixture)
+        self._token = skewed_method(loss, alpha, detach_mixture)
         self._pairs = None if layer_pairs is None else checked_layer_pairs(layer_pairs)
         self._heads: tuple[Head, Head] | None = None
 

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from mta_fast.config import LayerPairs, nearest
-from mta_fast.distill.losses import BASE_LOSSES, SEQUENCE_LEVEL_LOSSES, base_loss, counted_positions
+from mta_fast.distill.losses import BASE_LOSSES, SEQUENCE_LEVEL_LOSSES, base_loss, check_share, counted_positions
 from mta_fast.errors import InputError
 
+SKEWED_LOSSES = ("srkl", "skl")
 Batch = Mapping[str, Any]
 
 
@@ -96,6 +97,9 @@ class TokenMethod(BaseMethod):
     def __init__(self, loss: str = "srkl", **options: float | bool) -> None:
         super().__init__()
         self._name, self._loss = loss, base_loss(loss, **options)
+        for option in ("alpha", "beta"):
+            if option in options:
+                check_share(option, float(options[option]))
         self.reads_teacher = loss not in SEQUENCE_LEVEL_LOSSES
 
     @property
@@ -110,6 +114,19 @@ class TokenMethod(BaseMethod):
     def sums(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """[1] the loss, summed over the counted positions."""
         return self._loss(student.logits, teacher.logits, batch["labels"], reduction="sum")[None]
+
+
+def skewed_method(loss: str, alpha: float, detach_mixture: bool) -> TokenMethod:
+    """SRKL or SKL, as the token loss of another method.
+
+    Raises:
+        InputError: another loss, or an alpha outside 0 to 1.
+    """
+    if loss not in SKEWED_LOSSES:
+        raise InputError(
+            f"loss: expected one of {', '.join(SKEWED_LOSSES)}, got {loss!r}{nearest(loss, SKEWED_LOSSES)}"
+        )
+    return TokenMethod(loss, alpha=alpha, detach_mixture=detach_mixture)
 
 
 def base_method(name: str, **options: Any) -> BaseMethod:
@@ -128,9 +145,11 @@ def base_method(name: str, **options: Any) -> BaseMethod:
             f"{nearest(name, known)}"
         )
     method = methods[name] if name in methods else import_name("base loss", name)
-    parameters = list(inspect.signature(method).parameters)
+    described = inspect.signature(method).parameters
+    parameters = list(described)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in described.values())
     for option in options:
-        if option not in parameters:
+        if option not in parameters and not takes_any:
             raise InputError(
                 f"base loss {name}: expected options among {', '.join(parameters) or 'none'}, got {option!r}"
                 f"{nearest(option, parameters)}"

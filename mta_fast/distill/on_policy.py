@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mta_fast.distill.distillm import DistiLLM, Row
-from mta_fast.distill.generation import GenerationSettings, generate_texts
+from mta_fast.distill.generation import GenerationSettings, encode_prompts, generate_texts
 from mta_fast.errors import InputError
 from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor
@@ -57,17 +57,30 @@ class OnPolicyBatches:
             self.settings = GenerationSettings(**options)
         except TypeError as error:
             raise InputError(f"generation: expected fields of GenerationSettings: {error}") from None
-        self._pool = None if extractor is None else SpanPool(extractor, extractor.n_process)
+        self._extractor = extractor
+        self._pool: SpanPool | None = None
         self._pending: list[tuple[PendingSpans, list[Row]]] = []
         self._counts: Counter[str] = Counter()
 
-    def check(self, kinds: Sequence[str], eval_dataset: Any) -> None:
-        """Refuse a run that would stop at its first generated batch or its first evaluation.
+    def check(self, student: nn.Module, kinds: Sequence[str], train_dataset: Any, eval_dataset: Any) -> None:
+        """Refuse a run that would stop at its first generated batch, maybe hours later, or its first evaluation.
 
         Raises:
-            InputError: MTA without an extractor, or an adaptive threshold without a validation set.
+            InputError: MTA without an extractor of its granularity, an adaptive threshold without a validation set, or
+                a prompt that is empty or leaves no room for a response.
         """
-        if kinds and self._pool is None:
+        if isinstance(train_dataset, Sized):
+            prompts = [row.get("prompt") for row in train_dataset]  # type: ignore[attr-defined]  # rows are mappings
+            for i, prompt in enumerate(prompts):
+                if not isinstance(prompt, str) or not prompt:
+                    raise InputError(f"row {i}: expected a prompt that the student can answer, got {prompt!r}")
+            encode_prompts(student, self.collator.tokenizer, prompts, self.settings)
+        if self._extractor is not None and not set(kinds) <= set(self._extractor.granularity):
+            raise InputError(
+                f"span_extractor: expected the granularity {', '.join(kinds)}, got "
+                f"{', '.join(self._extractor.granularity)}"
+            )
+        if kinds and self._extractor is None:
             raise InputError(
                 "span_extractor: expected one for the text that the student writes, got none; "
                 "give MTATrainer(span_extractor=SpanExtractor())"
@@ -84,13 +97,17 @@ class OnPolicyBatches:
         return self.method.increase > 0 and self.method.kept_loss is None
 
     def __enter__(self) -> OnPolicyBatches:
-        if self._pool is not None:
+        if self._extractor is not None:
+            self._pool = SpanPool(self._extractor, self._extractor.n_process)
             self._pool.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._pool is not None:
+            if kind is None:
+                self._settle()
             self._pool.close()
+            self._pool = None
 
     def batch(self, student: nn.Module, batch: Batch, seed: int, device: torch.device) -> Batch:
         """The batch to train on in place of the data's ``batch``, which it may be itself.

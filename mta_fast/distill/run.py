@@ -182,11 +182,15 @@ def _rows(
     import datasets
 
     data, paired = settings.data, settings.base.loss == "distillm2"
-    options: dict[str, Any] = {"skip_bad_rows": data.skip_bad_rows, "limit": data.max_rows, "columns": data.columns}
-    if paired:
-        loaded: Any = load_pairs(source, split=split, **options)
-    else:
-        loaded = load_rows(source, split=split, template=data.template, tokenizer=tokenizer, **options)
+    loaded: Any = (load_pairs if paired else load_rows)(
+        source,
+        split=split,
+        template=data.template,
+        tokenizer=tokenizer,
+        columns=data.columns,
+        skip_bad_rows=data.skip_bad_rows,
+        limit=data.max_rows,
+    )
     loaded = drop_long_rows(
         loaded, tokenizer, max_length=arguments.max_length, max_prompt_length=data.max_prompt_length
     )

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from mta_fast.config import MTAConfig
@@ -108,7 +109,12 @@ class MTATrainer(Trainer):
                 "log_gradient_norms: expected whole gradients, got sharded ones (FSDP or DeepSpeed); set it to false"
             )
         if self._on_policy is not None:
-            self._on_policy.check(kinds, self.eval_dataset)
+            self._on_policy.check(student, kinds, self.train_dataset, self.eval_dataset)
+            if args.bf16_full_eval or args.fp16_full_eval:
+                raise InputError(
+                    "base_loss distillm: expected false for bf16_full_eval and fp16_full_eval, got true; the "
+                    "validation before training would leave the student in half precision"
+                )
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise InputError(
                     "base_loss distillm: expected a student with whole weights to generate with, got sharded ones "
@@ -124,7 +130,7 @@ class MTATrainer(Trainer):
         self._evaluated: EvaluationSums | None = None
         self._saving = False
         self._module.stopwatch = self._log.mta
-        self.add_callback(StepEnd(self._log))
+        self.add_callback(StepEnd(self._log, self._seconds_of_all))
 
     @property
     def _module(self) -> DistillationModel:
@@ -149,6 +155,8 @@ class MTATrainer(Trainer):
                     self._on_policy.batch(module.student, batch, seed, device)
                     for batch, seed in zip(batches, seeds, strict=False)
                 ]
+        if not batches:
+            return batches, torch.zeros((), device=device)
         counts = torch.stack([module.counts(batch) for batch in batches]).sum(0)
         base = self._sum_over_ranks(counts.to(device))
         totals = StepTotals(base, reduce=self._sum_over_ranks, scale=float(self.args.world_size))
@@ -164,8 +172,13 @@ class MTATrainer(Trainer):
     def _progress(self) -> float:
         """How much of the training is done: steps, or time where that is what ends it."""
         if self.args.max_seconds is not None:
-            return min(1.0, self._log.total_seconds / self.args.max_seconds)
+            return min(1.0, self._seconds_of_all() / self.args.max_seconds)
         return self.state.global_step / max(1, self.state.max_steps)
+
+    def _seconds_of_all(self) -> float:
+        """The mean of the ranks' clocks: what all of them stop by and take their learning rate from."""
+        own = torch.tensor(self._log.total_seconds, dtype=torch.float64, device=self.args.device)
+        return float(self._sum_over_ranks(own)) / self.args.world_size
 
     def _generation_seed(self, micro_batch: int) -> int:
         """Of what the student generates for a micro-batch: the same in a run that was resumed."""
@@ -318,8 +331,10 @@ class MTATrainer(Trainer):
         """eval_loss, eval_base, eval_dsa and eval_hid of the student as it is; none without an evaluation set."""
         if self.eval_dataset is None:
             return {}
-        now = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
-        metrics = next((entry for entry in reversed(now) if "eval_loss" in entry), None) or self.evaluate()
+        step, best = self.state.global_step, self.state.best_global_step
+        shown = [entry for entry in self.state.log_history if entry["step"] == step and "eval_loss" in entry]
+        other = self.args.load_best_model_at_end and best != step  # in memory is the best checkpoint
+        metrics = shown[-1] if shown and not other else self.evaluate()
         return {name: metrics[name] for name in ("eval_loss", *(f"eval_{term}" for term in TERMS)) if name in metrics}
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **options: Any) -> Any:
@@ -363,6 +378,9 @@ class MTATrainer(Trainer):
         if isinstance(resume_from_checkpoint, str):
             checkpoints.check_mta(Path(resume_from_checkpoint), self._module.mta)
             self._load_progress(Path(resume_from_checkpoint))
+            if self._is_finished(Path(resume_from_checkpoint)):  # the Trainer would take one more step
+                self._load_from_checkpoint(resume_from_checkpoint)
+                return None
         if self._on_policy is None:
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
         with self._on_policy:
@@ -370,12 +388,28 @@ class MTATrainer(Trainer):
                 self.evaluate()
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
+    def _is_finished(self, checkpoint: Path) -> bool:
+        """Whether nothing is left to train after a checkpoint; then its state is taken up."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        state, args = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)), self.args
+        if args.max_seconds is not None:
+            finished = self._seconds_of_all() >= args.max_seconds
+        elif args.max_steps > 0:
+            finished = state.global_step >= args.max_steps
+        else:
+            finished = state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
+        if finished:
+            self.state = state
+        return finished
+
     def _save_rng_state(self, output_dir: str) -> None:
         """Called on every rank, which all have a state of their own: with the random numbers, this run's progress."""
         super()._save_rng_state(output_dir)
         stateful = self._module.base if self._on_policy is None else self._on_policy
         progress = {
             "seconds": self._log.total_seconds,
+            "method": None if self._module.base is None else self._module.base.name,
             "base": {} if stateful is None else stateful.state_dict(),
         }
         checkpoints.save_progress(Path(output_dir), self.args.process_index, progress)
@@ -383,9 +417,16 @@ class MTATrainer(Trainer):
     def _load_progress(self, checkpoint: Path) -> None:
         progress = checkpoints.load_progress(checkpoint, self.args.process_index)
         if progress is not None:
+            method = self._module.base
+            name = None if method is None else method.name
+            if progress["method"] != name:
+                raise InputError(
+                    f"{checkpoint}: expected a checkpoint trained with the base loss {name}, it has "
+                    f"{progress['method']}; resume with the settings it was made with, or start another output_dir"
+                )
             self._log.finished_seconds = progress["seconds"]
-            if self._module.base is not None and progress["base"]:
-                self._module.base.load_state_dict(progress["base"])
+            if method is not None and progress["base"]:
+                method.load_state_dict(progress["base"])
 
     def export_student(self, directory: str | Path) -> None:
         """Write the plain student and its tokenizer; see ``checkpoints.export_student``. All ranks call it."""

@@ -79,15 +79,18 @@ class TrainingLog:
 
 
 class StepEnd(TrainerCallback):
-    """Stops the step's clock before evaluation and saving begin, and the training once its time is up."""
+    """Stops the step's clock before evaluation and saving begin, and the training once its time is up.
 
-    def __init__(self, log: TrainingLog) -> None:
-        self._log = log
+    ``seconds`` gives the time of training so far, the same on every rank.
+    """
+
+    def __init__(self, log: TrainingLog, seconds: Callable[[], float]) -> None:
+        self._log, self._seconds = log, seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called by the Trainer."""
         self._log.end_step()
-        if args.max_seconds is not None and self._log.total_seconds >= args.max_seconds:
+        if args.max_seconds is not None and self._seconds() >= args.max_seconds:
             control.should_training_stop = True
 
 

@@ -356,8 +356,6 @@ class _Crew:
 
     def _run(self, ready: Future[None]) -> None:
         """A thread: one process after another, as they die, and the chunks."""
-        if hasattr(signal, "pthread_sigmask"):  # a process inherits it: Ctrl-C is the caller's, also while one loads
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         parser = _Parser(self)
         _settle(ready, parser.load)
         while chunk := self._next():
