@@ -1,4 +1,4 @@
-"""One rank of a training run: ``torchrun distributed_worker.py ddp|fsdp OUT [CHECKPOINT]``."""
+"""One rank of a training run: ``torchrun distributed_worker.py ddp|fsdp OUT [METHOD [CHECKPOINT]]``."""
 
 from __future__ import annotations
 
@@ -23,31 +23,50 @@ def let_fsdp_run_on_cpus() -> None:
     PartialState.__init__ = init  # type: ignore[method-assign]
 
 
-def main(mode: str, out: str, checkpoint: str | None = None) -> None:
-    """Train four steps on 16 rows, evaluate, save and export."""
+def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = None) -> None:
+    """Train four steps on 16 rows, evaluate, save and export.
+
+    ``method`` is a base method; "distillm" writes in every step, "clock" is SRKL that a second ends.
+    """
     if mode == "fsdp":
         let_fsdp_run_on_cpus()
-    from training import make_trainer, uneven_rows
+    from training import make_pairs, make_trainer, uneven_rows
 
+    from mta_fast import SpanExtractor
+    from mta_fast.distill.distillm import DistiLLM
+
+    options: dict[str, Any] = {"base_loss": method, "rows": uneven_rows()}
+    if method == "distillm2":
+        options["rows"] = make_pairs(uneven_rows())
+    elif method == "distillm":
+        generation = {"max_new_tokens": 6}
+        options["base_loss"] = DistiLLM(threshold=1.0, schedule="constant", capacity=4, generation=generation)
+        options["span_extractor"] = SpanExtractor()
+    elif method == "clock":
+        options |= {"base_loss": "srkl", "max_seconds": 1.0, "max_steps": 1000, "eval_strategy": "no"}
     world = int(os.environ.get("WORLD_SIZE", "1"))
     sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if mode == "fsdp" else {}
     trainer = make_trainer(
         Path(out),
         family="llama",
-        rows=uneven_rows(),
-        per_device_train_batch_size=4 // world,
-        per_device_eval_batch_size=2,
-        gradient_accumulation_steps=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        **sharded,
+        **{
+            "per_device_train_batch_size": 4 // world,
+            "per_device_eval_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            **sharded,
+            **options,
+        },
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.export_student(Path(out) / "student")
     if trainer.is_world_process_zero():
         print("wrapped by", type(trainer.model_wrapped).__name__)
+    rate = trainer.lr_scheduler.get_last_lr()[0]
+    print(f"rank {trainer.args.process_index}: {trainer.state.global_step} steps, rate {rate}", flush=True)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

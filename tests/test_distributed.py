@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,5 +115,31 @@ def test_two_trainers_equal_one(tmp_path: Path, single: Path, mode: str, wrapper
     assert f"wrapped by {wrapper}" in _run(tmp_path / "two", mode, WORLD)
     _assert_same_run(single, tmp_path / "two")
     # what both leave is a plain student, and either can go on from the middle
-    _run(tmp_path / "on", mode, WORLD, str(tmp_path / "two/checkpoint-2"))
+    _run(tmp_path / "on", mode, WORLD, "srkl", str(tmp_path / "two/checkpoint-2"))
     _assert_same_run(single, tmp_path / "on")
+
+
+@pytest.mark.parametrize("method", ["fdd", "distillm2"])
+def test_base_methods_on_two_ranks_equal_one(tmp_path: Path, method: str) -> None:
+    _run(tmp_path / "one", "ddp", 1, method)
+    _run(tmp_path / "two", "ddp", WORLD, method)
+    _assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_ranks_write_their_own_responses_and_go_on(tmp_path: Path) -> None:
+    _run(tmp_path / "two", "ddp", WORLD, "distillm")
+    history = _history(tmp_path / "two" / "checkpoint-4")
+    assert next(entry["student_share"] for entry in history if "student_share" in entry) == 1.0
+    buffers = [
+        json.loads((tmp_path / "two" / "checkpoint-2" / f"progress_{rank}.json").read_text())["base"]["replay"]
+        for rank in range(WORLD)
+    ]
+    assert {row["prompt"] for row in buffers[0]}.isdisjoint(row["prompt"] for row in buffers[1])
+    _run(tmp_path / "two", "ddp", WORLD, "distillm", str(tmp_path / "two" / "checkpoint-2"))
+
+
+def test_one_clock_ends_both_ranks(tmp_path: Path) -> None:
+    """Ranks that stopped by clocks of their own would wait for each other for ever, with other learning rates."""
+    told = re.findall(r"rank \d: (.*)", _run(tmp_path, "ddp", WORLD, "clock"))
+    assert len(told) == WORLD
+    assert len(set(told)) == 1

@@ -104,9 +104,11 @@ def test_settings_on_the_pages_are_valid(tmp_path: Path) -> None:
     assert set(values) == {"preset", *(f.name for f in fields(MTAConfig))}
     own = {f.name: f.default for f in fields(MTATrainingArguments) if f.name in MTATrainingArguments.__annotations__}
     assert _yaml.loads(training, "page") == own
-    for block in _blocks("docs/guide.md", "yaml"):
-        (tmp_path / "run.yaml").write_text(block)
-        assert TrainSettings.from_yaml(tmp_path / "run.yaml").mta_config(12, 24)
+    needed = {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"train": "d"}, "output_dir": "o"}
+    for page in ("docs/guide.md", "docs/extending.md", "docs/reproduction.md"):
+        for block in _blocks(page, "yaml"):  # a whole file, or a part of one
+            (tmp_path / "run.yaml").write_text(_yaml.dumps(needed | _yaml.loads(block, page)))
+            assert TrainSettings.from_yaml(tmp_path / "run.yaml").mta_config(12, 24)
 
 
 def test_messages_of_the_faq_exist() -> None:

@@ -14,7 +14,7 @@ from models import make_tokenizer
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from training import CONFIG, logged, make_rows, make_trainer, weights
+from training import CONFIG, logged, make_pairs, make_rows, make_trainer, weights
 
 from mta_fast import SpanExtractor, capture_layers
 from mta_fast.distill import MTATrainer, training_log
@@ -41,22 +41,9 @@ def _base_by_hand(trainer: MTATrainer, batch: Any) -> torch.Tensor:
 # --- DistiLLM-2 --------------------------------------------------------------------------------------------------
 
 
-def _paired(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Pairs of the rows' responses: the row's own is chosen, the next row's is rejected."""
-    pairs = []
-    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
-        spans = SpanExtractor()([row["prompt"] + other["output"]])
-        pairs.append(
-            {"prompt": row["prompt"], "chosen": row["output"], "rejected": other["output"]}
-            | {f"chosen_{kind}_spans": row[f"{kind}_spans"] for kind in ("word", "phrase")}
-            | {f"rejected_{name}": column[0] for name, column in spans.items()}
-        )
-    return pairs
-
-
 @pytest.fixture(scope="module")
 def pairs() -> list[dict[str, Any]]:
-    return _paired(make_rows())
+    return make_pairs(make_rows())
 
 
 @pytest.mark.parametrize("mta", [CONFIG, None])

@@ -34,6 +34,19 @@ def uneven_rows() -> list[dict[str, Any]]:
     ]
 
 
+def make_pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pairs of the rows' responses: the row's own is chosen, the next row's is rejected."""
+    pairs = []
+    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+        spans = SpanExtractor()([row["prompt"] + other["output"]])
+        pairs.append(
+            {"prompt": row["prompt"], "chosen": row["output"], "rejected": other["output"]}
+            | {f"chosen_{kind}_spans": row[f"{kind}_spans"] for kind in ("word", "phrase")}
+            | {f"rejected_{name}": column[0] for name, column in spans.items()}
+        )
+    return pairs
+
+
 def make_trainer(
     out: Path,
     *,
