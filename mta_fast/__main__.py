@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from mta_fast.errors import MTAFastError
-
-INTERRUPTED = 130
+from mta_fast.errors import INTERRUPTED, MTAFastError
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -76,7 +76,7 @@ def demo(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file; docs/training.md lists its keys.")],
+    config: Annotated[Path, typer.Argument(help="YAML file; docs/configuration.md lists its keys.")],
     override: Annotated[list[str] | None, typer.Option(help="key=value with dotted keys; may be repeated.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in output_dir.")] = False,
     match_time: Annotated[

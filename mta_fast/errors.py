@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+INTERRUPTED = 130  # the exit code after Ctrl-C, which has saved what it could
+
 
 class MTAFastError(Exception):
     """Base class; the command line prints these as one line and exits with 2."""

@@ -22,7 +22,7 @@ import torch
 
 from mta_fast import SpanBatch, SpanCollator, SpanExtractor
 from mta_fast.errors import InputError, MissingPackageError, MTAFastError
-from mta_fast.spans import live
+from mta_fast.spans import crew
 from mta_fast.spans.cache import SpanCache
 from mta_fast.spans.live import LazySpans, SpanPool, pending_batch
 
@@ -198,7 +198,7 @@ def test_a_killed_process_is_replaced_and_its_texts_parsed_again(
 
 @pytest.mark.usefixtures("quiet")
 def test_a_text_that_kills_is_named_and_the_others_are_parsed(pool: SpanPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "ATTEMPTS", 2)
+    monkeypatch.setattr(crew, "ATTEMPTS", 2)
     replaced, poison = pool.replaced, f"die: {'long ' * 30}"
     pending, spared = pool.submit(["a", poison]), pool.submit(["x", "y"])
     assert spared.result() == EXTRACTOR(["x", "y"])
@@ -318,7 +318,7 @@ def _load(pid: int) -> _OnlyHere:
 
 
 def test_processes_that_cannot_start_close_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "ATTEMPTS", 1)
+    monkeypatch.setattr(crew, "ATTEMPTS", 1)
     before = set(multiprocessing.active_children())
     pool = SpanPool(SpanExtractor(_OnlyHere()))
     pending = pool.submit(["a"])

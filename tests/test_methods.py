@@ -49,6 +49,19 @@ def test_unknown_names_and_options() -> None:
         base_method("srkl", beta=1)
 
 
+def test_a_class_of_ones_own_by_module_and_name(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_losses.py").write_text(
+        "from mta_fast.distill import BaseMethod\n\n\nclass Own(BaseMethod):\n"
+        "    def __init__(self, weight=1.0, **others):\n        super().__init__()\n        self.weight = weight\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert base_method("own_losses:Own", weight=2.0, other=1).weight == 2.0  # type: ignore[attr-defined]  # it has one
+    with pytest.raises(InputError, match="base loss: expected module:name .*, got 'own_losses:None_'"):
+        base_method("own_losses:None_")
+    with pytest.raises(InputError, match="expected a BaseMethod, got Counter"):
+        base_method("collections:Counter")
+
+
 def test_a_loss_alone_is_the_mean_over_the_counted_positions() -> None:
     student, teacher = torch.randn(2, 2, 5, 7).double()
     batch = {"labels": torch.tensor([[IGNORED, IGNORED, 1, 2, 3], [IGNORED, 4, IGNORED, IGNORED, IGNORED]])}

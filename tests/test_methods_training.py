@@ -19,6 +19,7 @@ from training import CONFIG, logged, make_pairs, make_rows, make_trainer, weight
 from mta_fast import SpanExtractor, capture_layers
 from mta_fast.distill import MTATrainer, training_log
 from mta_fast.distill.distillm import DistiLLM
+from mta_fast.distill.distillm2 import DistiLLM2
 from mta_fast.distill.fdd import FDD
 from mta_fast.errors import InputError
 from mta_fast.spans.live import LazySpans
@@ -90,6 +91,23 @@ def test_evaluation_of_pairs_does_not_depend_on_the_batch_size(tmp_path: Path, p
         for size in (3, 8)
     ]
     assert found[0]["eval_base"] == pytest.approx(found[1]["eval_base"], rel=1e-5)
+
+
+def test_the_methods_know_the_progress(tmp_path: Path, pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    sums = DistiLLM2.sums
+    monkeypatch.setattr(DistiLLM2, "sums", lambda method, *outs: (seen.append(method.progress), sums(method, *outs))[1])
+    make_trainer(tmp_path, base_loss="distillm2", rows=pairs, mta=None).train()
+    assert seen == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_the_final_losses_are_those_of_the_best_model_where_it_is_loaded(tmp_path: Path) -> None:
+    steps: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, mta=None, load_best_model_at_end=True, learning_rate=1.0, **steps)
+    trainer.train()
+    evaluated = logged(trainer, "eval_loss")
+    assert evaluated[-1] > min(evaluated)  # such steps make it worse
+    assert trainer.final_losses()["eval_loss"] == pytest.approx(min(evaluated), rel=1e-5)
 
 
 # --- FDD ---------------------------------------------------------------------------------------------------------

@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mta_fast.distill.arguments import MTATrainingArguments
+    from mta_fast.distill.distillm import DistiLLM
+    from mta_fast.distill.distillm2 import DistiLLM2
+    from mta_fast.distill.fdd import FDD
+    from mta_fast.distill.methods import BaseMethod
     from mta_fast.distill.trainer import MTATrainer
 
-__all__ = ["MTATrainer", "MTATrainingArguments"]
-_HOMES = {"MTATrainer": "mta_fast.distill.trainer", "MTATrainingArguments": "mta_fast.distill.arguments"}
+__all__ = ["FDD", "BaseMethod", "DistiLLM", "DistiLLM2", "MTATrainer", "MTATrainingArguments"]
+_HOMES = {
+    "BaseMethod": "mta_fast.distill.methods",
+    "DistiLLM": "mta_fast.distill.distillm",
+    "DistiLLM2": "mta_fast.distill.distillm2",
+    "FDD": "mta_fast.distill.fdd",
+    "MTATrainer": "mta_fast.distill.trainer",
+    "MTATrainingArguments": "mta_fast.distill.arguments",
+}
 
 
 def __getattr__(name: str) -> Any:

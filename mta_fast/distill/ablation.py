@@ -21,11 +21,11 @@ from typing import Any
 
 from mta_fast import _yaml
 from mta_fast.config import MTAConfig, nearest
-from mta_fast.distill.checkpoints import write_whole
+from mta_fast.distill.checkpoints import RESULTS_FILE, write_whole
 from mta_fast.distill.models import model_depth
-from mta_fast.distill.run import CONFIG_FILE, INTERRUPTED, RESULTS_FILE, STUDENT_FOLDER, read_results
+from mta_fast.distill.run import CONFIG_FILE, STUDENT_FOLDER, read_results
 from mta_fast.distill.settings import TrainSettings
-from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.errors import INTERRUPTED, InputError, MissingPackageError, MTAFastError
 from mta_fast.layers import LayerMap
 
 BASE, FULL, MATCHED = "base", "full", "base, time of full"
@@ -254,8 +254,13 @@ def _call(command: Sequence[str], log: Path) -> int:
 @contextmanager
 def _only_here(folder: Path) -> Iterator[int]:
     """A lock on a run's folder, as a file descriptor: a process that inherits it holds it on."""
-    import fcntl
-
+    try:
+        import fcntl
+    except ImportError:
+        raise MTAFastError(
+            f"ablate: expected Linux or macOS, where a folder can be locked, got {sys.platform}; run mta-fast train "
+            f"for each row instead"
+        ) from None
     with (folder / LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

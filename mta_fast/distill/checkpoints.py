@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MTA_FOLDER, CONFIG_FILE, PROJECTIONS_FILE = "mta", "config.json", "projections.safetensors"
 PROGRESS_FILE = "progress_{rank}.json"
+RESULTS_FILE = "results.json"  # of a run or an evaluation that is finished
 PARTIAL = ".partial"
 # they choose how the same numbers are computed
 FREE_TO_CHANGE = frozenset({"backend", "dsa_method"})

@@ -86,12 +86,16 @@ class DistiLLM2(BaseMethod):
         counted = counted_positions(labels)
         lengths = counted.sum(1)
         log = log_probabilities(student.logits, teacher.logits, labels)
-        rows = torch.arange(len(labels), device=labels.device).repeat_interleave(lengths)
+        rows = torch.arange(len(labels), device=labels.device).repeat_interleave(lengths, output_size=len(log.p))
         alpha = self._alpha(log, labels[:, 1:][counted], rows, lengths)
         pairs = len(labels) // 2
-        chosen, rejected = rows < pairs, rows >= pairs
-        on_chosen = skl_values(_part(log, chosen), alpha[chosen])
-        on_rejected = srkl_values(_part(log, rejected), alpha[rejected], detach_mixture=self.detach_mixture)
+        split = int(lengths[:pairs].sum())  # positions lie row after row: those of the chosen responses come first
+        sizes = [split, len(rows) - split]
+        chosen, rejected = (
+            LogProbabilities(*part) for part in zip(log.p.split(sizes), log.q.split(sizes), strict=True)
+        )
+        on_chosen = skl_values(chosen, alpha[:split])
+        on_rejected = srkl_values(rejected, alpha[split:], detach_mixture=self.detach_mixture)
         weighted = torch.cat([(2 - self.beta) * on_chosen, self.beta * on_rejected])
         return _row_means(weighted, rows, lengths).sum()[None]
 
@@ -150,10 +154,6 @@ class _Anchor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._seen, self._total = int(state["seen"]), torch.tensor(state["total"], dtype=torch.float64)
-
-
-def _part(log: LogProbabilities, positions: Tensor) -> LogProbabilities:
-    return LogProbabilities(log.p[positions], log.q[positions])
 
 
 def _row_means(values: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mta_fast._version import __version__
-from mta_fast.distill.checkpoints import write_whole
+from mta_fast.distill.checkpoints import RESULTS_FILE, write_whole
 from mta_fast.distill.data import LoadedRows, describe_rows, drop_long_rows, prompt_of, read_rows, row_fault
 from mta_fast.distill.generation import (
     GenerationSettings,
@@ -32,7 +32,6 @@ from mta_fast.distill.generation import (
 )
 from mta_fast.errors import InputError, MissingPackageError
 
-RESULTS_FILE = "results.json"
 SEEDS = (10, 20, 30, 40, 50)
 REFERENCES = ("best", "first")
 

@@ -96,11 +96,11 @@ class FDD(BaseMethod):
         """[2] the token loss and traj + der, each summed over its positions."""
         if self._heads is None:
             raise InputError("FDD: expected the models' heads, got none; call attach(student, teacher) first")
-        attended = batch["attention_mask"].bool()
+        attended = batch["attention_mask"].flatten().nonzero()[:, 0]
         student_head, teacher_head = self._heads
         dynamics = feature_dynamics(
-            [student.hidden_states[layer][attended] for layer in self.student_layers],
-            [teacher.hidden_states[layer][attended].detach() for layer in self.teacher_layers],
+            [student.hidden_states[layer].flatten(0, 1)[attended] for layer in self.student_layers],
+            [teacher.hidden_states[layer].flatten(0, 1)[attended].detach() for layer in self.teacher_layers],
             [functools.partial(student_head, layer) for layer in self.student_layers],
             [functools.partial(teacher_head, layer) for layer in self.teacher_layers],
             tau=self.tau,
@@ -133,7 +133,10 @@ def feature_dynamics(
     size = max(1, LOGIT_BUDGET // (2 * layers * vocabulary))
 
     def piece(*states: Tensor) -> Tensor:
-        return _dynamics(states[:layers], states[layers:], student_heads, teacher_heads, tau, vocabulary)
+        student = _logits(student_heads, states[:layers], vocabulary)
+        with torch.no_grad():
+            teacher = _logits(teacher_heads, states[layers:], vocabulary)
+        return _dynamics(student, teacher, tau)
 
     total = sum((state[:0].sum() for state in student_states), torch.zeros((), device=student_states[0].device))
     for first in range(0, tokens, size):
@@ -142,26 +145,18 @@ def feature_dynamics(
     return total
 
 
-def _dynamics(
-    student_states: Sequence[Tensor],
-    teacher_states: Sequence[Tensor],
-    student_heads: Sequence[Callable[[Tensor], Tensor]],
-    teacher_heads: Sequence[Callable[[Tensor], Tensor]],
-    tau: float,
-    vocabulary: int,
-) -> Tensor:
-    dtype = compute_dtype(*student_states, *teacher_states)
+def _logits(heads: Sequence[Callable[[Tensor], Tensor]], states: Sequence[Tensor], vocabulary: int) -> list[Tensor]:
+    return [head(state)[..., :vocabulary].to(compute_dtype(state)) for head, state in zip(heads, states, strict=True)]
+
+
+def _dynamics(student: Sequence[Tensor], teacher: Sequence[Tensor], tau: float) -> Tensor:
+    """traj + der of all layers' logits [n, V], summed over the n tokens."""
     trajectory, derivative = [], []
     before: tuple[Tensor, Tensor] | None = None
-    for student_state, teacher_state, student_head, teacher_head in zip(
-        student_states, teacher_states, student_heads, teacher_heads, strict=True
-    ):
-        student = student_head(student_state)[..., :vocabulary].to(dtype)
-        with torch.no_grad():
-            teacher = teacher_head(teacher_state)[..., :vocabulary].to(dtype)
-        log_p, log_q = F.log_softmax(teacher / tau, -1), F.log_softmax(student / tau, -1)
+    for u_s, u_t in zip(student, teacher, strict=True):
+        log_p, log_q = F.log_softmax(u_t / tau, -1), F.log_softmax(u_s / tau, -1)
         trajectory.append((log_p.exp() * (log_p - log_q)).sum())
-        now = F.log_softmax(teacher, -1), F.log_softmax(student, -1)
+        now = F.log_softmax(u_t, -1), F.log_softmax(u_s, -1)
         if before is not None:
             derivative.append((1 - F.cosine_similarity(now[0] - before[0], now[1] - before[1], dim=-1)).sum())
         before = now

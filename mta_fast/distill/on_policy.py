@@ -85,10 +85,11 @@ class OnPolicyBatches:
                 "span_extractor: expected one for the text that the student writes, got none; "
                 "give MTATrainer(span_extractor=SpanExtractor())"
             )
-        if self.method.increase > 0 and eval_dataset is None:
+        if self.method.increase > 0 and (eval_dataset is None or isinstance(eval_dataset, dict)):
             raise InputError(
-                "eval_dataset: expected one, as the threshold of distillm follows the validation loss, got none; "
-                "give one, or a fixed threshold with {increase: 0, threshold: 0.5}"
+                f"eval_dataset: expected one, as the threshold of distillm follows the validation loss, got "
+                f"{'none' if eval_dataset is None else 'several'}; give one, or a fixed threshold with "
+                f"{{increase: 0, threshold: 0.5}}"
             )
 
     @property

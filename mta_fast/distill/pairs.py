@@ -27,6 +27,7 @@ from mta_fast.distill.data import (
     read_rows,
     row_fault,
 )
+from mta_fast.distill.distillm2 import RESPONSES
 from mta_fast.distill.generation import (
     GenerationSettings,
     choose_device,
@@ -41,7 +42,6 @@ from mta_fast.errors import InputError
 
 CHOSEN = ("teacher", "data")
 ATTEMPTS = 4  # at a response that is not empty
-RESPONSES = ("chosen", "rejected")
 
 
 class PairRow(TypedDict):

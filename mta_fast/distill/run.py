@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from mta_fast import _yaml
 from mta_fast.config import nearest
-from mta_fast.distill.checkpoints import write_whole
+from mta_fast.distill.checkpoints import RESULTS_FILE, write_whole
 from mta_fast.distill.data import describe_rows, drop_long_rows, load_rows
 from mta_fast.distill.distillm2 import RESPONSES
 from mta_fast.distill.models import load_model, load_tokenizer
 from mta_fast.distill.pairs import load_pairs
 from mta_fast.distill.settings import LoraSettings, TrainSettings
-from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.errors import INTERRUPTED, InputError, MissingPackageError
 from mta_fast.layers import num_layers
 from mta_fast.spans.cache import SpanCache
 from mta_fast.spans.extract import SpanExtractor
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from mta_fast.distill.arguments import MTATrainingArguments
     from mta_fast.distill.trainer import MTATrainer
 
-CONFIG_FILE, STUDENT_FOLDER, PICTURE, RESULTS_FILE = "config.yaml", "student", "training.png", "results.json"
-INTERRUPTED = 130
+CONFIG_FILE, STUDENT_FOLDER, PICTURE = "config.yaml", "student", "training.png"
 MATCHED_EPOCHS = 1000  # time ends a run that is matched to another's, long before
 
 

@@ -108,15 +108,15 @@ class SpanExtractor:
         """What a call does, with the columns made by ``columns_of(texts)``; the cache comes in here."""
         if hasattr(batch, "schema") and hasattr(batch, "column_names"):
             self._column({self.text_column: ()}, batch.column_names)
-            return _extend_arrow(batch, columns_of(_checked(batch.column(self.text_column).to_pylist())))
+            return _extend_arrow(batch, columns_of(checked_texts(batch.column(self.text_column).to_pylist())))
         if isinstance(batch, Mapping):
-            return columns_of(_checked(self._column(batch, list(batch))))
+            return columns_of(checked_texts(self._column(batch, list(batch))))
         if hasattr(batch, "columns"):
             raise InputError(
                 f"texts: expected strings, a mapping or a pyarrow table, got {type(batch).__name__}; "
                 f"pass its text column"
             )
-        return columns_of(_checked(batch))
+        return columns_of(checked_texts(batch))
 
     def encoded(self, texts: Sequence[str], rows: Sequence[int] | None = None) -> Generator[list[bytes], None, None]:
         """The spans of each text as they are made, one ``encode_spans`` per granularity.
@@ -349,7 +349,8 @@ def _install_hint(model: str) -> str:
     )
 
 
-def _checked(texts: Iterable[Any]) -> list[str]:
+def checked_texts(texts: Iterable[Any]) -> list[str]:
+    """The texts as a list; InputError names the row of one that is no Unicode string."""
     if isinstance(texts, str):
         raise InputError("texts: expected a list of strings, got one string; put it into a list")
     rows = list(texts)

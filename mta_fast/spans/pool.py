@@ -43,13 +43,13 @@ def map_in_processes(work: Callable[[C], R], chunks: Sequence[C], n_process: int
     """
     context = _context()
     _check(context, work)
-    workers: list[_Worker] = []
+    workers: list[Worker] = []
     try:
         for _ in range(min(n_process, len(chunks))):
-            workers.append(_Worker.start(context, work, workers))
+            workers.append(Worker.start(context, work, workers))
         yield from _results(workers, enumerate(chunks))
     finally:
-        _stop(workers)
+        stop_workers(workers)
 
 
 def _context() -> BaseContext:
@@ -74,14 +74,14 @@ def _check(context: BaseContext, work: Any) -> None:
 
 
 @dataclass(frozen=True)
-class _Worker:
+class Worker:
     """A worker process and the parent's end of its pipe."""
 
     process: BaseProcess
     connection: Connection
 
     @classmethod
-    def start(cls, context: BaseContext, work: Callable[[Any], Any], earlier: Sequence[_Worker]) -> _Worker:
+    def start(cls, context: BaseContext, work: Callable[[Any], Any], earlier: Sequence[Worker]) -> Worker:
         ours, theirs = context.Pipe()
         # a forked worker inherits the parent's ends so far; as long as it held them, no other worker saw them close
         forked = context.get_start_method() == "fork"
@@ -93,18 +93,22 @@ class _Worker:
 
     def died(self) -> MTAFastError:
         self.process.join(STOP_SECONDS)
-        code = self.process.exitcode
-        how = f"exit code {code}"
-        if code is not None and code < 0:
-            how = f"signal {-code}" + (", often the system's out-of-memory killer" if -code == signal.SIGKILL else "")
         return MTAFastError(
-            f"span extraction: expected the worker processes to live until the end, one stopped ({how}); "
+            f"span extraction: expected the worker processes to live until the end, one stopped "
+            f"({how_it_ended(self.process.exitcode)}); "
             f"try again with a smaller n_process or batch_size, or n_process=1"
         )
 
 
-def _results(workers: Sequence[_Worker], chunks: Iterator[tuple[int, Any]]) -> Iterator[Any]:
-    idle, busy = list(workers), dict[Any, tuple[_Worker, int]]()
+def how_it_ended(code: int | None) -> str:
+    """A process's exit code in words."""
+    if code is not None and code < 0:
+        return f"signal {-code}" + (", often the system's out-of-memory killer" if -code == signal.SIGKILL else "")
+    return f"exit code {code}"
+
+
+def _results(workers: Sequence[Worker], chunks: Iterator[tuple[int, Any]]) -> Iterator[Any]:
+    idle, busy = list(workers), dict[Any, tuple[Worker, int]]()
     done: dict[int, Any] = {}
     wanted, sent = 0, 0
     while True:
@@ -131,7 +135,7 @@ def _results(workers: Sequence[_Worker], chunks: Iterator[tuple[int, Any]]) -> I
             return
 
 
-def _receive(worker: _Worker) -> Any:
+def _receive(worker: Worker) -> Any:
     try:
         result, error = worker.connection.recv()
     except (EOFError, OSError):
@@ -141,7 +145,8 @@ def _receive(worker: _Worker) -> Any:
     return result
 
 
-def _stop(workers: Sequence[_Worker]) -> None:
+def stop_workers(workers: Sequence[Worker]) -> None:
+    """Close their pipes and see them off, by SIGTERM, then by SIGKILL."""
     for worker in workers:
         worker.connection.close()
         worker.process.terminate()
