@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from mta_fast.config import MTAConfig
-from mta_fast.errors import InputError, MTAFastError
+from mta_fast.errors import InputError
+from mta_fast.files import PARTIAL as PARTIAL
+from mta_fast.files import CheckpointError as CheckpointError
+from mta_fast.files import atomic_folder as atomic_folder
+from mta_fast.files import commit as commit
+from mta_fast.files import discard as discard
+from mta_fast.files import partial_folder as partial_folder
+from mta_fast.files import removing_on_failure as removing_on_failure
+from mta_fast.files import write_whole as write_whole
 from mta_fast.loss import MTALoss
 
 if TYPE_CHECKING:
@@ -27,99 +32,8 @@ if TYPE_CHECKING:
 MTA_FOLDER, CONFIG_FILE, PROJECTIONS_FILE = "mta", "config.json", "projections.safetensors"
 PROGRESS_FILE = "progress_{rank}.json"
 RESULTS_FILE = "results.json"  # of a run or an evaluation that is finished
-PARTIAL = ".partial"
 # they choose how the same numbers are computed
 FREE_TO_CHANGE = frozenset({"backend", "dsa_method"})
-
-
-class CheckpointError(MTAFastError, OSError):
-    """A checkpoint or an export could not be written; what was on disk before is untouched."""
-
-
-# --- whole or absent ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into; it takes the place of ``target`` when the block ends well, else it is removed.
-
-    Raises:
-        CheckpointError: writing failed (no space left, no permission), with the place and the mend.
-    """
-    partial = partial_folder(target)
-    with removing_on_failure(partial, target):
-        discard(partial)
-        partial.mkdir(parents=True)
-        yield partial
-        commit(partial, target)
-
-
-def partial_folder(target: Path) -> Path:
-    """Where a folder is written before it is whole."""
-    return target.parent / PARTIAL / target.name
-
-
-def commit(partial: Path, target: Path) -> None:
-    """Flush a finished folder to disk and give it its name; a former ``target`` goes only after that."""
-    for path in sorted(partial.rglob("*"), reverse=True):
-        _flush(path)
-    _flush(partial)
-    former = partial.with_name(partial.name + "-former")
-    if target.exists():
-        discard(former)
-        os.replace(target, former)
-    os.replace(partial, target)
-    _flush(target.parent)
-    discard(former)
-
-
-@contextmanager
-def removing_on_failure(partial: Path, target: Path) -> Iterator[None]:
-    """Remove what was half written when the block fails or is interrupted, and say so."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        writing = isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error)
-        discard(partial)
-        if not writing:
-            raise
-        free = shutil.disk_usage(_existing(partial)).free
-        raise CheckpointError(
-            f"{target}: expected to write it whole, got: {error} ({free / 2**20:.0f} MiB are free there); make room, "
-            f"then go on from the last checkpoint beside it, which is untouched"
-        ) from error
-    except BaseException:
-        discard(partial)
-        raise
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder if it exists, and the folder of partial ones once that is empty."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.parent.name == PARTIAL and folder.parent.is_dir() and not any(folder.parent.iterdir()):
-        folder.parent.rmdir()
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a small file whole or not at all; what was there goes once the new one is on disk."""
-    partial = file.with_name(file.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    _flush(partial)
-    os.replace(partial, file)
 
 
 # --- projections and settings ------------------------------------------------------------------------------------
