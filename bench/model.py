@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.costs import GEMMS, GPUS, Batch, Cost, Gpu, cost, is_half, precision, torch_cost
-from bench.report import Row, make_row
+from bench.report import Row, check_report, make_row, write_report
 from bench.workload import COVERED_SHARE
 from mta_fast import MTAConfig, MTALoss, SpanBatch, __version__
 from mta_fast.errors import BackendUnavailableError
@@ -371,7 +371,5 @@ def main(out: Path | None) -> int:
     text = _markdown(report)
     print(text)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        out.with_suffix(".md").write_text(text, encoding="utf-8")
+        write_report(check_report(out), json.dumps(report, indent=1) + "\n", text)
     return 0 if all(row.reached for row in rows) else 1

@@ -71,7 +71,7 @@ def dots(panels: Sequence[Panel], path: Path, title: str) -> None:
     handles = [_handle(looks[side], side) for side in sides]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(title, fontsize=13, color=INK)
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, format="png", dpi=DPI)
 
 
 def _lines(panel: Panel) -> list[str]:
@@ -163,7 +163,7 @@ def curves(rows: Sequence[Sequence[Curves]], path: Path, title: str) -> None:
         for axes, chart in zip(cells, row, strict=False):
             _curves(axes, chart, looks)
     figure.suptitle(title, fontsize=13, color=INK)
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, format="png", dpi=DPI)
 
 
 def _curves(axes: Any, chart: Curves, looks: Mapping[str, tuple[str, str]]) -> None:

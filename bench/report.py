@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from mta_fast.files import Kind, atomic_file, check_target, marked, user_path, write_whole
+
 
 @dataclass(frozen=True)
 class Row:
@@ -136,26 +138,55 @@ def markdown(report: Report) -> str:
     return "\n".join([*lines, *markdown_table(list(report.about), [list(report.about.values())])]) + "\n"
 
 
+ENDINGS = (".json", ".md", ".csv", ".png", "_crossover.png")  # of every benchmark
+
+
+def beside(out: Path, ending: str) -> Path:
+    """A file of the report OUT."""
+    return out.with_name(out.name + ending)
+
+
+def check_report(out: Path) -> Path:
+    """OUT without an ending of the report's files; nothing but an earlier report may be there.
+
+    Raises:
+        InputError: another file is there, or nothing can be written there.
+    """
+    out = user_path(out)
+    out = out.with_suffix("") if out.suffix in (".json", ".md", ".csv", ".png") else out
+    lead = beside(out, ".json")
+    check_target(lead, Kind("an earlier report", marked(b'"mta_fast": "')))
+    if not lead.exists():  # the JSON file is written first and tells whose the others are
+        for ending in ENDINGS:
+            check_target(beside(out, ending), Kind("an empty file", lambda file: False))
+    return out
+
+
+def write_report(out: Path, data: str, text: str) -> None:
+    """OUT.json and OUT.md, of a place that ``check_report`` gave."""
+    write_whole(beside(out, ".json"), data)
+    write_whole(beside(out, ".md"), text)
+
+
 def publish(report: Report, out: Path | None) -> int:
     """Print the report, write OUT.json, OUT.csv, OUT.md and the pictures; 1 if a target was missed."""
     text = markdown(report)
     print(text, end="")
     rows = report.rows
     if out is not None:
-        out = out.with_suffix("") if out.suffix in (".json", ".md", ".csv") else out
-        out.parent.mkdir(parents=True, exist_ok=True)
+        out = check_report(out)
         content = {
             "command": report.command,
             "machine": dict(report.about),
             "sections": [{"title": s.title, "rows": [asdict(row) for row in s.rows]} for s in report.sections],
             "samples": report.samples,
         }
-        out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        out.with_suffix(".md").write_text(text, encoding="utf-8")
-        with out.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        write_report(out, json.dumps(content, indent=1) + "\n", text)
+        with atomic_file(beside(out, ".csv")) as partial, partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["section", *(f.name for f in fields(Row))])
             writer.writerows([s.title, *asdict(row).values()] for s in report.sections for row in s.rows)
         for ending, draw in report.figures.items():
-            draw(out.with_name(f"{out.name}{ending}.png"))
+            with atomic_file(beside(out, f"{ending}.png")) as partial:
+                draw(partial)
     return 1 if any(row.reached is False for row in rows) else 0

@@ -12,12 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+from mta_fast.files import user_path
+
 NAMES = ("loss", "ops", "memory", "spans", "model")
 WITH_TEXTS, NEEDS = ("spans",), {"model": "triton"}
 
 
 def main(out: Path, texts: Path | None = None, quick: bool = False) -> int:
     """Run them, write OUT/NAME.*, and return 1 if a target was missed or one failed."""
+    out = user_path(out)
     begun, failed = time.perf_counter(), []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     for name in NAMES:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bench.machine_code import Code, compile_all
+from bench.report import check_report, write_report
 from bench.targets import REGISTERS, SCHEDULERS, TARGETS, Target
 from bench.variants import Variant, variants
 from mta_fast import __version__, backends
@@ -84,9 +85,7 @@ def main(targets: list[str] | None, out: Path | None) -> int:
     text = _markdown(report)
     print(text)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+        write_report(check_report(out), json.dumps(report, indent=1) + "\n", text + "\n")
     return 1 if any(row["faults"] for row in rows) else 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.files import user_path
 
 _FLOAT = re.compile(
     r"""^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -41,7 +42,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: no YAML, or no mapping. MissingPackageError: pyyaml is not installed.
     """
-    loaded = loads(Path(path).read_text(encoding="utf-8"), str(path))
+    loaded = loads(user_path(path).read_text(encoding="utf-8"), str(path))
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: expected a mapping of names to values, got {type(loaded).__name__}")
     return loaded

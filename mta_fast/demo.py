@@ -23,7 +23,9 @@ from mta_fast.config import MTAConfig
 from mta_fast.distill.data import load_sample
 from mta_fast.distill.losses import skewed_reverse_kl
 from mta_fast.errors import MissingPackageError
+from mta_fast.files import Kind, check_target, marked, save_figure, user_path, write_whole
 from mta_fast.layers import LayerMap, capture_layers
+from mta_fast.locks import lock_folder
 from mta_fast.loss import MTALoss, MTAOutput
 from mta_fast.spans.collate import IGNORED_LABEL, SpanCollator
 from mta_fast.spans.extract import SpanExtractor
@@ -36,6 +38,12 @@ VOCABULARY, MAX_LENGTH, BATCH, HELD_OUT = 1024, 160, 8, 32
 TEACHER_LAYERS, TEACHER_DIM, STUDENT_LAYERS, STUDENT_DIM, HEADS = 8, 128, 4, 64, 4
 TEACHER_LR, STUDENT_LR, PROJECTION_LR = 3e-3, 2e-3, 5e-4
 EVALUATE_EVERY = 10
+RESULTS_FILE = "results.json"
+DEMO = Kind(
+    "an earlier demo",
+    lambda folder: (folder / RESULTS_FILE).is_file() and marked(b'"teacher_cross_entropy"')(folder / RESULTS_FILE),
+    folder=True,
+)
 Batch = dict[str, Any]
 
 
@@ -67,12 +75,19 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
 
     Raises:
         MissingPackageError: a package of the extras [train] or [spacy] is not installed.
+        InputError: the folder holds anything but an earlier demo, or another process is at work in it.
     """
     _require_packages()
+    out = user_path(settings.out)
+    check_target(out, DEMO)
+    with lock_folder(out):
+        return _run(settings, out)
+
+
+def _run(settings: DemoSettings, out: Path) -> dict[str, Any]:
     from rich.console import Console
     from rich.progress import Progress
 
-    settings.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     torch.manual_seed(settings.seed)
     started = time.perf_counter()
@@ -81,9 +96,9 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         teacher = _train_teacher(tokenizer, train, settings, progress)
         runs = _distil(teacher, tokenizer, train, held_out, settings, progress)
     results = _results(teacher, runs, held_out, settings) | {"minutes": (time.perf_counter() - started) / 60}
-    (settings.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    _draw(runs, settings.out / "curves.png")
-    _print_table(results, settings.out, console)
+    write_whole(out / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+    _draw(runs, out / "curves.png")
+    _print_table(results, out, console)
     return results
 
 
@@ -333,4 +348,4 @@ def _draw(runs: Sequence[Run], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.suptitle("The same student, the same batches: held-out rows", fontsize=13)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)

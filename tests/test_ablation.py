@@ -19,6 +19,7 @@ from mta_fast.distill.ablation import ablate, ablation_rows, interval_margin
 from mta_fast.distill.data import load_sample
 from mta_fast.distill.settings import TrainSettings
 from mta_fast.errors import InputError
+from mta_fast.locks import lock_folder
 
 PAPER = ["base", "+Hid", "+DSA", "full", "words only", "phrases only", "no weights"]
 
@@ -188,7 +189,7 @@ def test_a_later_command_adds_to_the_table(models: Path, monkeypatch: pytest.Mon
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
-    with ablation._only_here(tmp_path):
+    with lock_folder(tmp_path):
         with pytest.raises(InputError, match="expected no process at work in it"):
             ablation._call(["doctor"], tmp_path / "run.log")
     assert ablation._call(["doctor"], tmp_path / "run.log") == 0

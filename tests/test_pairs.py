@@ -114,7 +114,7 @@ def test_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["chosen"] != row["rejected"] for row in loaded)
     assert [path.name for path in (here / "made").iterdir()] == ["p.jsonl"]
     assert main([*command, *lengths]) == 2
-    assert "made/p.jsonl: expected a new file, there is one; give another --out" in capsys.readouterr().err
+    assert "made/p.jsonl: expected a free name or" in capsys.readouterr().err
 
 
 def test_one_model_after_the_other(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -324,6 +327,103 @@ def test_a_truncated_file_is_refused(tmp_path: Path, part: float) -> None:
     for use in (lambda: _cache(tmp_path), lambda: describe_cache(cache.path)):
         with pytest.raises(InputError, match=f"span cache {cache.path}: expected a whole SQLite file.*move it away"):
             use()
+
+
+FIXTURE = Path(__file__).parent / "fixtures" / "spans-layout-1.sqlite"  # made before records had checksums
+
+
+def test_a_file_without_checksums_opens_with_one_warning(tmp_path: Path) -> None:
+    file = _write(tmp_path / "spans.sqlite", FIXTURE.read_bytes())
+    source = Source()
+    extractor = SpanExtractor(source, name="letters-v1")
+    assert look_up(file, "Stop!") == {"word_spans": [[i, i + 1] for i in range(5)], "phrase_spans": [[0, 5]]}
+    with pytest.warns(UserWarning, match="made by an earlier version, without checksums; what it holds is tak") as told:
+        cache = SpanCache(extractor, file=file)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cache(TEXTS) == SpanExtractor(Source())(TEXTS)
+        assert source.asked == []
+        assert SpanCache(extractor, file=file)(["words only", *TEXTS])["phrase_spans"][0] == [[0, 10]]
+    assert source.asked == ["words only"]
+    assert summarize_cache(file).words == 64
+    _flip(file, file.read_bytes().index(bytes.fromhex("00000000 01000000 01000000 02000000")) * 8)
+    with pytest.warns(UserWarning, match=r"the spans of \d of 5 texts were damaged on disk"):
+        assert SpanCache(extractor, file=file)(["words only", *TEXTS])["word_spans"][1:] == cache(TEXTS)["word_spans"]
+
+
+def test_a_file_without_checksums_that_can_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = _write(tmp_path / "spans.sqlite", FIXTURE.read_bytes())
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **options: connect(path.replace("=rw", "=ro"), **options))
+    with pytest.warns(UserWarning, match="without checksums; it can only be read, so damage in it can't be seen"):
+        cache = SpanCache(SpanExtractor(Source(), name="letters-v1"), file=file)
+    assert cache(TEXTS) == SpanExtractor(Source())(TEXTS)
+    assert file.read_bytes() == FIXTURE.read_bytes()
+
+
+def _flip(file: Path, bit: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def test_a_flipped_bit_gives_the_right_spans_or_an_error(tmp_path: Path) -> None:
+    texts = [f"text {i} of some length" for i in range(12)]
+    file, extractor = tmp_path / "spans.sqlite", SpanExtractor(Source(), name="letters-v1")
+    expected = SpanCache(extractor, file=file)(texts)
+    whole, seen = file.read_bytes(), Counter[str]()
+    generator = random.Random(0)
+    for bit in (generator.randrange(8 * len(whole)) for _ in range(300)):
+        file.write_bytes(whole)
+        _flip(file, bit)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                right = SpanCache(extractor, file=file)(texts) == expected
+            except (InputError, OSError):
+                seen["refused"] += 1
+            else:
+                assert right, bit
+                seen["warned" if told else "right"] += 1
+    assert seen["warned"] > 20, seen
+    assert seen["refused"] > 3, seen
+
+
+def test_damaged_spans_are_counted_and_mended(tmp_path: Path) -> None:
+    cache = _cache(tmp_path)
+    expected = cache(TEXTS)
+    _flip(cache.path, cache.path.read_bytes().index(bytes.fromhex("00000000 05000000")) * 8)  # the phrase "Stop!"
+    assert (cache.summary().damaged, cache.summary().phrases) == (1, 2)
+    assert "damaged  1 texts, extracted anew when they are needed" in describe_cache(cache.path)
+    with pytest.raises(InputError, match="expected the spans of this text as they were written, got damaged ones"):
+        look_up(cache.path, "Stop!")
+    source = Source()
+    with pytest.warns(UserWarning, match="the spans of 1 of 4 texts were damaged on disk; they are extracted anew"):
+        assert _cache(tmp_path, source)(TEXTS) == expected
+    assert source.asked == ["Stop!"]
+    assert cache.summary().damaged == 0
+
+
+@pytest.mark.parametrize("change", ["json = replace(json, 'letters', 'letterz')", "seal = NULL", "json = '[1]'"])
+def test_who_made_it_has_a_checksum_too(tmp_path: Path, change: str) -> None:
+    cache = _cache(tmp_path)
+    with sqlite3.connect(cache.path) as connection:
+        connection.execute(f"UPDATE identity SET {change}")
+    connection.close()
+    for use in (lambda: _cache(tmp_path), lambda: describe_cache(cache.path)):
+        with pytest.raises(InputError, match="it doesn't say what it was made by"):
+            use()
+
+
+def test_home_folders_are_those_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    extractor = SpanExtractor(Source(), name="letters-v1")
+    assert SpanCache(extractor, file="~/a.sqlite").path == tmp_path / "a.sqlite"
+    assert SpanCache(extractor, "~/folder").path.parent == tmp_path / "folder"
+    assert look_up("~/a.sqlite", "x") is None
+    monkeypatch.setenv("MTA_FAST_CACHE", "~/cache")
+    assert SpanCache(extractor).path.parent == tmp_path / "cache"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

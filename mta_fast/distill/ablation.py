@@ -9,28 +9,32 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mta_fast import _yaml
 from mta_fast.config import MTAConfig, nearest
-from mta_fast.distill.checkpoints import RESULTS_FILE, write_whole
+from mta_fast.distill.checkpoints import RESULTS_FILE
 from mta_fast.distill.models import model_depth
 from mta_fast.distill.run import CONFIG_FILE, STUDENT_FOLDER, read_results
 from mta_fast.distill.settings import TrainSettings
-from mta_fast.errors import INTERRUPTED, InputError, MissingPackageError, MTAFastError
+from mta_fast.errors import INTERRUPTED, InputError, MissingPackageError
+from mta_fast.files import Kind, atomic_file, check_target, marked, save_figure, write_whole
 from mta_fast.layers import LayerMap
+from mta_fast.locks import LOCK_VARIABLE, lock_folder
 
 BASE, FULL, MATCHED = "base", "full", "base, time of full"
 LAYER_COUNTS = (1, 2, 3, 4, 5)
-LOG_FILE, LOCK_FILE, EVAL_FOLDER, REPORT = "run.log", ".lock", "eval", "ablation"
+LOG_FILE, EVAL_FOLDER, REPORT, REPORT_ENDINGS = "run.log", "eval", "ablation", ("md", "csv", "png")
+REPORT_DATA = Kind("an earlier ablation", marked(b'"train_seconds"'))
+NO_REPORT = Kind("an earlier ablation", lambda file: False)
 SHOWN_LINES = 12  # of the log of a run that failed
 CONFIDENCE = 0.95
 
@@ -152,11 +156,26 @@ def ablate(
     out = Path(settings.output_dir)
     runs = [_run(settings, out, row, known[row], seed) for seed in seeds for row in chosen]
     matched = [_run(settings, out, MATCHED, False, seed) for seed in seeds] if match_time else []
-    for run in (*runs, *matched):
-        _claim(run)
+    with lock_folder(out):
+        _check_reports(out)
+        for run in (*runs, *matched):
+            _claim(run)
+        return _train_all(
+            out, [*runs, *matched], [*chosen, *([MATCHED] if matched else [])], seeds, eval_data, eval_options
+        )
+
+
+def _train_all(
+    out: Path,
+    runs: Sequence[Run],
+    rows: Sequence[str],
+    seeds: Sequence[int],
+    eval_data: Sequence[str],
+    eval_options: Sequence[str],
+) -> int:
     failed: list[Run] = []
-    for number, run in enumerate((*runs, *matched), start=1):
-        print(f"[{number}/{len(runs) + len(matched)}] {run.row}, seed {run.seed}: ", end="", flush=True)
+    for number, run in enumerate(runs, start=1):
+        print(f"[{number}/{len(runs)}] {run.row}, seed {run.seed}: ", end="", flush=True)
         partner = _folder(out, FULL, run.seed) if run.row == MATCHED else None
         code = _train(run, partner) or _evaluate(run, eval_data, eval_options)
         if code == INTERRUPTED:
@@ -165,12 +184,21 @@ def ablate(
         if code:
             failed.append(run)
         print(_outcome(run, code), flush=True)
-        report(out, [*chosen, *([MATCHED] if matched else [])], seeds)
+        report(out, rows, seeds)
     for run in failed:
         print(f"{run.row}, seed {run.seed} failed; the end of {run.folder / LOG_FILE}:", file=sys.stderr)
         print(_tail(run.folder / LOG_FILE), file=sys.stderr)
     print(f"table in {out / REPORT}.md, picture in {out / REPORT}.png")
     return 1 if failed else 0
+
+
+def _check_reports(out: Path) -> None:
+    """See that the reports replace none but earlier ones; they are written together, the JSON file tells whose."""
+    json_file = out / f"{REPORT}.json"
+    check_target(json_file, REPORT_DATA)
+    if not json_file.exists():
+        for ending in REPORT_ENDINGS:
+            check_target(out / f"{REPORT}.{ending}", NO_REPORT)
 
 
 def _with_own_layers(settings: TrainSettings, student_layers: int, teacher_layers: int) -> TrainSettings:
@@ -233,12 +261,13 @@ def _call(command: Sequence[str], log: Path) -> int:
     Raises:
         InputError: a process of an earlier command that was killed is still at work in the folder.
     """
-    with log.open("ab") as file, _only_here(log.parent) as lock:
+    with log.open("ab") as file, lock_folder(log.parent) as lock:
         process = subprocess.Popen(
             [sys.executable, "-m", "mta_fast", *command],
             stdout=file,
             stderr=file,
             pass_fds=(lock,),  # held until this process has ended too
+            env={**os.environ, LOCK_VARIABLE: str(lock)},
             start_new_session=True,  # the terminal's Ctrl-C reaches it through us alone
         )
         interrupted = False
@@ -249,27 +278,6 @@ def _call(command: Sequence[str], log: Path) -> int:
             except KeyboardInterrupt:
                 interrupted = True
                 process.send_signal(signal.SIGINT)
-
-
-@contextmanager
-def _only_here(folder: Path) -> Iterator[int]:
-    """A lock on a run's folder, as a file descriptor: a process that inherits it holds it on."""
-    try:
-        import fcntl
-    except ImportError:
-        raise MTAFastError(
-            f"ablate: expected Linux or macOS, where a folder can be locked, got {sys.platform}; run mta-fast train "
-            f"for each row instead"
-        ) from None
-    with (folder / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{folder}: expected no process at work in it, one of an earlier command still is; wait for its "
-                f"end, or stop it"
-            ) from None
-        yield file.fileno()
 
 
 def _outcome(run: Run, code: int) -> str:
@@ -393,7 +401,7 @@ def _cells(figure: Figure | None, form: Callable[[float], str], *, judged: bool)
 
 
 def _write_csv(path: Path, found: Mapping[str, Mapping[int, Mapping[str, float]]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "seed", "figure", "value"])
         for row, by_seed in found.items():
@@ -430,4 +438,4 @@ def _draw(table: Mapping[str, Mapping[str, Figure | None]], names: Sequence[str]
             axes.set_yticks(range(len(rows)), rows)
             axes.invert_yaxis()
     canvas.suptitle("Every seed a dot, the mean a line; dashed: base")
-    canvas.savefig(path, dpi=120)
+    save_figure(canvas, path, dpi=120)

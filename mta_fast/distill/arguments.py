@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import TrainingArguments
 
 from mta_fast.errors import InputError
+from mta_fast.files import user_source
 
+PATHS = ("output_dir", "logging_dir", "deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint")
 ACCUMULATION = ("keep", "recompute", "micro_batch")
 
 
@@ -37,6 +40,10 @@ class MTATrainingArguments(TrainingArguments):
     max_seconds: float | None = field(default=None, metadata={"help": "stop after so many seconds of training"})
 
     def __post_init__(self) -> None:
+        for name in PATHS:
+            value = getattr(self, name, None)
+            if isinstance(value, (str, Path)):
+                setattr(self, name, user_source(str(value)))
         super().__post_init__()
         self.remove_unused_columns = False  # the collator reads texts and spans, not the model's arguments
         if self.accumulation not in ACCUMULATION:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,13 @@ from mta_fast.errors import InputError
 from mta_fast.files import PARTIAL as PARTIAL
 from mta_fast.files import CheckpointError as CheckpointError
 from mta_fast.files import atomic_folder as atomic_folder
+from mta_fast.files import check_target, export_kind, mark_export, user_path
 from mta_fast.files import commit as commit
 from mta_fast.files import discard as discard
 from mta_fast.files import partial_folder as partial_folder
 from mta_fast.files import removing_on_failure as removing_on_failure
 from mta_fast.files import write_whole as write_whole
+from mta_fast.locks import lock_export
 from mta_fast.loss import MTALoss
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 MTA_FOLDER, CONFIG_FILE, PROJECTIONS_FILE = "mta", "config.json", "projections.safetensors"
 PROGRESS_FILE = "progress_{rank}.json"
 RESULTS_FILE = "results.json"  # of a run or an evaluation that is finished
+CUT, EXPORT = "cut student", "exported student"  # kinds of exports
 # they choose how the same numbers are computed
 FREE_TO_CHANGE = frozenset({"backend", "dsa_method"})
 
@@ -144,7 +147,27 @@ def load_student(folder: Path, student: nn.Module) -> None:
         raise InputError(f"{folder}: expected the weights of this student, {len(differing)} differ: {differing[:3]}")
 
 
-def export_student(student: nn.Module, tokenizer: Any, target: Path, state: Mapping[str, Tensor] | None = None) -> None:
+def check_export(
+    target: str | Path, *, kind: str = EXPORT, sources: Iterable[str | Path] = (), overwrite: bool = False
+) -> Path:
+    """Where an export may be written; ``files.check_target`` for the kinds CUT and EXPORT.
+
+    Raises:
+        InputError: the folder holds anything else, an earlier one without ``overwrite``, or a source.
+    """
+    return check_target(target, export_kind(kind), sources=sources, overwrite=overwrite)
+
+
+def export_student(
+    student: nn.Module,
+    tokenizer: Any,
+    target: str | Path,
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    kind: str = EXPORT,
+    sources: Iterable[str | Path] = (),
+    overwrite: bool = False,
+) -> None:
     """Write a plain student and its tokenizer, whole or not at all; adapters are merged into the weights.
 
     ``AutoModelForCausalLM.from_pretrained(target)`` loads it; nothing of MTA is in it.
@@ -152,12 +175,19 @@ def export_student(student: nn.Module, tokenizer: Any, target: Path, state: Mapp
     Args:
         student: the student, or its PEFT wrapper (which stays as it is).
         tokenizer: saved beside it.
-        target: the folder; what was there goes once the new one is whole.
+        target: the folder: a free name, or with ``overwrite`` an earlier export, which goes once the new one is whole.
         state: the student's gathered weights where its own are sharded.
+        kind: what is marked in it, CUT or EXPORT; only a folder of the same kind, with no other file in it, is
+            replaced.
+        sources: what else must not be touched; the folders that student and tokenizer were loaded from never are.
+        overwrite: replace an earlier export.
 
     Raises:
-        CheckpointError: it could not be written. InputError: an adapter whose weights are sharded.
+        CheckpointError: it could not be written. InputError: an adapter whose weights are sharded, or a target that
+            holds anything else.
     """
+    sources = [*sources, *loaded_from(student, tokenizer)]
+    place = check_export(target, kind=kind, sources=sources, overwrite=overwrite)
     plain: Any = student
     if _is_peft(student):
         if state is not None:
@@ -166,17 +196,31 @@ def export_student(student: nn.Module, tokenizer: Any, target: Path, state: Mapp
                 "checkpoint"
             )
         plain = copy.deepcopy(student).merge_and_unload()  # type: ignore[operator]  # PEFT's method
-    with atomic_folder(target) as folder:
-        plain.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
+    with lock_export(place):
+        check_export(target, kind=kind, sources=sources, overwrite=overwrite)  # another process may have been first
+        with atomic_folder(place) as folder:
+            plain.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+            mark_export(folder, kind)
 
 
-def export_checkpoint(checkpoint: Path, target: Path) -> None:
+def loaded_from(*loaded: Any) -> list[Path]:
+    """The folders that models and tokenizers of transformers were loaded from."""
+    names = [getattr(each, "name_or_path", None) for each in loaded]
+    return [Path(name) for name in names if isinstance(name, str) and name and Path(name).exists()]
+
+
+def export_checkpoint(checkpoint: str | Path, target: str | Path, *, overwrite: bool = False) -> None:
     """The plain student of a checkpoint on disk; adapters are merged into the model they were trained on.
 
+    Args:
+        checkpoint: a checkpoint-N folder; neither it nor the run's other checkpoints are touched.
+        target, overwrite: as in ``export_student``.
+
     Raises:
-        InputError: no checkpoint there, or its base model can't be found.
+        InputError: no checkpoint there, its base model can't be found, or a target that holds anything else.
     """
+    checkpoint = user_path(checkpoint)
     from mta_fast.distill.models import load_model, load_tokenizer
 
     adapter = checkpoint / "adapter_config.json"
@@ -184,6 +228,8 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
         raise InputError(
             f"{checkpoint}: expected a checkpoint folder with config.json or adapter_config.json, got none"
         )
+    sources = [checkpoint, *checkpoint.resolve().parent.glob("checkpoint-*")]
+    check_export(target, sources=sources, overwrite=overwrite)
     student: PreTrainedModel
     if adapter.is_file():
         from peft import PeftModel
@@ -192,7 +238,7 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
         student = PeftModel.from_pretrained(load_model(base), checkpoint)
     else:
         student = load_model(str(checkpoint))
-    export_student(student, load_tokenizer(str(checkpoint)), target)
+    export_student(student, load_tokenizer(str(checkpoint)), target, sources=sources, overwrite=overwrite)
 
 
 def _is_peft(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypedDict, TypeVar
 
 from mta_fast.config import nearest
 from mta_fast.errors import InputError
+from mta_fast.files import user_source
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -87,6 +88,11 @@ def fill_template(template: str, instruction: str, context: str = "", tokenizer:
         f"template: expected {', '.join(TEMPLATES)} or a text with {{instruction}}, got {template!r}"
         f"{nearest(template, TEMPLATES)}"
     )
+
+
+def data_places(sources: Iterable[str]) -> list[Path]:
+    """The files and folders among the names of data sets, for ``files.check_target``."""
+    return [Path(source) for source in map(user_source, sources) if Path(source).exists()]
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -206,6 +212,7 @@ def _numbered(source: Any, split: str) -> Iterator[tuple[str, Any]]:
     if not isinstance(source, (str, Path)):
         yield from ((f"row {i}", row) for i, row in enumerate(source))
         return
+    source = user_source(str(source))
     path = Path(source)
     if str(source) == "sample":
         yield from ((f"sample, row {i}", row) for i, row in enumerate(load_sample()))

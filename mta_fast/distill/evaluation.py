@@ -18,9 +18,18 @@ import torch
 from torch import nn
 
 from mta_fast._version import __version__
-from mta_fast.distill.checkpoints import RESULTS_FILE, write_whole
-from mta_fast.distill.data import LoadedRows, describe_rows, drop_long_rows, prompt_of, read_rows, row_fault
+from mta_fast.distill.checkpoints import RESULTS_FILE
+from mta_fast.distill.data import (
+    LoadedRows,
+    data_places,
+    describe_rows,
+    drop_long_rows,
+    prompt_of,
+    read_rows,
+    row_fault,
+)
 from mta_fast.distill.generation import (
+    SETTINGS_FILE,
     GenerationSettings,
     Row,
     choose_device,
@@ -31,9 +40,12 @@ from mta_fast.distill.generation import (
     weights_digest,
 )
 from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.files import Kind, check_target, marked, user_path, write_whole
+from mta_fast.locks import lock_folder
 
 SEEDS = (10, 20, 30, 40, 50)
 REFERENCES = ("best", "first")
+METRIC = "100 x ROUGE-L F1, stemmed (rouge-score)"
 
 
 class EvaluationRow(TypedDict):
@@ -258,6 +270,17 @@ def distinct_names(sources: Sequence[str]) -> list[str]:
     raise InputError(f"data: expected different data sets, got {', '.join(sources)}")
 
 
+def _is_evaluation(folder: Path) -> bool:
+    """Whether a folder holds results of ``run_evaluation``, or the responses of one that was interrupted."""
+    results = folder / RESULTS_FILE
+    if results.is_file():
+        return marked(METRIC.encode())(results)
+    return any(marked(b'"digest of the weights"')(file) for file in folder.glob(f"*/{SETTINGS_FILE}"))
+
+
+EVALUATION = Kind("an earlier evaluation", _is_evaluation, folder=True)
+
+
 # --- the command -------------------------------------------------------------------------------------------------
 
 
@@ -288,35 +311,58 @@ def run_evaluation(
         The exit code: 0, or 1 where a seed failed; the reasons are printed.
 
     Raises:
-        InputError: as ``load_references``, ``load_model`` and ``evaluate`` do. MissingPackageError: a package is
-            missing. OSError: no room for the results.
+        InputError: as ``load_references``, ``load_model`` and ``evaluate`` do; a folder that holds anything but an
+            earlier evaluation, is part of the model or the data, or in which another process is at work.
+        MissingPackageError: a package is missing. OSError: no room for the results.
     """
-    from mta_fast.distill.models import load_model, load_tokenizer
+    from mta_fast.distill.models import model_places
 
     _scorer()
     place = choose_device(device)
     names = distinct_names(data)
+    if out is None:
+        out = Path("eval") / (re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model")
+    sources = [*model_places(model), *data_places(data)]
+    out = user_path(out)
+    check_target(out, EVALUATION, sources=sources)
+    with lock_folder(out):
+        named = dict(zip(names, data, strict=True))
+        return _evaluate_all(model, named, settings, out, max_prompt_length, dtype, place, reading)
+
+
+def _evaluate_all(
+    model: str,
+    data: Mapping[str, str],
+    settings: EvaluationSettings,
+    out: Path,
+    max_prompt_length: int | None,
+    dtype: str,
+    place: torch.device,
+    reading: Mapping[str, Any],
+) -> int:
+    """What ``run_evaluation`` does, ``data`` by name, once ``out`` is its own."""
+    from mta_fast.distill.models import load_model, load_tokenizer
+
     tokenizer = load_tokenizer(model)
-    loaded = [load_references(source, tokenizer=tokenizer, **reading) for source in data]
+    loaded = [load_references(source, tokenizer=tokenizer, **reading) for source in data.values()]
     if max_prompt_length is not None:
         length = max_prompt_length + settings.generation.max_new_tokens
         limits = {"max_length": length, "max_prompt_length": max_prompt_length}
         loaded = [drop_long_rows(rows, tokenizer, **limits) for rows in loaded]
-    for source, rows in zip(data, loaded, strict=True):
+    for source, rows in zip(data.values(), loaded, strict=True):
         print(f"{source}: {describe_rows(rows)}")
     network: Any = load_model(model, dtype=dtype)
     network.to(place)
-    out = Path("eval") / (re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model") if out is None else out
     done: list[Evaluation] = []
     sets: list[dict[str, Any]] = []
-    for name, source, rows in zip(names, data, loaded, strict=True):
+    for (name, source), rows in zip(data.items(), loaded, strict=True):
         found = evaluate(network, tokenizer, rows.rows, settings, folder=out / name, name=name)
         done.append(found)
         means = {"mean": found.mean, "std": found.std}
         sets.append({"source": source, "left_out": dict(rows.skipped), **means, **asdict(found)})
         results = {
             "model": model,
-            "metric": "100 x ROUGE-L F1, stemmed (rouge-score)",
+            "metric": METRIC,
             "settings": asdict(settings) | {"max_prompt_length": max_prompt_length, "dtype": dtype, **reading},
             "device": str(place),
             "versions": _versions(),

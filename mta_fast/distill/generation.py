@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mta_fast.distill.checkpoints import write_whole
 from mta_fast.errors import InputError
+from mta_fast.files import write_whole
 from mta_fast.layers import unwrap
 
 SETTINGS_FILE = "settings.json"

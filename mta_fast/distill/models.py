@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.files import user_source
 from mta_fast.layers import block_list, num_layers, unwrap
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def load_model(name: str, *, dtype: str = "float32", **options: Any) -> PreTrain
     if dtype not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     place, gguf = _resolve(name)
+    options = {key: user_source(value) if isinstance(value, str) else value for key, value in options.items()}
     try:
         model = tf.AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **gguf, **options)
     except (OSError, ValueError) as error:
@@ -80,7 +82,7 @@ def model_depth(name: str, **options: Any) -> int:
 
 def _resolve(name: str) -> tuple[str, dict[str, str]]:
     """The folder or hub name to load from, and the GGUF file where the model is one."""
-    place = name
+    place = user_source(name)
     if name.startswith(PACKAGE):
         package = name.removeprefix(PACKAGE)
         found = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -103,6 +105,27 @@ def _resolve(name: str) -> tuple[str, dict[str, str]]:
             f"model {name!r}: expected the package gguf to read {files[0].name}; pip install gguf"
         )
     return place, {"gguf_file": files[0].name}
+
+
+def model_places(name: str) -> list[Path]:
+    """The files and folders that belong to a model, for ``files.check_target``; names as in ``load_model``.
+
+    A hub name counts as a path too: a folder of that name would be loaded in its place from then on.
+
+    Raises:
+        InputError, MissingPackageError: as ``load_model`` does, for a folder without a model or a missing package.
+    """
+    place = Path(_resolve(name)[0])
+    if place.exists():
+        return [place]
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        cached = try_to_load_from_cache(name, "config.json")
+    except (ImportError, HFValidationError):
+        return [place]
+    return [place, *([Path(cached).parents[2]] if isinstance(cached, str) else [])]  # REPO/snapshots/COMMIT/config.json
 
 
 def _transformers() -> Any:

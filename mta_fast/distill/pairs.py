@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
-from mta_fast.distill.checkpoints import write_whole
 from mta_fast.distill.data import (
     LoadedRows,
     PromptRow,
+    data_places,
     describe_rows,
     drop_long_rows,
     load_rows,
@@ -29,6 +29,7 @@ from mta_fast.distill.data import (
 )
 from mta_fast.distill.distillm2 import RESPONSES
 from mta_fast.distill.generation import (
+    SETTINGS_FILE,
     GenerationSettings,
     choose_device,
     claim,
@@ -37,11 +38,25 @@ from mta_fast.distill.generation import (
     generate_batches,
     weights_digest,
 )
-from mta_fast.distill.models import load_model, load_tokenizer
+from mta_fast.distill.models import load_model, load_tokenizer, model_places
 from mta_fast.errors import InputError
+from mta_fast.files import Kind, check_target, user_path, write_whole
+from mta_fast.locks import lock_folder
 
 CHOSEN = ("teacher", "data")
 ATTEMPTS = 4  # at a response that is not empty
+SIDES = ("teacher", "student")
+RESPONSES_FILE = "responses.jsonl"
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """What an interrupted run leaves in the folder of the responses."""
+    files = (folder / side / name for side in SIDES for name in (SETTINGS_FILE, RESPONSES_FILE))
+    return [file for file in files if file.is_file()]
+
+
+PAIRS = Kind("an empty file", lambda file: False)
+RESPONSES_FOLDER = Kind("responses of an interrupted run", lambda folder: bool(_own_files(folder)), folder=True)
 
 
 class PairRow(TypedDict):
@@ -135,24 +150,27 @@ def generate_pairs(
             if teacher is None
             else f"teacher: expected none, as chosen = data takes the data's own responses, got {teacher!r}"
         )
-    if target.exists():
-        raise InputError(f"{target}: expected a new file, there is one; give another --out, or move it")
-    place, folder = choose_device(device), target.with_name(target.name + ".responses")
+    place, target = choose_device(device), user_path(target)
+    folder = target.with_name(target.name + ".responses")
     sides = {"teacher": teacher, "student": student} if teacher is not None else {"student": student}
-    tokenizers = {side: load_tokenizer(name) for side, name in sides.items()}
-    loaded = _rows(data, tokenizers, settings, max_prompt_length, reading)
-    prompts = [row["prompt"] for row in loaded.rows]
-    responses = {"data": [row["output"] for row in loaded.rows]}
-    for side, name in sides.items():
-        model: Any = load_model(name, dtype=dtype)
-        model.to(place)
-        responses[side] = _respond(
-            side, model, tokenizers[side], prompts, settings, seed=seed, folder=folder, progress=progress
-        )
-        del model
-        _release(place)
-    columns = zip(prompts, responses[chosen], responses["student"], strict=True)
-    return _write([PairRow(prompt=p, chosen=c, rejected=r) for p, c, r in columns], target, folder, loaded.skipped)
+    sources = [*data_places(data), *(each for name in sides.values() for each in model_places(name))]
+    check_target(target, PAIRS, sources=sources)
+    check_target(folder, RESPONSES_FOLDER, sources=sources)
+    with lock_folder(folder):
+        tokenizers = {side: load_tokenizer(name) for side, name in sides.items()}
+        loaded = _rows(data, tokenizers, settings, max_prompt_length, reading)
+        prompts = [row["prompt"] for row in loaded.rows]
+        responses = {"data": [row["output"] for row in loaded.rows]}
+        for side, name in sides.items():
+            model: Any = load_model(name, dtype=dtype)
+            model.to(place)
+            responses[side] = _respond(
+                side, model, tokenizers[side], prompts, settings, seed=seed, folder=folder, progress=progress
+            )
+            del model
+            _release(place)
+        columns = zip(prompts, responses[chosen], responses["student"], strict=True)
+        return _write([PairRow(prompt=p, chosen=c, rejected=r) for p, c, r in columns], target, folder, loaded.skipped)
 
 
 def _respond(
@@ -186,7 +204,7 @@ def _respond(
         settings,
         lambda i, response: {"prompt": prompts[i], "response": response},
         seed=f"{seed}/{side}",
-        path=folder / side / "responses.jsonl",
+        path=folder / side / RESPONSES_FILE,
         attempts=ATTEMPTS if settings.do_sample else 1,
         description=f"{side}'s responses",
         progress=progress,
@@ -226,5 +244,9 @@ def _write(pairs: Sequence[PairRow], target: Path, folder: Path, skipped: Counte
             f"{folder}; look at the models, and delete that folder"
         )
     write_whole(target, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in whole))
-    shutil.rmtree(folder)
+    for file in _own_files(folder):
+        file.unlink()
+    for part in (*folder.iterdir(), folder):  # what others put there stays
+        with suppress(OSError):
+            part.rmdir()
     return Counter({"pairs": len(whole), "empty response": len(pairs) - len(whole)}) + skipped

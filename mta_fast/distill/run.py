@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mta_fast import _yaml
 from mta_fast.config import nearest
-from mta_fast.distill.checkpoints import RESULTS_FILE, write_whole
-from mta_fast.distill.data import describe_rows, drop_long_rows, load_rows
+from mta_fast.distill.checkpoints import EXPORT, RESULTS_FILE
+from mta_fast.distill.data import data_places, describe_rows, drop_long_rows, load_rows
 from mta_fast.distill.distillm2 import RESPONSES
-from mta_fast.distill.models import load_model, load_tokenizer
+from mta_fast.distill.models import load_model, load_tokenizer, model_places
 from mta_fast.distill.pairs import load_pairs
 from mta_fast.distill.settings import LoraSettings, TrainSettings
 from mta_fast.errors import INTERRUPTED, InputError, MissingPackageError
+from mta_fast.files import (
+    MARKER,
+    Kind,
+    check_target,
+    export_kind,
+    mark_export,
+    marked,
+    save_figure,
+    user_path,
+    write_whole,
+)
+from mta_fast.files import PICTURE as EARLIER_PICTURE
 from mta_fast.layers import num_layers
+from mta_fast.locks import lock_folder
 from mta_fast.spans.cache import SpanCache
 from mta_fast.spans.extract import SpanExtractor
 
@@ -44,17 +60,27 @@ def train(settings: TrainSettings, *, resume: bool = False, match_time: Path | N
         The exit code: 0, or 130 after Ctrl-C (the step is finished and a checkpoint saved first).
 
     Raises:
-        InputError: settings, rows or models that don't fit, or an ``output_dir`` with checkpoints and no ``resume``.
+        InputError: settings, rows or models that don't fit, or an ``output_dir`` with checkpoints and no ``resume``,
+            with files that are not of a run, or in which another process is at work.
         CheckpointError: no room to write. MissingPackageError: a package is missing.
     """
+    with ExitStack() as stack:
+        if _first_rank():  # alone at work in the folder; the ranks of one run share it
+            stack.enter_context(lock_folder(Path(settings.output_dir)))
+        return _train(settings, resume, match_time)
+
+
+def _train(settings: TrainSettings, resume: bool, match_time: Path | None) -> int:
+    """What ``train`` does once output_dir is its own."""
     out = Path(settings.output_dir)
     if match_time is not None:
-        settings = _matched(settings, read_results(match_time)["train_seconds"])
+        settings = _matched(settings, read_results(user_path(match_time))["train_seconds"])
     checkpoint = _last_checkpoint(out)
     if checkpoint is not None and not resume:
         raise InputError(
             f"{out}: expected a new output_dir, it holds {checkpoint.name}; go on with --resume, or move it"
         )
+    check_run(settings, resume=resume, going_on=checkpoint is not None)
     trainer = build_trainer(settings)
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +90,8 @@ def train(settings: TrainSettings, *, resume: bool = False, match_time: Path | N
     if interrupt.happened:
         _say(trainer, f"stopped after step {trainer.state.global_step}; go on with --resume")
         return INTERRUPTED
-    trainer.export_student(out / STUDENT_FOLDER)
+    _adopt_student(out)
+    trainer.export_student(out / STUDENT_FOLDER, overwrite=True)
     losses = trainer.final_losses()
     if trainer.is_world_process_zero():
         draw_training(trainer.state.log_history, out / PICTURE)
@@ -74,6 +101,72 @@ def train(settings: TrainSettings, *, resume: bool = False, match_time: Path | N
     trainer.accelerator.wait_for_everyone()  # no rank leaves while another still talks
     trainer.accelerator.end_training()
     return 0
+
+
+def check_run(settings: TrainSettings, *, resume: bool, going_on: bool) -> None:
+    """See that a run replaces only what an earlier run left in its output_dir, before anything is loaded.
+
+    Args:
+        resume: as in ``train``; going_on: there is a checkpoint to go on from.
+
+    Raises:
+        InputError: a file or folder that a run writes is there and of another origin; a model or a data set lies where
+            a run writes; or a finished run that there is no checkpoint to go on from.
+    """
+    out = Path(settings.output_dir)
+    sides = [side for side in (settings.student, settings.teacher) if side is not None]
+    names = {name for side in sides for name in (side.path, side.tokenizer) if name is not None}
+    texts = [name for name in (settings.data.train, settings.data.eval) if name is not None]
+    sources = [*(place for name in sorted(names) for place in model_places(name)), *data_places(texts)]
+    for source in sources:
+        inside = source.resolve()
+        if out.resolve() in inside.parents and inside.relative_to(out.resolve()).parts[0].startswith("checkpoint-"):
+            raise InputError(f"{out}: expected a model or data apart from the run's own checkpoints, got {source}")
+    for name, kind in ((CONFIG_FILE, SETTINGS), (PICTURE, EARLIER_PICTURE), (RESULTS_FILE, RESULTS)):
+        if not (name == PICTURE and _holds_run(out)):  # pictures of earlier versions bear no mark
+            check_target(out / name, kind, sources=sources)
+    student = out / STUDENT_FOLDER
+    check_target(student, _STUDENT_OF_RUN, sources=sources)
+    if going_on:
+        return
+    if (out / RESULTS_FILE).is_file() or (not resume and (student / MARKER).is_file()):
+        raise InputError(
+            f"{out}: expected a new output_dir, it holds a finished run without a checkpoint to go on from; move it, "
+            f"or give another"
+        )
+
+
+def _is_settings(file: Path) -> bool:
+    """Whether a file is what a run writes: all parts of the settings, and no comment, which would be lost."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        found = set(_yaml.read(file))
+    except InputError:
+        return False
+    return {f.name for f in fields(TrainSettings)} <= found and not re.search("^#", text, re.MULTILINE)
+
+
+def _holds_run(out: Path) -> bool:
+    """Whether there are settings of a run, and something it has made."""
+    made = (out / RESULTS_FILE).is_file() or any(out.glob("checkpoint-*"))
+    return made and (out / CONFIG_FILE).is_file() and _is_settings(out / CONFIG_FILE)
+
+
+def _is_student_of_run(folder: Path) -> bool:
+    """An exported student, or one that a run of an earlier version left, which bears no mark."""
+    return export_kind(EXPORT).earlier(folder) or (not (folder / MARKER).exists() and _holds_run(folder.parent))
+
+
+def _adopt_student(out: Path) -> None:
+    """Mark the student that an earlier version exported, so that the run may replace it."""
+    student = out / STUDENT_FOLDER
+    if student.is_dir() and not (student / MARKER).exists() and _is_student_of_run(student):
+        mark_export(student, EXPORT)
+
+
+SETTINGS = Kind("the settings of an earlier run", _is_settings)
+RESULTS = Kind("the results of an earlier run", marked(b'"train_seconds"'))
+_STUDENT_OF_RUN = Kind("the student of an earlier run", _is_student_of_run, folder=True)
 
 
 def read_results(run: Path) -> dict[str, float]:
@@ -234,6 +327,12 @@ def _last_checkpoint(out: Path) -> Path | None:
     return None if found is None else Path(found)
 
 
+def _first_rank() -> bool:
+    """Whether this is the process that leads a run, by what launchers set before torch.distributed starts."""
+    variables = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # those that accelerate reads
+    return next((os.environ[name] for name in variables if os.environ.get(name)), "0") == "0"
+
+
 def _say(trainer: MTATrainer, text: str) -> None:
     if trainer.is_world_process_zero():
         print(text)
@@ -298,4 +397,4 @@ def draw_training(history: list[dict[str, float]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)

@@ -26,14 +26,24 @@ class WholeCheckpoints(Trainer):
         """The wrapped module without its wrappers."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    def export_student(self, directory: str | Path) -> None:
-        """Write the plain student and its tokenizer; see ``checkpoints.export_student``. All ranks call it."""
+    def export_student(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write the plain student and its tokenizer; see ``checkpoints.export_student``. All ranks call it.
+
+        Args:
+            directory: a free name, or with ``overwrite`` an earlier export.
+            overwrite: replace an earlier export.
+        """
+        sources = [*Path(str(self.args.output_dir)).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+        sources += checkpoints.loaded_from(getattr(self, "teacher", None))
+        checkpoints.check_export(directory, sources=sources, overwrite=overwrite)
+        self.accelerator.wait_for_everyone()  # every rank has looked before one writes
         state = None
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # a collective; the ranks that don't save get nothing
             state = self.accelerator.get_state_dict(self.deepspeed if self.is_deepspeed_enabled else self.model)
         if self.args.should_save:
             state = None if state is None else _part(state, "student.")
-            checkpoints.export_student(self._module.student, self.processing_class, Path(directory), state)
+            student, tokenizer = self._module.student, self.processing_class
+            checkpoints.export_student(student, tokenizer, directory, state, sources=sources, overwrite=overwrite)
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from mta_fast import _yaml
 from mta_fast.config import PRESETS, MTAConfig, nearest
 from mta_fast.errors import InputError
+from mta_fast.files import user_path, user_source
 from mta_fast.layers import LayerMap
 from mta_fast.spans.extract import DEFAULT_MODEL
 
@@ -48,6 +49,9 @@ class ModelSettings:
     tokenizer: str | None = None
     dtype: str = "float32"
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _open_paths(self, "path", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,9 @@ class DataSettings:
     max_rows: int | None = None
     skip_bad_rows: bool = False
 
+    def __post_init__(self) -> None:
+        _open_paths(self, "train", "eval")
+
 
 @dataclass(frozen=True)
 class SpanSettings:
@@ -103,6 +110,9 @@ class SpanSettings:
     model: str = DEFAULT_MODEL
     cache: str | None = None
     n_process: int = 1
+
+    def __post_init__(self) -> None:
+        _open_paths(self, "model", "cache")
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,10 @@ class TrainSettings:
     base: BaseSettings = field(default_factory=BaseSettings)
     mta: dict[str, Any] | bool = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        user_path(self.output_dir)  # an empty one would be the current folder
+        _open_paths(self, "output_dir")
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainSettings:
@@ -177,6 +191,14 @@ class TrainSettings:
             changes["layer_pairs"] = LayerMap.proportional(student_layers, teacher_layers).pairs
         count = len(changes["layer_pairs"])
         return MTAConfig.from_dict({"granularity": ("word", *("phrase",) * (count - 1))} | changes)
+
+
+def _open_paths(settings: Any, *names: str) -> None:
+    """Replace ``~`` in fields that may hold a path, so that every reader of the settings means the same place."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None:
+            object.__setattr__(settings, name, user_source(value))
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mta_fast.files import Kind, check_target, marked, write_whole
 from mta_fast.inspection import appearance as look
 from mta_fast.inspection.measure import Inspection, LayerPair
 from mta_fast.inspection.page_assets import SCRIPT, STYLE
@@ -22,6 +23,10 @@ from mta_fast.inspection.side import Token
 MATRIX_SIZE, LARGEST_CELL = 280, 44  # pixels of the page
 LABEL_HEIGHT = 13
 LONGEST_LABEL = 24
+# the second mark is that of pages made by earlier versions
+PAGE = Kind(
+    "an earlier page of this package", marked(b'<meta name="generator" content="mta_fast">', b"<title>What MTA s")
+)
 
 
 def write_html(inspection: Inspection, path: str | Path) -> None:
@@ -29,9 +34,12 @@ def write_html(inspection: Inspection, path: str | Path) -> None:
 
     Args:
         inspection: of ``inspect_text``.
-        path: the file, replaced if it exists.
+        path: the file; an earlier page there is replaced.
+
+    Raises:
+        InputError: another file is there. CheckpointError: it can't be written.
     """
-    Path(path).write_text(_page(inspection), encoding="utf-8")
+    write_whole(check_target(path, PAGE), _page(inspection))
 
 
 def _page(inspection: Inspection) -> str:
@@ -44,6 +52,7 @@ def _page(inspection: Inspection) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="mta_fast">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{_text(title)}</title>
 <style>{STYLE}</style>

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mta_fast.errors import MissingPackageError
+from mta_fast.files import PICTURE, check_target, save_figure
 from mta_fast.inspection import appearance as look
 from mta_fast.inspection.measure import Inspection, LayerPair
 from mta_fast.inspection.side import Token
@@ -47,9 +48,10 @@ def write_png(inspection: Inspection, path: str | Path) -> None:
 
     Args:
         inspection: of ``inspect_text``.
-        path: the file, replaced if it exists.
+        path: the file; an earlier picture there is replaced.
 
     Raises:
+        InputError: another file is there. CheckpointError: it can't be written.
         MissingPackageError: matplotlib is not installed.
     """
     try:
@@ -59,6 +61,7 @@ def write_png(inspection: Inspection, path: str | Path) -> None:
         raise MissingPackageError(
             "inspect: expected the package matplotlib, it is not installed; pip install '.[train]' in the checkout"
         ) from None
+    place = check_target(path, PICTURE)
     figure = Figure(figsize=(WIDTH, 1), dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     pen = _Pen.make(figure, canvas.get_renderer(), inspection)
@@ -69,7 +72,7 @@ def write_png(inspection: Inspection, path: str | Path) -> None:
     for i, row in enumerate(rows, 1):
         _draw_row(i, row, inspection, top, pen)
         top += row.height
-    figure.savefig(path, format="png", dpi=DPI)
+    save_figure(figure, place, dpi=DPI)
 
 
 class _Pen:

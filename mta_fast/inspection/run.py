@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from mta_fast.config import Granularity, MTAConfig
 from mta_fast.errors import MissingPackageError
+from mta_fast.files import PICTURE, check_target, user_path
 from mta_fast.inspection.measure import Inspection, inspect_text
-from mta_fast.inspection.page import write_html
+from mta_fast.inspection.page import PAGE, write_html
 from mta_fast.inspection.picture import write_png
 from mta_fast.inspection.terminal import render_terminal
 from mta_fast.layers import LayerMap, num_layers
@@ -42,7 +43,8 @@ def inspect_models(
         console: of rich; None: the terminal.
 
     Raises:
-        InputError: a model that can't be loaded, and what ``inspect_text`` raises.
+        InputError: a model that can't be loaded, a file that would be replaced and is no earlier page or picture, and
+            what ``inspect_text`` raises.
         MissingPackageError: a package of the extras [train] or [spacy] is not installed.
     """
     for package in ("transformers", "rich", *(("matplotlib",) if png else ())):
@@ -54,13 +56,18 @@ def inspect_models(
     from rich.console import Console
 
     from mta_fast.distill.checkpoints import load_loss
-    from mta_fast.distill.models import load_model, load_tokenizer, same_vocabulary
+    from mta_fast.distill.models import load_model, load_tokenizer, model_places, same_vocabulary
+
+    sources = [*model_places(teacher), *model_places(student), *([] if config is None else [config])]
+    for target, kind in ((html, PAGE), (png, PICTURE)):
+        if target is not None:
+            check_target(target, kind, sources=sources)
 
     console = Console() if console is None else console
     extractor = SpanExtractor() if extractor is None else extractor
     models = load_model(teacher), load_model(student)
     tokenizers = load_tokenizer(teacher), load_tokenizer(student)
-    loss = load_loss(Path(student)) if config is None else None
+    loss = load_loss(user_path(student)) if config is None else None
     if config is not None:
         settings = MTAConfig.from_yaml(config)
     else:
@@ -77,7 +84,6 @@ def inspect_models(
     render_terminal(inspection, console)
     for path, write in ((html, write_html), (png, write_png)):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write(inspection, path)
             console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
     return inspection

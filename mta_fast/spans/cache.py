@@ -1,4 +1,8 @@
-"""SpanCache: extracted spans on disk, one SQLite file per source of spans, keyed by a digest of the text."""
+"""SpanCache: extracted spans on disk, one SQLite file per source of spans, keyed by a digest of the text.
+
+Every record ends with a checksum of the text's digest, the kind and the spans: one that was damaged on disk is
+extracted anew. SQLite itself has none.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,16 @@ import re
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mta_fast.errors import InputError
+from mta_fast.files import user_path
 from mta_fast.spans.extract import (
     GRANULARITIES,
     Columns,
@@ -23,15 +30,16 @@ from mta_fast.spans.extract import (
     decode_spans,
     progress_bar,
 )
+from mta_fast.spans.records import BYTES_PER_SPAN, DAMAGED, opened, seal, sealed, sealed_as_found
 
-APPLICATION_ID = 0x4D544153  # "MTAS": marks the file as a span cache of this layout; a new layout takes a new number
+APPLICATION_ID = 0x4D544132  # "MTA2": marks the file as a span cache of this layout; a new layout takes a new number
+UNSEALED_ID = 0x4D544153  # "MTAS": the first layout, without checksums
 COMMIT_TEXTS = 256  # a crash loses at most these, or what came in COMMIT_SECONDS
 COMMIT_SECONDS = 2.0
 BUSY_SECONDS = 60.0  # how long to wait for another process that writes
 DIGEST_BYTES = 16
 QUERY_TEXTS = 500  # digests per SELECT, below SQLite's oldest limit of 999 parameters
 SUFFIX = ".sqlite"
-BYTES_PER_SPAN = 8  # of encode_spans
 FOLDER_VARIABLE = "MTA_FAST_CACHE"
 
 
@@ -40,7 +48,9 @@ class SpanCache:
 
     What is extracted is committed every few hundred texts or seconds, so an interrupted run goes on where it was.
     Several processes may fill one file. Words and phrases are kept apart: a file made with both serves either.
-    spaCy is imported only when a text is missing.
+    spaCy is imported only when a text is missing. Records that were damaged on disk are extracted anew, with a warning
+    that counts them. A file of an earlier version, whose records have no checksums, gets them when it is opened, with a
+    warning too.
 
     Args:
         extractor: where spans come from; a function must have a name.
@@ -49,7 +59,8 @@ class SpanCache:
         file: one given file instead.
 
     Raises:
-        InputError: the file is of another source of spans, no span cache, or damaged; or a function without a name.
+        InputError: the file is of another source of spans, no span cache, or so damaged that SQLite can't read it; or
+            a function without a name.
         OSError: the file can't be made or read.
     """
 
@@ -60,8 +71,9 @@ class SpanCache:
             raise InputError(f"SpanCache: expected directory or file, got both ({directory} and {file}); drop one")
         self.extractor = extractor
         identity = extractor.identity()
-        self.path = Path(file) if file is not None else _folder(directory) / _file_name(identity)
+        self.path = user_path(file) if file is not None else _folder(directory) / _file_name(identity)
         _create(self.path, identity)
+        _seal_earlier(self.path)
         with _open(self.path) as connection:
             made_by = _identity(connection, self.path)
         if made_by != identity:
@@ -84,7 +96,8 @@ class SpanCache:
 
     def __len__(self) -> int:
         """Texts in the file."""
-        return self.summary().texts
+        with _open(self.path) as connection:
+            return int(connection.execute("SELECT count(*) FROM spans").fetchone()[0])
 
     def fill(self, texts: Sequence[str], progress: bool = False) -> int:
         """Extract the texts that are missing, each once; returns how many those were.
@@ -113,25 +126,53 @@ class SpanCache:
 
     def _columns(self, texts: list[str], progress: bool) -> Columns:
         digests = [_digest(text) for text in texts]
-        self._fill(texts, digests, progress)
         found: dict[bytes, Sequence[bytes]] = {}
-        with _open(self.path) as connection:
-            for digest, *spans in _select(connection, ", ".join(self.extractor.granularity), "1", digests):
-                found[digest] = spans
+        missing = self._missing(digests, found.__setitem__)
+        if self._extract_missing(texts, digests, missing, progress):
+            self._missing(list(missing), found.__setitem__, again=True)
         kinds = enumerate(self.extractor.granularity)
         return {f"{kind}_spans": [decode_spans(found[digest][i]) for digest in digests] for i, kind in kinds}
 
     def _fill(self, texts: list[str], digests: list[bytes], progress: bool) -> int:
-        complete = " AND ".join(f"{kind} IS NOT NULL" for kind in self.extractor.granularity)
+        return self._extract_missing(texts, digests, self._missing(digests, lambda digest, spans: None), progress)
+
+    def _missing(
+        self, digests: Sequence[bytes], keep: Callable[[bytes, Sequence[bytes]], None], *, again: bool = False
+    ) -> set[bytes]:
+        """The digests whose spans the file doesn't hold whole; ``keep`` gets the others.
+
+        Raises:
+            InputError: ``again``, after these were extracted, and some are missing still.
+        """
+        missing, damaged = set(digests), 0
+        kinds = self.extractor.granularity
         with _open(self.path) as connection:
-            known = {digest for (digest,) in _select(connection, "", complete, digests)}
+            checked = _application_id(connection) == APPLICATION_ID
+            for digest, *records in _select(connection, ", ".join(kinds), digests):
+                found = [opened(kind, digest, each, checked) for kind, each in zip(kinds, records, strict=True)]
+                damaged += DAMAGED in found
+                spans = [each for each in found if isinstance(each, bytes)]
+                if len(spans) == len(kinds):
+                    missing.discard(digest)
+                    keep(digest, spans)
+        if missing and again:
+            raise _damaged(self.path, f"{len(missing)} texts can't be found again after they were written")
+        if damaged:
+            warnings.warn(
+                f"span cache {self.path}: the spans of {damaged} of {len(set(digests))} texts were damaged on disk; "
+                f"they are extracted anew",
+                stacklevel=2,
+            )
+        return missing
+
+    def _extract_missing(self, texts: list[str], digests: list[bytes], missing: set[bytes], progress: bool) -> int:
         first_row: dict[bytes, int] = {}
         for row, digest in enumerate(digests):
-            if digest not in known:
+            if digest in missing:
                 first_row.setdefault(digest, row)
         shown = progress or self.extractor.progress
         if shown:
-            cached = sum(digest in known for digest in digests)
+            cached = sum(digest not in missing for digest in digests)
             print(f"spans: {cached} of {len(texts)} texts from {self.path}", file=sys.stderr)
         if first_row:
             self._extract(texts, first_row, shown)
@@ -154,17 +195,22 @@ class SpanCache:
 
     def _store(self, made: list[tuple[bytes, list[bytes]]]) -> None:
         """Commit these rows in one transaction, and empty the list even if that fails."""
-        rows = [(digest, *spans) for digest, spans in made]
-        made.clear()
-        if not rows:
-            return
         kinds = self.extractor.granularity
-        kept = ", ".join(f"{kind} = COALESCE({kind}, excluded.{kind})" for kind in kinds)
+        records = list(made)
+        made.clear()
+        if not records:
+            return
+        kept = ", ".join(f"{kind} = excluded.{kind}" for kind in kinds)
         insert = (
             f"INSERT INTO spans (digest, {', '.join(kinds)}) VALUES (?{', ?' * len(kinds)}) "
-            f"ON CONFLICT (digest) DO UPDATE SET {kept}"  # another process may have been first
+            f"ON CONFLICT (digest) DO UPDATE SET {kept}"  # another process was first, or the record is damaged
         )
         with _open(self.path) as connection, _transaction(connection):
+            checked = _application_id(connection) == APPLICATION_ID
+            rows = (
+                (digest, *(sealed(k, digest, each) if checked else each for k, each in zip(kinds, spans, strict=True)))
+                for digest, spans in records
+            )
             connection.executemany(insert, rows)
 
 
@@ -180,6 +226,7 @@ class CacheSummary:
     phrase_texts: int
     phrases: int
     bytes: int  # on disk
+    damaged: int = 0  # texts with a record that is not as it was written; counted among no words or phrases
 
     def __str__(self) -> str:
         return "\n".join(
@@ -190,6 +237,7 @@ class CacheSummary:
                 f"words    {self.words:,} in {self.word_texts:,} texts",
                 f"phrases  {self.phrases:,} in {self.phrase_texts:,} texts",
                 f"size     {self.bytes:,} bytes",
+                *([f"damaged  {self.damaged:,} texts, extracted anew when they are needed"] if self.damaged else []),
             )
         )
 
@@ -200,22 +248,30 @@ def summarize_cache(path: str | Path) -> CacheSummary:
     Raises:
         InputError: no such file, no span cache, or a damaged one. OSError: it can't be read.
     """
-    path = Path(path)
+    path = user_path(path)
+    texts = damaged = 0
+    counted, spans = Counter[str](), Counter[str]()
     with _open(path) as connection:
         made_by = _describe(_identity(connection, path))
-        counts = ", ".join(f"count({kind}), total(length({kind}))" for kind in GRANULARITIES)
-        texts, word_texts, words, phrase_texts, phrases = connection.execute(
-            f"SELECT count(*), {counts} FROM spans"
-        ).fetchone()
+        checked = _application_id(connection) == APPLICATION_ID
+        for digest, *records in connection.execute(f"SELECT digest, {', '.join(GRANULARITIES)} FROM spans"):
+            found = [opened(kind, digest, each, checked) for kind, each in zip(GRANULARITIES, records, strict=True)]
+            texts += 1
+            damaged += DAMAGED in found
+            for kind, each in zip(GRANULARITIES, found, strict=True):
+                if isinstance(each, bytes):
+                    counted[kind] += 1
+                    spans[kind] += len(each) // BYTES_PER_SPAN
     return CacheSummary(
         path=path,
         made_by=made_by,
         texts=texts,
-        word_texts=word_texts,
-        words=int(words) // BYTES_PER_SPAN,
-        phrase_texts=phrase_texts,
-        phrases=int(phrases) // BYTES_PER_SPAN,
+        word_texts=counted["word"],
+        words=spans["word"],
+        phrase_texts=counted["phrase"],
+        phrases=spans["phrase"],
         bytes=path.stat().st_size,
+        damaged=damaged,
     )
 
 
@@ -225,7 +281,7 @@ def describe_cache(path: str | Path) -> str:
     Raises:
         InputError, OSError: as ``summarize_cache`` does, or a folder without a cache file.
     """
-    path = Path(path)
+    path = user_path(path)
     files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
     if not files:
         raise InputError(f"span cache {path}: expected a folder with {SUFFIX} files, found none in it; give a file")
@@ -235,18 +291,24 @@ def describe_cache(path: str | Path) -> str:
 def look_up(path: str | Path, text: str) -> dict[str, list[list[int]]] | None:
     """{"word_spans": [[start, end], ...], "phrase_spans": ...} of one text, or None; needs neither spaCy nor the model.
 
-    A kind that was not extracted for this text is left out. Raises as ``summarize_cache`` does.
+    A kind that was not extracted for this text is left out. Raises as ``summarize_cache`` does, and InputError for
+    spans that were damaged on disk.
     """
-    path = Path(path)
+    path = user_path(path)
     with _open(path) as connection:
         _identity(connection, path)
-        rows = list(_select(connection, ", ".join(GRANULARITIES), "1", [_digest(text)]))
+        checked = _application_id(connection) == APPLICATION_ID
+        rows = list(_select(connection, ", ".join(GRANULARITIES), [_digest(text)]))
     if not rows:
         return None
-    _, *spans = rows[0]
-    return {
-        f"{kind}_spans": decode_spans(data) for kind, data in zip(GRANULARITIES, spans, strict=True) if data is not None
-    }
+    digest, *records = rows[0]
+    found = {kind: opened(kind, digest, each, checked) for kind, each in zip(GRANULARITIES, records, strict=True)}
+    if DAMAGED in found.values():
+        raise InputError(
+            f"span cache {path}: expected the spans of this text as they were written, got damaged ones; mta-fast "
+            f"spans make (or a run that needs them) extracts them anew"
+        )
+    return {f"{kind}_spans": decode_spans(data) for kind, data in found.items() if isinstance(data, bytes)}
 
 
 # --- the file ----------------------------------------------------------------------------------------------------
@@ -254,8 +316,8 @@ def look_up(path: str | Path, text: str) -> dict[str, list[list[int]]] | None:
 
 def _folder(directory: str | Path | None) -> Path:
     if directory is not None:
-        return Path(directory)
-    return Path(os.environ.get(FOLDER_VARIABLE) or Path.home() / ".cache" / "mta_fast" / "spans")
+        return user_path(directory)
+    return user_path(os.environ.get(FOLDER_VARIABLE) or "~/.cache/mta_fast/spans")
 
 
 def _file_name(identity: dict[str, str]) -> str:
@@ -287,37 +349,67 @@ def _create(path: Path, identity: dict[str, str]) -> None:
             f"or set ${FOLDER_VARIABLE}"
         ) from None
     with _open(path) as connection, _transaction(connection):
-        if _application_id(connection) == APPLICATION_ID:
+        if _application_id(connection) in (APPLICATION_ID, UNSEALED_ID):
             return
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute("CREATE TABLE identity (json TEXT NOT NULL)")
+        connection.execute("CREATE TABLE identity (json TEXT NOT NULL, seal BLOB)")
         connection.execute("CREATE TABLE spans (digest BLOB PRIMARY KEY, word BLOB, phrase BLOB)")
-        connection.execute("INSERT INTO identity VALUES (?)", (json.dumps(identity),))
+        text = json.dumps(identity)
+        connection.execute("INSERT INTO identity VALUES (?, ?)", (text, seal("identity", b"", text.encode())))
+
+
+def _seal_earlier(path: Path) -> None:
+    """Give the records of a file of the first layout their checksums, all or none; a file that is read-only stays."""
+    with _open(path) as connection:
+        if _application_id(connection) != UNSEALED_ID:
+            return
+        connection.create_function("sealed", 3, sealed_as_found, deterministic=True)
+        mend = "what it holds is taken as it is, and checked from now on"
+        try:
+            with _transaction(connection):
+                if _application_id(connection) == UNSEALED_ID:  # another process may have been first
+                    records = ", ".join(f"{kind} = sealed('{kind}', digest, {kind})" for kind in GRANULARITIES)
+                    connection.execute(f"UPDATE spans SET {records}")
+                    connection.execute("ALTER TABLE identity ADD COLUMN seal BLOB")
+                    text = connection.execute("SELECT json FROM identity").fetchone()[0]
+                    connection.execute("UPDATE identity SET seal = ?", (seal("identity", b"", text),))
+                    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        except sqlite3.Error as error:
+            if not getattr(error, "sqlite_errorname", "").startswith("SQLITE_READONLY"):
+                raise
+            mend = "it can only be read, so damage in it can't be seen"
+    warnings.warn(f"span cache {path}: made by an earlier version, without checksums; {mend}", stacklevel=3)
 
 
 def _identity(connection: sqlite3.Connection, path: Path) -> dict[str, str]:
     """Who made the file, once it is sure that this is a span cache; SQLite itself refuses one that is cut short."""
-    if _application_id(connection) != APPLICATION_ID:
+    number = _application_id(connection)
+    if number not in (APPLICATION_ID, UNSEALED_ID):
         raise InputError(
             f"span cache {path}: expected a span cache of this version, got another file; give another path"
         )
-    return json.loads(connection.execute("SELECT json FROM identity").fetchone()[0])
+    columns = "json, seal" if number == APPLICATION_ID else "json"
+    row = connection.execute(f"SELECT {columns} FROM identity").fetchone()
+    text = row[0] if row else None
+    if not isinstance(text, bytes) or (number == APPLICATION_ID and row[1] != seal("identity", b"", text)):
+        raise _damaged(path, "it doesn't say what it was made by")
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise _damaged(path, "it doesn't say what it was made by") from None
 
 
 def _application_id(connection: sqlite3.Connection) -> int:
     return connection.execute("PRAGMA application_id").fetchone()[0]
 
 
-def _select(
-    connection: sqlite3.Connection, columns: str, condition: str, digests: Sequence[bytes]
-) -> Iterator[tuple[Any, ...]]:
+def _select(connection: sqlite3.Connection, columns: str, digests: Sequence[bytes]) -> Iterator[tuple[Any, ...]]:
     """(digest, *columns) of the rows with these digests, each once, in no order."""
     wanted = list(dict.fromkeys(digests))
     for first in range(0, len(wanted), QUERY_TEXTS):
         part = wanted[first : first + QUERY_TEXTS]
         marks = ", ".join("?" * len(part))
-        names = ", ".join(filter(None, ("digest", columns)))
-        yield from connection.execute(f"SELECT {names} FROM spans WHERE digest IN ({marks}) AND {condition}", part)
+        yield from connection.execute(f"SELECT digest, {columns} FROM spans WHERE digest IN ({marks})", part)
 
 
 @contextmanager
@@ -328,9 +420,12 @@ def _open(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         uri = path.absolute().as_uri() + "?mode=rw"
         with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
+            connection.text_factory = bytes  # a damaged text need not be UTF-8
             yield connection
     except sqlite3.Error as error:
         raise _explained(path, error) from error
+    except (MemoryError, UnicodeDecodeError) as error:  # a damaged length; a message of SQLite with damaged names in it
+        raise _damaged(path, type(error).__name__) from error
 
 
 @contextmanager

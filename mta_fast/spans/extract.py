@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.files import user_source
 from mta_fast.spans.pool import map_in_processes
 from mta_fast.spans.rules import SPAN_RULES, CharSpan, phrases, words
 
@@ -273,6 +274,7 @@ def find_model(model: str) -> ModelInfo:
     """
     if importlib.util.find_spec("spacy") is None:
         raise MissingPackageError("spaCy: expected it installed, it is not; pip install '.[spacy]' in the checkout")
+    model = user_source(model)
     if model.startswith("blank:"):
         return ModelInfo(model, "of spaCy", frozenset())
     for name in (DEFAULT_MODEL, DEFAULT_MODEL_ON_PYPI) if model == DEFAULT_MODEL else (model,):
