@@ -6,8 +6,10 @@ An error is one line with its mend and exit code 2; only a bug shows a traceback
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-from mta_fast.errors import INTERRUPTED, MTAFastError
+from mta_fast.errors import INTERRUPTED, TERMINATED, MTAFastError
+from mta_fast.interrupt import terminable
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,31 +20,34 @@ def main(arguments: list[str] | None = None) -> int:
         if error.name != "typer":
             raise
         return _fail("the command line needs typer, which is not installed; pip install '.[train]' in the checkout")
+    with terminable() as request:
+        code = _run(app, arguments)
+    if code == INTERRUPTED and request.number is not None:  # Ctrl-C has the same way out
+        code = TERMINATED
+    if code in (INTERRUPTED, TERMINATED):
+        print(f"mta-fast: {'interrupted' if code == INTERRUPTED else 'terminated'}", file=sys.stderr)
+    return code
+
+
+def _run(app: Any, arguments: list[str] | None) -> int:
     try:
         code = app(args=arguments, standalone_mode=False)
     except KeyboardInterrupt:
-        return _interrupted()
+        return INTERRUPTED
     except (MTAFastError, OSError) as error:
         return _fail(str(error))
     except Exception as error:
         if type(error).__name__ == "Abort":  # typer's own classes, whose module differs between its versions
-            return _interrupted()
+            return INTERRUPTED
         if not hasattr(error, "format_message"):
             raise
         return _fail(f"{error.format_message()} See mta-fast --help.")
-    if code == INTERRUPTED:  # newer typers turn Ctrl-C into this exit code
-        return _interrupted()
     return code if isinstance(code, int) else 0
 
 
 def _fail(message: str) -> int:
     print("mta-fast: " + " ".join(message.split()), file=sys.stderr)
     return 2
-
-
-def _interrupted() -> int:
-    print("mta-fast: interrupted", file=sys.stderr)
-    return INTERRUPTED
 
 
 if __name__ == "__main__":

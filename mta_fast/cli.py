@@ -86,13 +86,17 @@ def train(
         Path | None, typer.Option(help="output_dir of a finished run: train as long as that one did.")
     ] = None,
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them.")] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Go on with other settings, data or models than at the start.")
+    ] = False,
 ) -> None:
     """Distil a student as a YAML file says; also under torchrun and accelerate launch."""
     from mta_fast.distill.run import train as run
     from mta_fast.distill.settings import TrainSettings
 
     changes = [*(override or []), *(["data.skip_bad_rows=true"] if skip_bad_rows else [])]
-    raise typer.Exit(run(TrainSettings.from_yaml(config, changes), resume=resume, match_time=match_time))
+    settings = TrainSettings.from_yaml(config, changes)
+    raise typer.Exit(run(settings, resume=resume, match_time=match_time, allow_changes=allow_changes))
 
 
 @app.command(cls=_ManyValues)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-INTERRUPTED = 130  # the exit code after Ctrl-C, which has saved what it could
+INTERRUPTED, TERMINATED = 130, 143  # exit codes after Ctrl-C and SIGTERM; what could be saved is saved
 
 
 class MTAFastError(Exception):

@@ -16,6 +16,7 @@ from typing import Any
 
 from mta_fast._version import __version__
 from mta_fast.errors import InputError, MTAFastError
+from mta_fast.write_errors import write_failure
 
 PARTIAL = ".partial"
 MARKER = "mta_fast.json"  # in a folder that an export made: which kind, by which version, which files
@@ -259,23 +260,18 @@ def commit(partial: Path, target: Path) -> None:
 @contextmanager
 def removing_on_failure(partial: Path, target: Path) -> Iterator[None]:
     """Remove what was half written when the block fails or is interrupted, and say so."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        writing = isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error)
+    except BaseException as error:
         discard(partial)
-        if not writing:
+        failure = write_failure(error)
+        if failure is None:
             raise
         free = shutil.disk_usage(_existing(partial)).free
         raise CheckpointError(
-            f"{target}: expected to write it whole, got: {error} ({free / 2**20:.0f} MiB are free there); make room, "
-            f"then go on from the last checkpoint beside it, which is untouched"
+            f"{target}: expected to write it whole, got: {failure} ({free / 2**20:.0f} MiB are free there); make "
+            f"room, then go on from the last checkpoint beside it, which is untouched"
         ) from error
-    except BaseException:
-        discard(partial)
-        raise
 
 
 def discard(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -111,7 +112,13 @@ def test_ctrl_c_saves_and_resumes(run_folder: Path) -> None:
     assert _train(run_folder, *_override(f"output_dir={run_folder}/whole", "training.max_steps=12")) == 0
     command = [sys.executable, "-m", "mta_fast", "train", str(run_folder / "run.yaml")]
     changes = _override("training.max_steps=12", "training.save_strategy=no")
-    with subprocess.Popen([*command, *changes], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, *changes],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # pytest's may be ignored
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "'dsa'" in line:  # the first step is logged

@@ -23,10 +23,12 @@ from mta_fast import _yaml
 from mta_fast.config import MTAConfig, nearest
 from mta_fast.distill.checkpoints import RESULTS_FILE
 from mta_fast.distill.models import model_depth
-from mta_fast.distill.run import CONFIG_FILE, STUDENT_FOLDER, read_results
+from mta_fast.distill.resuming import CONFIG_FILE
+from mta_fast.distill.run import STUDENT_FOLDER, read_results
 from mta_fast.distill.settings import TrainSettings
-from mta_fast.errors import INTERRUPTED, InputError, MissingPackageError
+from mta_fast.errors import INTERRUPTED, TERMINATED, InputError, MissingPackageError
 from mta_fast.files import Kind, atomic_file, check_target, marked, save_figure, write_whole
+from mta_fast.interrupt import Terminated, exit_code
 from mta_fast.layers import LayerMap
 from mta_fast.locks import LOCK_VARIABLE, lock_folder
 
@@ -137,7 +139,8 @@ def ablate(
         eval_options: further options of ``mta-fast eval``, as on its command line.
 
     Returns:
-        The exit code: 0; 1 where a run failed (the others went on; its log says why); 130 after Ctrl-C.
+        The exit code: 0; 1 where a run failed (the others went on; its log says why); 130 after
+        Ctrl-C, 143 after SIGTERM.
 
     Raises:
         InputError: settings that don't fit, an unknown row, or a folder with a run of other settings.
@@ -178,9 +181,9 @@ def _train_all(
         print(f"[{number}/{len(runs)}] {run.row}, seed {run.seed}: ", end="", flush=True)
         partner = _folder(out, FULL, run.seed) if run.row == MATCHED else None
         code = _train(run, partner) or _evaluate(run, eval_data, eval_options)
-        if code == INTERRUPTED:
+        if code in (INTERRUPTED, TERMINATED):
             print("stopped; the same command goes on")
-            return INTERRUPTED
+            return code
         if code:
             failed.append(run)
         print(_outcome(run, code), flush=True)
@@ -256,7 +259,7 @@ def _evaluate(run: Run, data: Sequence[str], options: Sequence[str]) -> int:
 
 
 def _call(command: Sequence[str], log: Path) -> int:
-    """Run a command of mta-fast, its output appended to the log. Ctrl-C is passed on to it: it saves, and ends.
+    """Run a command of mta-fast, its output appended to the log. Ctrl-C and SIGTERM are passed on: it saves, and ends.
 
     Raises:
         InputError: a process of an earlier command that was killed is still at work in the folder.
@@ -270,14 +273,14 @@ def _call(command: Sequence[str], log: Path) -> int:
             env={**os.environ, LOCK_VARIABLE: str(lock)},
             start_new_session=True,  # the terminal's Ctrl-C reaches it through us alone
         )
-        interrupted = False
+        passed_on: signal.Signals | None = None
         while True:
             try:
                 code = process.wait()
-                return INTERRUPTED if interrupted else code
-            except KeyboardInterrupt:
-                interrupted = True
-                process.send_signal(signal.SIGINT)
+                return code if passed_on is None else exit_code(passed_on)
+            except KeyboardInterrupt as error:
+                passed_on = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+                process.send_signal(passed_on)
 
 
 def _outcome(run: Run, code: int) -> str:

@@ -7,14 +7,17 @@ projections and the MTAConfig lie in its subfolder ``mta/``, where ``from_pretra
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from mta_fast.config import MTAConfig
+from mta_fast.distill.manifest import CHECKPOINT, verify
 from mta_fast.errors import InputError
 from mta_fast.files import PARTIAL as PARTIAL
 from mta_fast.files import CheckpointError as CheckpointError
@@ -37,6 +40,7 @@ RESULTS_FILE = "results.json"  # of a run or an evaluation that is finished
 CUT, EXPORT = "cut student", "exported student"  # kinds of exports
 # they choose how the same numbers are computed
 FREE_TO_CHANGE = frozenset({"backend", "dsa_method"})
+OF_PROJECTIONS = frozenset({"layer_pairs", "student_dims", "teacher_dims"})
 
 
 # --- projections and settings ------------------------------------------------------------------------------------
@@ -53,11 +57,11 @@ def save_mta(folder: Path, mta: MTALoss, state: Mapping[str, Tensor]) -> None:
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, place / PROJECTIONS_FILE)
 
 
-def check_mta(folder: Path, mta: MTALoss | None) -> None:
-    """Refuse a checkpoint that was trained with another MTALoss.
+def check_mta(folder: Path, mta: MTALoss | None, *, allow_changes: bool = False) -> None:
+    """Refuse a checkpoint that was trained with another MTALoss; ``allow_changes``: with other projections only.
 
     Raises:
-        InputError: names the first setting that differs and both values.
+        InputError: names every setting that differs and both values.
     """
     file = folder / MTA_FOLDER / CONFIG_FILE
     if not folder.is_dir():
@@ -69,13 +73,18 @@ def check_mta(folder: Path, mta: MTALoss | None) -> None:
         raise InputError(
             f"{folder}: expected a checkpoint trained with {wants}, it has {has}; start another output_dir"
         )
-    found = json.loads(file.read_text(encoding="utf-8"))
-    for name, value in _settings(mta).items():
-        if name not in FREE_TO_CHANGE and found.get(name) != value:
-            raise InputError(
-                f"{folder}: expected a checkpoint with {name} = {value}, it has {found.get(name)}; resume with the "
-                f"settings it was made with, or start another output_dir"
-            )
+    found = read_json(file)
+    differing = {
+        name: value
+        for name, value in _settings(mta).items()
+        if name not in FREE_TO_CHANGE and found.get(name) != value and (name in OF_PROJECTIONS or not allow_changes)
+    }
+    if differing:
+        named = "; with ".join(f"{name} = {value}, it has {found.get(name)}" for name, value in differing.items())
+        raise InputError(
+            f"{folder}: expected a checkpoint with {named}; resume with the settings it was made with, or start "
+            f"another output_dir"
+        )
 
 
 def _settings(mta: MTALoss) -> dict[str, Any]:
@@ -94,11 +103,24 @@ def load_loss(folder: Path) -> MTALoss | None:
     file = folder / MTA_FOLDER / CONFIG_FILE
     if not file.is_file():
         return None
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = read_json(file)
     student_dims, teacher_dims = settings.pop("student_dims"), settings.pop("teacher_dims")
     loss = MTALoss(MTAConfig.from_dict(settings), student_dims, teacher_dims)
     load_mta(folder, loss)
     return loss
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file of a checkpoint.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: expected what was saved there, it can't be read: {error}") from None
+    return found
 
 
 # --- progress ----------------------------------------------------------------------------------------------------
@@ -113,7 +135,14 @@ def load_progress(folder: Path, rank: int) -> dict[str, Any] | None:
     """What ``save_progress`` wrote, the first rank's where there were fewer ranks; None where none wrote anything."""
     files = [folder / PROGRESS_FILE.format(rank=each) for each in (rank, 0)]
     found = next((file for file in files if file.is_file()), None)
-    return None if found is None else json.loads(found.read_text(encoding="utf-8"))
+    return None if found is None else read_json(found)
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of a run with the most steps; None without one."""
+    steps = {int(m[1]): path for path in run.glob("checkpoint-*") if (m := CHECKPOINT.fullmatch(path.name))}
+    folders = {step: path for step, path in steps.items() if path.is_dir()}
+    return folders[max(folders)] if folders else None
 
 
 # --- the student -------------------------------------------------------------------------------------------------
@@ -122,28 +151,66 @@ def load_progress(folder: Path, rank: int) -> dict[str, Any] | None:
 def load_student(folder: Path, student: nn.Module) -> None:
     """Read a checkpoint's student (or its adapter, for a PEFT student) into ``student``, every weight of it.
 
+    The files are read by transformers and PEFT, which know by what names a family's weights are stored; the student is
+    in memory twice meanwhile.
+
     Raises:
-        InputError: weights that the student lacks, or the checkpoint.
+        InputError: no such files, weights that the student lacks, or the checkpoint, or of another shape.
     """
-    from safetensors.torch import load_file
-
     if _is_peft(student):
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        if not (folder / "adapter_config.json").is_file():
-            raise InputError(f"{folder}: expected a checkpoint of an adapter (LoRA), it has none")
-        result = set_peft_model_state_dict(student, load_peft_weights(str(folder), device="cpu"))
-        missing = {name for name in result.missing_keys if "lora_" in name}
+        _load_adapters(folder, student)
     else:
-        state = {name: value for file in folder.glob("model*.safetensors") for name, value in load_file(file).items()}
-        if not state:
-            raise InputError(f"{folder}: expected a checkpoint with model.safetensors, it has none")
-        result = student.load_state_dict(state, strict=False)
-        tied = getattr(student, "_tied_weights_keys", None) if student.config.tie_word_embeddings else None  # type: ignore[union-attr]  # transformers' config
-        missing = set(result.missing_keys) - set(tied or ())
-        student.tie_weights()  # type: ignore[operator]  # transformers' method
-    if missing or result.unexpected_keys:
-        differing = sorted([*missing, *result.unexpected_keys])
+        student.load_state_dict(_student_state(folder, student))
+
+
+def _student_state(folder: Path, student: Any) -> Mapping[str, Tensor]:
+    """The weights of a checkpoint under the names that they have in the student."""
+    from safetensors import SafetensorError
+
+    if not any(folder.glob("model*.safetensors")):
+        raise InputError(f"{folder}: expected a checkpoint with model.safetensors, it has none")
+    dtype = functools.reduce(torch.promote_types, {each.dtype for each in student.parameters()})  # loses nothing
+    config = copy.deepcopy(student.config)
+    with torch.random.fork_rng(devices=[]):  # weights that are missing would be drawn
+        try:
+            loaded, report = type(student).from_pretrained(
+                folder, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{folder}: expected the weights of this student, got: {error}") from None
+    state: dict[str, Tensor] = loaded.state_dict()
+    own = student.state_dict()
+    other = [each[0] if isinstance(each, tuple) else each for each in report["mismatched_keys"]]
+    _refuse_differing(
+        folder, [*report["missing_keys"], *report["unexpected_keys"], *other, *(own.keys() ^ state.keys())]
+    )
+    return state
+
+
+def _load_adapters(folder: Path, student: Any) -> None:
+    """Read a checkpoint's adapters: the default one beside it, others in folders of their names."""
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from safetensors import SafetensorError
+
+    for name in student.peft_config:
+        place = folder if name == "default" else folder / name
+        if not (place / "adapter_config.json").is_file():
+            raise InputError(f"{place}: expected a checkpoint of an adapter (LoRA), it has none")
+        try:
+            state = load_peft_weights(str(place), device="cpu")
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{place}: expected the weights of this adapter, got: {error}") from None
+        own = get_peft_model_state_dict(student, adapter_name=name)
+        differing = own.keys() ^ state.keys()
+        _refuse_differing(
+            place, [*differing, *(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)]
+        )
+        set_peft_model_state_dict(student, state, adapter_name=name)
+
+
+def _refuse_differing(folder: Path, names: Iterable[str]) -> None:
+    differing = sorted(set(names))
+    if differing:
         raise InputError(f"{folder}: expected the weights of this student, {len(differing)} differ: {differing[:3]}")
 
 
@@ -230,11 +297,12 @@ def export_checkpoint(checkpoint: str | Path, target: str | Path, *, overwrite: 
         )
     sources = [checkpoint, *checkpoint.resolve().parent.glob("checkpoint-*")]
     check_export(target, sources=sources, overwrite=overwrite)
+    verify(checkpoint, student_only=True)
     student: PreTrainedModel
     if adapter.is_file():
         from peft import PeftModel
 
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = read_json(adapter)["base_model_name_or_path"]
         student = PeftModel.from_pretrained(load_model(base), checkpoint)
     else:
         student = load_model(str(checkpoint))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mta_fast.distill.manifest import MANIFEST_FILE, verify
 from mta_fast.errors import InputError, MissingPackageError
 from mta_fast.files import user_source
 from mta_fast.layers import block_list, num_layers, unwrap
@@ -42,6 +43,8 @@ def load_model(name: str, *, dtype: str = "float32", **options: Any) -> PreTrain
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     place, gguf = _resolve(name)
     options = {key: user_source(value) if isinstance(value, str) else value for key, value in options.items()}
+    if (Path(place) / MANIFEST_FILE).is_file():  # a checkpoint
+        verify(Path(place), student_only=True)
     try:
         model = tf.AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **gguf, **options)
     except (OSError, ValueError) as error:

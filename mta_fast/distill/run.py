@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from mta_fast import _yaml
 from mta_fast.config import nearest
-from mta_fast.distill.checkpoints import EXPORT, RESULTS_FILE
+from mta_fast.distill import resuming
+from mta_fast.distill.checkpoints import EXPORT, RESULTS_FILE, last_checkpoint
 from mta_fast.distill.data import data_places, describe_rows, drop_long_rows, load_rows
 from mta_fast.distill.distillm2 import RESPONSES
+from mta_fast.distill.interrupt import FinishStep
 from mta_fast.distill.models import load_model, load_tokenizer, model_places
 from mta_fast.distill.pairs import load_pairs
+from mta_fast.distill.resuming import CONFIG_FILE
 from mta_fast.distill.settings import LoraSettings, TrainSettings
-from mta_fast.errors import INTERRUPTED, InputError, MissingPackageError
+from mta_fast.errors import InputError, MissingPackageError
 from mta_fast.files import (
     MARKER,
     Kind,
@@ -32,6 +34,7 @@ from mta_fast.files import (
     write_whole,
 )
 from mta_fast.files import PICTURE as EARLIER_PICTURE
+from mta_fast.interrupt import exit_code
 from mta_fast.layers import num_layers
 from mta_fast.locks import lock_folder
 from mta_fast.spans.cache import SpanCache
@@ -41,11 +44,13 @@ if TYPE_CHECKING:
     from mta_fast.distill.arguments import MTATrainingArguments
     from mta_fast.distill.trainer import MTATrainer
 
-CONFIG_FILE, STUDENT_FOLDER, PICTURE = "config.yaml", "student", "training.png"
+STUDENT_FOLDER, PICTURE = "student", "training.png"
 MATCHED_EPOCHS = 1000  # time ends a run that is matched to another's, long before
 
 
-def train(settings: TrainSettings, *, resume: bool = False, match_time: Path | None = None) -> int:
+def train(
+    settings: TrainSettings, *, resume: bool = False, match_time: Path | None = None, allow_changes: bool = False
+) -> int:
     """Run the settings; on one process, or on each rank of torchrun or accelerate launch.
 
     Leaves in ``output_dir``: config.yaml, checkpoints, the exported student, training.png, and last, so that it tells a
@@ -55,41 +60,54 @@ def train(settings: TrainSettings, *, resume: bool = False, match_time: Path | N
         settings: from ``TrainSettings.from_yaml``.
         resume: go on from the last checkpoint in ``output_dir``; without one, start.
         match_time: output_dir of a finished run; this one trains as long as that one did, however many steps it takes.
+        allow_changes: go on with other settings, data or models than those that the checkpoint was made with.
 
     Returns:
-        The exit code: 0, or 130 after Ctrl-C (the step is finished and a checkpoint saved first).
+        The exit code: 0, or 130 after Ctrl-C and 143 after SIGTERM (the step is finished and a checkpoint saved first).
 
     Raises:
-        InputError: settings, rows or models that don't fit, or an ``output_dir`` with checkpoints and no ``resume``,
-            with files that are not of a run, or in which another process is at work.
+        InputError: settings, rows or models that don't fit, an ``output_dir`` with checkpoints and no ``resume``,
+            with files that are not of a run, or in which another process is at work, or a checkpoint that is damaged
+            or of other settings.
         CheckpointError: no room to write. MissingPackageError: a package is missing.
     """
     with ExitStack() as stack:
         if _first_rank():  # alone at work in the folder; the ranks of one run share it
             stack.enter_context(lock_folder(Path(settings.output_dir)))
-        return _train(settings, resume, match_time)
+        return _train(settings, resume, match_time, allow_changes)
 
 
-def _train(settings: TrainSettings, resume: bool, match_time: Path | None) -> int:
+def _train(settings: TrainSettings, resume: bool, match_time: Path | None, allow_changes: bool) -> int:
     """What ``train`` does once output_dir is its own."""
     out = Path(settings.output_dir)
     if match_time is not None:
         settings = _matched(settings, read_results(user_path(match_time))["train_seconds"])
-    checkpoint = _last_checkpoint(out)
+    checkpoint = last_checkpoint(out)
     if checkpoint is not None and not resume:
         raise InputError(
             f"{out}: expected a new output_dir, it holds {checkpoint.name}; go on with --resume, or move it"
         )
     check_run(settings, resume=resume, going_on=checkpoint is not None)
-    trainer = build_trainer(settings)
-    if trainer.is_world_process_zero():
-        out.mkdir(parents=True, exist_ok=True)
-        (out / CONFIG_FILE).write_text(_yaml.dumps(settings.to_dict()), encoding="utf-8")
-    with _FinishStepOnInterrupt(trainer) as interrupt:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    if interrupt.happened:
-        _say(trainer, f"stopped after step {trainer.state.global_step}; go on with --resume")
-        return INTERRUPTED
+    with FinishStep() as finish:
+        if checkpoint is not None:
+            resuming.check(checkpoint, out, settings, allow_changes=allow_changes)
+        trainer = build_trainer(settings)
+        trainer.run_settings, trainer.verified = settings.to_dict(), checkpoint
+        if trainer.is_world_process_zero():
+            resuming.record(out, settings)
+        finish.watch(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint, allow_changes=allow_changes)
+        if trainer.stopped:
+            _say(trainer, f"stopped after step {trainer.state.global_step}; go on with --resume")
+            trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.end_training()
+            return exit_code(finish.signal)
+        _finish(trainer, out)
+    return 0
+
+
+def _finish(trainer: MTATrainer, out: Path) -> None:
+    """Export the student, measure and draw what it has become."""
     _adopt_student(out)
     trainer.export_student(out / STUDENT_FOLDER, overwrite=True)
     losses = trainer.final_losses()
@@ -100,7 +118,6 @@ def _train(settings: TrainSettings, resume: bool, match_time: Path | None) -> in
     _say(trainer, f"student in {out / STUDENT_FOLDER}, curves in {out / PICTURE}")
     trainer.accelerator.wait_for_everyone()  # no rank leaves while another still talks
     trainer.accelerator.end_training()
-    return 0
 
 
 def check_run(settings: TrainSettings, *, resume: bool, going_on: bool) -> None:
@@ -320,13 +337,6 @@ def _with_lora(student: Any, settings: LoraSettings) -> Any:
         raise InputError(f"student.lora: {error}") from None
 
 
-def _last_checkpoint(out: Path) -> Path | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    found = get_last_checkpoint(str(out)) if out.is_dir() else None
-    return None if found is None else Path(found)
-
-
 def _first_rank() -> bool:
     """Whether this is the process that leads a run, by what launchers set before torch.distributed starts."""
     variables = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # those that accelerate reads
@@ -336,42 +346,6 @@ def _first_rank() -> bool:
 def _say(trainer: MTATrainer, text: str) -> None:
     if trainer.is_world_process_zero():
         print(text)
-
-
-class _FinishStepOnInterrupt:
-    """On the first Ctrl-C: finish the step, save a checkpoint and stop; the second one stops at once.
-
-    Only where one process trains: several ranks would stop at different steps.
-    """
-
-    def __init__(self, trainer: MTATrainer) -> None:
-        from transformers import TrainerCallback
-
-        outer = self
-        self.happened = False
-        self._alone = trainer.args.world_size == 1
-
-        class Callback(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if outer.happened:
-                    control.should_save = control.should_training_stop = True
-
-        trainer.add_callback(Callback())
-
-    def __enter__(self) -> _FinishStepOnInterrupt:
-        if self._alone:
-            self._former = signal.signal(signal.SIGINT, self._interrupt)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._alone:
-            signal.signal(signal.SIGINT, self._former)
-
-    def _interrupt(self, *_: object) -> None:
-        if self.happened:
-            raise KeyboardInterrupt
-        self.happened = True
-        print("\ninterrupted: finishing this step and saving; press Ctrl-C again to stop at once")
 
 
 def draw_training(history: list[dict[str, float]], path: Path) -> None:

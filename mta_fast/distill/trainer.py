@@ -19,7 +19,7 @@ from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mta_fast.config import MTAConfig
-from mta_fast.distill import checkpoints
+from mta_fast.distill import checkpoints, fingerprint
 from mta_fast.distill.arguments import MTATrainingArguments
 from mta_fast.distill.distillm import DistiLLM
 from mta_fast.distill.distillm2 import DistiLLM2, PairCollator
@@ -100,6 +100,7 @@ class MTATrainer(WholeCheckpoints):
             collator = RowCollator(collator)
         elif isinstance(method, DistiLLM2):
             collator = PairCollator(collator)
+        self.model_fingerprint = fingerprint.of_models(student, teacher, method, teacher_tokenizer)
         options.setdefault("data_collator", collator)
         super().__init__(model=model, args=args, processing_class=processing_class, **options)
         self.args: MTATrainingArguments = args
@@ -356,20 +357,27 @@ class MTATrainer(WholeCheckpoints):
 
     # --- a run ---------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | Path | bool | None = None, *, allow_changes: bool = False, **options: Any
+    ) -> Any:
         """Train, from the start or from a checkpoint (True: the last one in ``output_dir``).
 
+        Args:
+            resume_from_checkpoint: its files are compared with its manifest, and this run with the one that made it.
+            allow_changes: go on though arguments, data or models changed; only the projections must be the same.
+            options: passed to ``Trainer.train``.
+
         Raises:
-            InputError: a checkpoint that was made with other layer pairs or other settings of MTA.
+            InputError: a checkpoint that is damaged or of another run, with every file or value that differs.
         """
         if resume_from_checkpoint is True:
-            from transformers.trainer_utils import get_last_checkpoint
-
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = checkpoints.last_checkpoint(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise InputError(f"{self.args.output_dir}: expected a checkpoint to resume from, there is none")
-        if isinstance(resume_from_checkpoint, str):
-            checkpoints.check_mta(Path(resume_from_checkpoint), self._module.mta)
+        self.stopped = False
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            self.check_checkpoint(Path(resume_from_checkpoint), allow_changes=allow_changes)
             self._load_progress(Path(resume_from_checkpoint))
             if self._is_finished(Path(resume_from_checkpoint)):  # the Trainer would take one more step
                 self._load_from_checkpoint(resume_from_checkpoint)
@@ -385,7 +393,12 @@ class MTATrainer(WholeCheckpoints):
         """Whether nothing is left to train after a checkpoint; then its state is taken up."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
-        state, args = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)), self.args
+        try:
+            state, args = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)), self.args
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{checkpoint / TRAINER_STATE_NAME}: expected the state of a run, it can't be read: {error}"
+            ) from None
         if args.max_seconds is not None:
             finished = self._seconds_of_all() >= args.max_seconds
         elif args.max_steps > 0:
