@@ -302,7 +302,7 @@ def _pool(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
     token = a["width"] * _size(a, "hidden") + _size(a, "weights")
     return Cost(
         inputs=2 * INDEX * spans + batch.distinct_tokens * token,
-        outputs=spans * (a["width"] + 2) * size,
+        outputs=spans * ((a["width"] + 1) * size + _size(a, "span_weight")),
         shared=(batch.range_tokens - batch.distinct_tokens) * token,
     )
 

@@ -118,11 +118,6 @@ const T* data(const Tensor& tensor) {
 }
 
 template <typename T>
-T reciprocal(T value) {  // 0 of 0
-  return value == 0 ? T(0) : 1 / value;
-}
-
-template <typename T>
 constexpr ScalarType dtype_of = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
 // Rows of a matrix whose lengths are known: the matrix' own memory and the factors that bring each row to scale, or,

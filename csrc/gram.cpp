@@ -167,8 +167,10 @@ class GramRow {
       const bool zero_s = pairs_.student_scale[row_.first + u] == 0, zero_t = pairs_.teacher_scale[row_.first + u] == 0;
       if (zero_s != zero_t) diagonal += weight * weight;
     }
-    return omega_ * omega_ * delta_ * delta_ + 2 * omega_ * errors + squared_norm(xx_.get(), ds_, ds_, true) -
-           2 * squared_norm(yx_.get(), dt_, ds_, false) + squared_norm(yy_.get(), dt_, dt_, true) - diagonal;
+    const double sum = omega_ * omega_ * delta_ * delta_ + 2 * omega_ * errors +
+                       squared_norm(xx_.get(), ds_, ds_, true) - 2 * squared_norm(yx_.get(), dt_, ds_, false) +
+                       squared_norm(yy_.get(), dt_, dt_, true) - diagonal;
+    return sum < 0 ? 0 : sum;  // the terms cancel: rounding may leave less than nothing; a NaN stays
   }
 
   // 4 W_u [omega (delta + b_u) m + sum W b x + x_u X'DX - y_u Y'DX], through the normalisation.

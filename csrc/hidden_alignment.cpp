@@ -5,7 +5,6 @@
 // many threads) and on the tiles of the step before, so that small tasks fill the gaps which large ones leave. p is in
 // memory for two steps only. Blocks, tiles and pieces do not depend on the number of threads, nor does their order.
 
-#include <cmath>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -148,14 +147,14 @@ class Alignment {
     return numerator;
   }
 
-  // g (1 - cos(p, t)); p becomes its gradient -g (t / (|p| |t|) - cos p / |p|^2).
+  // g (1 - cos(p, t)); p becomes its gradient -g (t / |t| - cos p / |p|) / |p|.
   double align(T* p, const T* t, int64_t listed) const {
-    T products[3], scratch;
-    dots(p, t, dt_, products);
-    const T g = *in_.weights.row<T>(listed, &scratch), p_scale = reciprocal(std::sqrt(products[0]));
-    const T scale = p_scale * reciprocal(std::sqrt(products[1])), cosine = products[2] * scale;
-    if (gradient_.student != nullptr) combine(p, t, g * cosine * p_scale * p_scale, -g * scale, dt_);
-    return static_cast<double>(g * (1 - cosine));
+    T found[3], scratch;
+    cosine(p, t, dt_, found);
+    const auto [p_scale, t_scale, cos] = found;
+    const T g = *in_.weights.row<T>(listed, &scratch);
+    if (gradient_.student != nullptr) cosine_gradient(p, t, p_scale, t_scale, cos, g * p_scale, dt_);
+    return static_cast<double>(g * (1 - cos));
   }
 
   void write_student_gradient(const T* dp, int64_t count, int64_t listed) const {

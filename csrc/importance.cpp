@@ -18,6 +18,7 @@ namespace mta_fast {
 namespace {
 
 constexpr double kStdEps = 1e-5;
+constexpr double kLeastScale = 1e-6;       // of a token whose products may be taken before they are scaled
 constexpr int64_t kHeldTokens = 1024;      // scores of a held row: 4 MB of float32
 constexpr int64_t kStripScores = 1 << 21;  // scores of a strip: 8 MB of float32 for each thread
 constexpr int64_t kKeyTile = 512;          // keys that are multiplied at once
@@ -48,6 +49,14 @@ void token_scales(const Matrix& hidden, int64_t first, int64_t count, T* scratch
     T std = centred_norm(hidden.row<T>(first + i, scratch), hidden.cols) / std::sqrt(static_cast<T>(hidden.cols - 1));
     scale[i] = 1 / ((std + static_cast<T>(kStdEps)) * width);
   }
+}
+
+// Whether products of the states can be taken before they are scaled. A state of small scale is a large one: its
+// products could overflow where its scores do not. With larger scales, scores would be beyond 1e26.
+template <typename T>
+bool products_fit(const Matrix& hidden, const T* scale, int64_t count) {
+  return scales_later(hidden, scale, count) &&
+         std::all_of(scale, scale + count, [](T s) { return s >= static_cast<T>(kLeastScale); });
 }
 
 // One query's scores [keys] to its softmax, which is added to `columns`. `own` is the query's own key, if any.
@@ -134,7 +143,7 @@ class HeldRows {
     std::vector<char> later(rows_.size());
     int64_t copied = 0;
     for (size_t r = 0; r < rows_.size(); ++r) {
-      later[r] = scales_later(hidden_, scales_.get() + rows_[r].tokens, rows_[r].row.keys);
+      later[r] = products_fit(hidden_, scales_.get() + rows_[r].tokens, rows_[r].row.keys);
       copied += later[r] ? 0 : rows_[r].row.keys * hidden_.cols;
     }
     if (copied > 0) copies_.get(num_tokens_ * hidden_.cols);
@@ -197,7 +206,7 @@ class StripRow {
       const int64_t begin = task * kKeyTile, count = std::min(kKeyTile, row_.queries - begin);
       token_scales(hidden_, row_.first + begin, count, state.get(), scales_.get() + begin);
     });
-    later_ = scales_later(hidden_, scales_.get(), row_.queries);
+    later_ = products_fit(hidden_, scales_.get(), row_.queries);
     const int64_t strips = ceil_div(row_.queries, strip_), per_task = ceil_div(strips, kTasksPerRow);
     const int64_t tasks = ceil_div(strips, per_task);
     Scratch<T> partials(tasks * row_.keys);

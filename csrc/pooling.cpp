@@ -1,7 +1,6 @@
 // Span pooling: mta_fast/reference.py, parts 2 and 3. Bound by memory: each state is read once, each result written
 // once.
 
-#include <cmath>
 #include <tuple>
 
 #include "common.h"
@@ -12,6 +11,10 @@ namespace mta_fast {
 namespace {
 
 constexpr int64_t kRowsPerTask = 64;  // spans, or tokens of the gradient
+
+// weight / total in float64, where neither a sum of float32 weights nor a quotient of subnormal ones leaves its range;
+// 0 of 0.
+double share(double weight, double total) { return total == 0 ? 0.0 : weight / total; }
 
 template <typename T>
 void weigh_row(const Values<T>& values, const Index& ranges, const Index& covered, const Index& cover_splits,
@@ -26,7 +29,7 @@ void weigh_row(const Values<T>& values, const Index& ranges, const Index& covere
   Scratch<double> weights(end - begin);  // 0 between the covered tokens
   std::fill(weights.get(), weights.get() + (end - begin), 0.0);
   for (int64_t c = first_covered; c < last_covered; ++c) {
-    const double weight = total == 0 ? 0.0 : static_cast<double>(values[covered[c]]) / total;
+    const double weight = share(values[covered[c]], total);
     weights.get()[covered[c] - begin] = weight;
     token[covered[c]] = static_cast<T>(weight);
   }
@@ -52,26 +55,23 @@ void weigh(const Tensor& values, const Index& ranges, const Index& span_splits, 
 
 template <typename T>
 void pool(const Matrix& hidden, const Tensor& weights, const Index& ranges, Tensor& pooled, Tensor& span_weight,
-          Tensor& norm) {
-  Values<T> weight("weights", weights);
+          Tensor& norms) {
+  Values<double> weight("weights", weights);
   const int64_t spans = ranges.size(), d = hidden.cols;
   run_tasks(ceil_div(spans, kRowsPerTask), spans * d, [&](int64_t task, int64_t) {
     Scratch<T> state(d);
     for (int64_t u = task * kRowsPerTask; u < std::min(spans, (task + 1) * kRowsPerTask); ++u) {
       const int64_t first = ranges[2 * u], last = ranges[2 * u + 1];
       double total = 0;
-      for (int64_t j = first; j < last; ++j) total += static_cast<double>(weight[j]);
-      const T sum = static_cast<T>(total);
+      for (int64_t j = first; j < last; ++j) total += weight[j];
       T* out = data<T>(pooled) + u * d;
-      if (last - first == 1) {
-        scale_to(out, hidden.row<T>(first, state.get()), weight[first] * reciprocal(sum), d);
-      } else {
-        std::fill(out, out + d, T(0));
-        for (int64_t j = first; j < last; ++j) add_scaled(out, hidden.row<T>(j, state.get()), weight[j], d);
-        scale_to(out, out, reciprocal(sum), d);
+      if (first == last) std::fill(out, out + d, T(0));
+      for (int64_t j = first; j < last; ++j) {
+        const T *from = hidden.row<T>(j, state.get()), factor = static_cast<T>(share(weight[j], total));
+        j == first ? scale_to(out, from, factor, d) : add_scaled(out, from, factor, d);
       }
-      data<T>(span_weight)[u] = sum;
-      data<T>(norm)[u] = std::sqrt(dot(out, out, d));
+      data<double>(span_weight)[u] = total;
+      data<T>(norms)[u] = norm(out, d);
     }
   });
 }
@@ -79,10 +79,8 @@ void pool(const Matrix& hidden, const Tensor& weights, const Index& ranges, Tens
 template <typename T>
 void pool_gradient(const Matrix& grad, const Tensor& span_weight, const Tensor& weights, const Index& token_splits,
                    const Index& cover_spans, ScalarType dtype, Tensor& out) {
-  Values<T> given("span_weight", span_weight), weight("weights", weights);
+  Values<double> total("span_weight", span_weight), weight("weights", weights);
   const int64_t tokens = weight.size(), d = grad.cols;
-  Scratch<T> scale(given.size());
-  for (int64_t u = 0; u < given.size(); ++u) scale.get()[u] = reciprocal(given[u]);
   const size_t width = static_cast<size_t>(d) * out.element_size();
   run_tasks(ceil_div(tokens, kRowsPerTask), tokens * d, [&](int64_t task, int64_t) {
     Scratch<T> sum(d), row(d);
@@ -92,7 +90,7 @@ void pool_gradient(const Matrix& grad, const Tensor& span_weight, const Tensor& 
       if (token_splits[j] == token_splits[j + 1]) std::fill(sums, sums + d, T(0));
       for (int64_t i = token_splits[j]; i < token_splits[j + 1]; ++i) {
         const int64_t u = cover_spans[i];
-        const T *from = grad.row<T>(u, row.get()), factor = scale.get()[u] * weight[j];
+        const T *from = grad.row<T>(u, row.get()), factor = static_cast<T>(share(weight[j], total[u]));
         i == token_splits[j] ? scale_to(sums, from, factor, d) : add_scaled(sums, from, factor, d);
       }
       if (sums == sum.get()) store(sums, d, dtype, to);
@@ -126,7 +124,8 @@ std::tuple<Tensor, Tensor, Tensor> span_weights(const Tensor& values, const Tens
   return {token, span, total};
 }
 
-// hidden [T, d], weights [T], ranges [N, 2] -> pooled [N, d], span_weight [N], norm [N]; see reference.pool_spans.
+// hidden [T, d], weights [T], ranges [N, 2] -> pooled [N, d], span_weight [N] (float64), norm [N]; see
+// reference.pool_spans.
 std::tuple<Tensor, Tensor, Tensor> pool_spans(const Tensor& hidden, const Tensor& weights, const Tensor& ranges) {
   Matrix states("hidden", hidden);
   check_float("weights", weights, 1);
@@ -135,9 +134,9 @@ std::tuple<Tensor, Tensor, Tensor> pool_spans(const Tensor& hidden, const Tensor
   range.check_below(states.rows + 1);
   const ScalarType dtype = compute_dtype({states.dtype});
   Tensor pooled = make_empty({range.size(), states.cols}, dtype);
-  Tensor span_weight = make_empty({range.size()}, dtype), norm = make_empty({range.size()}, dtype);
-  dispatch(dtype, [&](auto zero) { pool<decltype(zero)>(states, weights, range, pooled, span_weight, norm); });
-  return {pooled, span_weight, norm};
+  Tensor span_weight = make_empty({range.size()}, ScalarType::Double), norms = make_empty({range.size()}, dtype);
+  dispatch(dtype, [&](auto zero) { pool<decltype(zero)>(states, weights, range, pooled, span_weight, norms); });
+  return {pooled, span_weight, norms};
 }
 
 // grad [N, d], span_weight [N], weights [T], token_splits [T + 1], cover_spans [I] -> [T, d] in `dtype`; see

@@ -249,7 +249,7 @@ template <typename T>
 Scratch<T> converted(const char* name, const Tensor& tensor, bool inverted) {
   const Values<T> values(name, tensor);
   Scratch<T> out(values.size());
-  for (int64_t i = 0; i < values.size(); ++i) out.get()[i] = inverted ? reciprocal(values[i]) : values[i];
+  for (int64_t i = 0; i < values.size(); ++i) out.get()[i] = inverted ? inverse_norm(values[i]) : values[i];
   return out;
 }
 

@@ -1,5 +1,6 @@
 #include "vector.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -19,11 +20,11 @@ namespace mta_fast {
 
 namespace {
 
-// exp(x) for x <= 0 in a form that compilers turn into vector code; relative error below 3e-7. Below -87.33, where
-// float32 leaves its normal range, and for minus infinity it is 1.2e-38, which vanishes beside the 1 of the largest
-// score; NaN for NaN.
+// exp(x) for x <= 0 in a form that compilers turn into vector code; relative error below 3e-7. Subnormal below -87.33,
+// and 0 from -104 on: a softmax term must vanish where the reference's does, as what it weighs may be all there is.
+// NaN for NaN.
 MTA_INLINE float exp_of(float x) {
-  constexpr float kLowest = -87.33f, kLog2e = 1.44269504f, kRound = 12582912.0f;  // 1.5 * 2^23
+  constexpr float kLowest = -104.0f, kLog2e = 1.44269504f, kRound = 12582912.0f;  // 1.5 * 2^23
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   float clamped = x < kLowest ? kLowest : x;
   float shifted = clamped * kLog2e + kRound;  // the integer nearest to x / ln 2 stands in the low bits
@@ -36,12 +37,13 @@ MTA_INLINE float exp_of(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
+  // 2^integer as 2^(integer + 64) 2^-64: the second product alone leaves the normal range, and rounds as it should
   uint32_t bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127u) << 23;  // 2^integer
+  bits = (bits + 127u + 64u) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof(power));
-  return p * power;
+  return p * power * 0x1p-64f;
 }
 
 MTA_INLINE double exp_of(double x) { return std::exp(x); }
@@ -80,17 +82,59 @@ MTA_INLINE double wide_sum_of_products(const T* a, const T* b, int64_t n) {
   return folded(sum);
 }
 
+// Sums of squares within these are right in float32: no square that counts was flushed, none is infinite.
+constexpr double kLeastSquares = 0x1p-80, kMostSquares = 0x1p+120;
+
 template <typename T>
-MTA_INLINE void all_products(const T* a, const T* b, int64_t n, T* out) {
+MTA_INLINE bool fits(T squares) {
+  return squares >= static_cast<T>(kLeastSquares) && squares <= static_cast<T>(kMostSquares);
+}
+
+// 2^-e for the largest |a_i| in [2^e, 2^(e + 1)), exact to multiply with; e within the range of normal numbers.
+template <typename T>
+MTA_INLINE T power_of_two(const T* a, int64_t n) {
+  T top[kLanes] = {};
+  by_lanes(n, [&](int lane, int64_t i) MTA_INLINE_LAMBDA {
+    const T size = std::abs(a[i]);
+    top[lane] = size > top[lane] ? size : top[lane];
+  });
+  for (int lane = 1; lane < kLanes; ++lane) top[0] = top[lane] > top[0] ? top[lane] : top[0];
+  constexpr int kBound = std::numeric_limits<T>::max_exponent - 2;
+  int exponent = kBound;
+  if (top[0] <= std::numeric_limits<T>::max()) std::frexp(top[0], &exponent);
+  return std::ldexp(T(1), -std::clamp(exponent - 1, -kBound, kBound));
+}
+
+template <typename T>
+MTA_INLINE T norm_of(const T* a, int64_t n) {
+  const T squares = sum_of_products(a, a, n);
+  if (fits(squares)) return std::sqrt(squares);
+  const T scale = power_of_two(a, n);
+  T sum[kLanes] = {};
+  by_lanes(n, [&](int lane, int64_t i) MTA_INLINE_LAMBDA { sum[lane] += (scale * a[i]) * (scale * a[i]); });
+  return std::sqrt(folded(sum)) / scale;
+}
+
+template <typename T>
+MTA_INLINE void cosine_of(const T* a, const T* b, int64_t n, T* out) {
   T aa[kLanes] = {}, bb[kLanes] = {}, ab[kLanes] = {};
   by_lanes(n, [&](int lane, int64_t i) MTA_INLINE_LAMBDA {
     aa[lane] += a[i] * a[i];
     bb[lane] += b[i] * b[i];
     ab[lane] += a[i] * b[i];
   });
-  out[0] = folded(aa);
-  out[1] = folded(bb);
-  out[2] = folded(ab);
+  const T squares_a = folded(aa), squares_b = folded(bb);
+  if (fits(squares_a) && fits(squares_b)) {
+    out[0] = 1 / std::sqrt(squares_a);
+    out[1] = 1 / std::sqrt(squares_b);
+    out[2] = folded(ab) * out[0] * out[1];
+    return;
+  }
+  out[0] = inverse_norm(norm_of(a, n));
+  out[1] = inverse_norm(norm_of(b, n));
+  T cosine[kLanes] = {};
+  by_lanes(n, [&](int lane, int64_t i) MTA_INLINE_LAMBDA { cosine[lane] += (out[0] * a[i]) * (out[1] * b[i]); });
+  out[2] = folded(cosine);
 }
 
 template <typename T>
@@ -99,7 +143,15 @@ MTA_INLINE T distance_from_mean(const T* a, int64_t n) {
   by_lanes(n, [&](int lane, int64_t i) MTA_INLINE_LAMBDA { sum[lane] += a[i]; });
   const T mean = folded(sum) / static_cast<T>(n);
   by_lanes(n, [&](int lane, int64_t i) MTA_INLINE_LAMBDA { squares[lane] += (a[i] - mean) * (a[i] - mean); });
-  return std::sqrt(folded(squares));
+  const T plain = folded(squares);
+  if (plain <= static_cast<T>(kMostSquares)) return std::sqrt(plain);  // what vanishes below counts for nothing
+  const T scale = power_of_two(a, n);
+  T scaled[kLanes] = {};
+  by_lanes(n, [&](int lane, int64_t i) MTA_INLINE_LAMBDA {
+    const T deviation = scale * a[i] - scale * mean;
+    scaled[lane] += deviation * deviation;
+  });
+  return std::sqrt(folded(scaled)) / scale;
 }
 
 template <typename T>
@@ -129,7 +181,8 @@ MTA_INLINE T squares_by_weight(const T* a, const T* w, int64_t n) {
   MTA_MULTIVERSION void centre(T* a, const T* b, T scale, const T* c, int64_t n) {                              \
     for (int64_t i = 0; i < n; ++i) a[i] = scale * b[i] - c[i];                                                 \
   }                                                                                                             \
-  MTA_MULTIVERSION void dots(const T* a, const T* b, int64_t n, T* out) { all_products(a, b, n, out); }         \
+  MTA_MULTIVERSION T norm(const T* a, int64_t n) { return norm_of(a, n); }                                      \
+  MTA_MULTIVERSION void cosine(const T* a, const T* b, int64_t n, T* out) { cosine_of(a, b, n, out); }          \
   MTA_MULTIVERSION T centred_norm(const T* a, int64_t n) { return distance_from_mean(a, n); }                   \
   MTA_MULTIVERSION void scale_to(T* a, const T* b, T scale, int64_t n) {                                        \
     for (int64_t i = 0; i < n; ++i) a[i] = scale * b[i];                                                        \
@@ -139,6 +192,9 @@ MTA_INLINE T squares_by_weight(const T* a, const T* w, int64_t n) {
   }                                                                                                             \
   MTA_MULTIVERSION void combine(T* a, const T* b, T x, T y, int64_t n) {                                        \
     for (int64_t i = 0; i < n; ++i) a[i] = x * a[i] + y * b[i];                                                 \
+  }                                                                                                             \
+  MTA_MULTIVERSION void cosine_gradient(T* a, const T* b, T x, T y, T cosine, T factor, int64_t n) {            \
+    for (int64_t i = 0; i < n; ++i) a[i] = factor * (cosine * (x * a[i]) - y * b[i]);                           \
   }                                                                                                             \
   MTA_MULTIVERSION void multiply(T* a, const T* b, T scale, int64_t n) {                                        \
     for (int64_t i = 0; i < n; ++i) a[i] *= scale * b[i];                                                       \

@@ -32,6 +32,42 @@ def reciprocal(values):
 
 
 @triton.jit
+def powers_of_two(values):
+    """2^-e and 2^e for values >= 0 in [2^e, 2^(e + 1)), as ``reference.power_of_two``: both exact, both normal."""
+    if values.dtype == tl.float64:
+        wide = tl.minimum(tl.maximum(values.to(tl.int64, bitcast=True) >> 52, 1), 2045)
+        return ((2046 - wide) << 52).to(tl.float64, bitcast=True), (wide << 52).to(tl.float64, bitcast=True)
+    else:
+        exponent = tl.minimum(tl.maximum(values.to(tl.int32, bitcast=True) >> 23, 1), 253)
+        return ((254 - exponent) << 23).to(tl.float32, bitcast=True), (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def unit_factors(norm):
+    """A power of two and a rest in (1/2, 1], 1 / norm together; the rest is 0 for a vector that counts as zero.
+
+    As ``reference.inverse_norms``. Times the power a row is near 1, and its products are within float32.
+    """
+    power, _ = powers_of_two(norm)
+    least = 2.0**-1022 if norm.dtype == tl.float64 else 2.0**-126
+    rest = tl.where(norm < least, 0.0, 1.0 / (norm * power))
+    return power, tl.where(norm == float("inf"), float("nan"), rest)
+
+
+@triton.jit
+def inverse_norm(norm):
+    """``reference.inverse_norms``."""
+    power, rest = unit_factors(norm)
+    return power * rest
+
+
+@triton.jit
+def scaled(values, b_power):
+    """Rows of a tile times their powers of two [M]: exact, in the tile's dtype, whose range the powers may leave."""
+    return (values.to(b_power.dtype) * b_power[:, None]).to(values.dtype)
+
+
+@triton.jit
 def products(
     p_left,  # [M] pointers to the first feature of each left row
     p_right,  # [N]
@@ -46,6 +82,8 @@ def products(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    b_power_left=None,  # [M] powers of two that the rows are multiplied with
+    b_power_right=None,
 ):
     """[M, N] products of all left rows with all right rows; the width is a loop, so any width fits."""
     acc = tl.zeros((M, N), dtype=ACC)
@@ -54,6 +92,8 @@ def products(
         m_d = o_d < width
         b_left = load(p_left[:, None] + o_d[None, :] * stride_left, m_left[:, None] & m_d[None, :], ACC, UPCAST)
         b_right = load(p_right[:, None] + o_d[None, :] * stride_right, m_right[:, None] & m_d[None, :], ACC, UPCAST)
+        if b_power_left is not None:
+            b_left, b_right = scaled(b_left, b_power_left), scaled(b_right, b_power_right)
         acc = tl.dot(b_left, tl.trans(b_right), acc, input_precision=PRECISION, out_dtype=ACC)
     return acc
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mta_fast import reference
-from mta_fast.kernels._device import WHOLE_ROW, find_span_row, reciprocal, triangle
+from mta_fast.kernels._device import WHOLE_ROW, find_span_row, inverse_norm, triangle
 from mta_fast.kernels._launch import Numerics, launch, numerics
 
 LENGTHS = ("num_rows", "gram_from")  # change every step: no variant is compiled for their divisors
@@ -27,7 +27,7 @@ def _unit(p_states, stride_u, stride_d, norm, o_u, m_u, o_d, m_d, p_mean, ACC: t
     """Unit spans [U, D] and their weighted mean [D]; 0 outside of the masks."""
     p = p_states + o_u.to(tl.int64)[:, None] * stride_u + o_d[None, :] * stride_d
     b_states = tl.load(p, mask=m_u[:, None] & m_d[None, :], other=0.0)
-    b_inverse = reciprocal(tl.load(norm + o_u, mask=m_u, other=0.0))
+    b_inverse = inverse_norm(tl.load(norm + o_u, mask=m_u, other=0.0))
     return b_states * b_inverse[:, None], tl.load(p_mean + o_d, mask=m_d, other=0.0)
 
 
@@ -300,10 +300,10 @@ def add_rows(
     if not rows:
         return gram_terms
     omegas = torch.stack([weights[row].double().sum() for row in rows])
-    inverse_s, inverse_t = reference.reciprocal(student_norm), reference.reciprocal(teacher_norm)
-    scale = reference.reciprocal(omegas).to(num.dtype)[:, None]
+    inverse_s, inverse_t = reference.inverse_norms(student_norm), reference.inverse_norms(teacher_norm)
+    scale = torch.where(omegas == 0, 1.0, omegas).to(num.dtype)[:, None]
     means = [
-        torch.stack([_weighted_sum(states[row], weights[row] * inverse[row]) for row in rows]) * scale
+        torch.stack([_weighted_sum(states[row], inverse[row], weights[row]) for row in rows]) / scale
         for states, inverse in ((student, inverse_s), (teacher, inverse_t))
     ]
     sides = {
@@ -362,7 +362,7 @@ def _add_gradients(
     **sides: Any,
 ) -> None:
     """Fill ``gradient`` [N, d_S] of the rows; bent: [N] W_u b_u; inverse: [N] 1 / length of the student's spans."""
-    pulls = torch.stack([_weighted_sum(student[row], bent[row] * inverse[row]) for row in rows])
+    pulls = torch.stack([_weighted_sum(student[row], inverse[row], bent[row]) for row in rows])
     pulls -= torch.stack([bent[row].sum() for row in rows])[:, None] * student_mean
     tile = num.row("gram_gradient").blocks["TILE"]
     blocks = sum(-(-(row.stop - row.start) // tile) for row in rows)
@@ -383,12 +383,15 @@ def _add_gradients(
     )
     for row in rows:  # through the normalisation: the part orthogonal to u, over the length
         scale = inverse[row, None]
-        gradient[row].addcmul_(student[row], along[:, row].sum(0)[:, None] * scale, value=-1).mul_(scale)
+        gradient[row].addcmul_(student[row] * scale, along[:, row].sum(0)[:, None], value=-1).mul_(scale)
 
 
-def _weighted_sum(states: Tensor, weights: Tensor) -> Tensor:
-    """sum_u weights_u states_u [d]; no matrix product, which torch may make of TF32."""
+def _weighted_sum(states: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
+    """sum_u weights_u inverse_u states_u [d]; no matrix product, which torch may make of TF32.
+
+    The states are brought to length 1 first: a weight over a large norm could leave float32's range.
+    """
     total = states.new_zeros(states.shape[1])
-    for part, factors in zip(states.split(SPANS_AT_ONCE), weights.split(SPANS_AT_ONCE), strict=True):
-        total += (factors[:, None] * part).sum(0)
+    for part, scale, factors in zip(*(x.split(SPANS_AT_ONCE) for x in (states, inverse, weights)), strict=True):
+        total += (part * scale[:, None]).mul_(factors[:, None]).sum(0)
     return total

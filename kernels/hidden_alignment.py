@@ -7,11 +7,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_fast.kernels._device import load, reciprocal
+from mta_fast.kernels._device import inverse_norm, load, powers_of_two
 from mta_fast.kernels._launch import launch, numerics, writable
 from mta_fast.reference import AlignmentGradient, compute_dtype, kept_dtype
 
 TOKEN_CHUNK = 4096  # tokens projected at a time: [4096, d_T], 34 MB of bfloat16 at d_T = 4,096, fits an H100's cache
+
+
+LEAST_SQUARES = tl.constexpr(2.0**-80)  # between them no square that counts was flushed, and none is infinite
+MOST_SQUARES = tl.constexpr(2.0**120)
+
+
+@triton.jit
+def _scaled_cosine(p_projected, p_teacher, stride_d, width, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """1 / |p|, 1 / |h| and cos(p, h), of rows whose squares leave the range of ACC."""
+    b_p_peak = tl.zeros((BLOCK_D,), dtype=ACC)
+    b_t_peak = tl.zeros((BLOCK_D,), dtype=ACC)
+    for start in range(0, width, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        b_p_peak = tl.maximum(b_p_peak, tl.abs(load(p_projected + o_d, o_d < width, ACC, True)))
+        b_t_peak = tl.maximum(b_t_peak, tl.abs(load(p_teacher + o_d * stride_d, o_d < width, ACC, True)))
+    down_p, up_p = powers_of_two(tl.max(b_p_peak, 0))
+    down_t, up_t = powers_of_two(tl.max(b_t_peak, 0))
+    b_pp = tl.zeros((BLOCK_D,), dtype=ACC)
+    b_pt = tl.zeros((BLOCK_D,), dtype=ACC)
+    b_tt = tl.zeros((BLOCK_D,), dtype=ACC)
+    for start in range(0, width, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        b_p = load(p_projected + o_d, o_d < width, ACC, True) * down_p
+        b_t = load(p_teacher + o_d * stride_d, o_d < width, ACC, True) * down_t
+        b_pp += b_p * b_p
+        b_pt += b_p * b_t
+        b_tt += b_t * b_t
+    inverse_p = inverse_norm(tl.sqrt(tl.sum(b_pp, 0)) * up_p)
+    inverse_t = inverse_norm(tl.sqrt(tl.sum(b_tt, 0)) * up_t)
+    return inverse_p, inverse_t, tl.sum(b_pt, 0) * (inverse_p * up_p) * (inverse_t * up_t)
 
 
 @triton.jit
@@ -30,10 +60,11 @@ def _align(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """g (1 - cos(p, h)) of one token and, in place of p, -g (h / (|p| |h|) - cos p / |p|^2).
+    """g (1 - cos(p, h)) of one token and, in place of p, -g (h / |h| - cos p / |p|) / |p|.
 
     With UNIT the gradient is stored over g / |p|, which goes to ``scales``: float16 has no exponents for it, and the
-    caller's loss scale comes later. Both rows are read twice; the second time they come from the cache.
+    caller's loss scale comes later. Both rows are read twice; the second time they come from the cache. Where a sum of
+    squares has left float32's safe range, the sums are taken again, of rows brought near 1 by powers of two.
     """
     i_c = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + i_c)
@@ -49,22 +80,24 @@ def _align(
         b_pp += b_p * b_p
         b_pt += b_p * b_t
         b_tt += b_t * b_t
-    inverse_p = reciprocal(tl.sqrt(tl.sum(b_pp, 0)))
-    inverse_t = reciprocal(tl.sqrt(tl.sum(b_tt, 0)))
-    cosine = tl.sum(b_pt, 0) * inverse_p * inverse_t
+    square_p, square_t, product = tl.sum(b_pp, 0), tl.sum(b_tt, 0), tl.sum(b_pt, 0)
+    inverse_p, inverse_t = inverse_norm(tl.sqrt(square_p)), inverse_norm(tl.sqrt(square_t))
+    cosine = product * inverse_p * inverse_t
+    least, most = tl.minimum(square_p, square_t), tl.maximum(square_p, square_t)
+    if ((least >= LEAST_SQUARES) & (most <= MOST_SQUARES)) == 0:
+        inverse_p, inverse_t, cosine = _scaled_cosine(p_projected, p_teacher, stride_d, width, BLOCK_D, ACC)
     tl.store(distances + i_c, weight * (1 - cosine))
     if WITH_GRADIENT:
         factor = weight * inverse_p
         if UNIT:
             tl.store(scales + i_c, factor)
             factor = tl.where(factor == 0, 0.0, 1.0)
-        along_p = factor * cosine * inverse_p
-        along_t = factor * inverse_t
+        along_p = cosine * inverse_p  # times the factor it could leave float32's range
         for start in range(0, width, BLOCK_D):
             o_d = start + tl.arange(0, BLOCK_D)
             b_p = load(p_projected + o_d, o_d < width, ACC, True)
             b_t = load(p_teacher + o_d * stride_d, o_d < width, ACC, True)
-            b_gradient = b_p * along_p - b_t * along_t
+            b_gradient = factor * (b_p * along_p - b_t * inverse_t)
             tl.store(p_projected + o_d, b_gradient.to(projected.dtype.element_ty), mask=o_d < width)
 
 

@@ -18,13 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mta_fast import reference
-from mta_fast.kernels._device import load, products, reciprocal
+from mta_fast.kernels._device import load, powers_of_two, products, reciprocal
 from mta_fast.kernels._launch import Numerics, launch, numerics
 from mta_fast.kernels._rows import SHORT_ROW, own_row, programs, slots, super_tile
 
 STD_EPS = tl.constexpr(reference.STD_EPS)
 LENGTHS = ("num_rows", "seq_len")  # change every step: no variant is compiled for their divisors
 LOG2_E = tl.constexpr(1.4426950408889634)
+MOST_SQUARES = tl.constexpr(2.0**120)  # up to it no square is infinite; those that vanish count for nothing
+LEAST_SCALE = tl.constexpr(2.0**-20)  # of tokens whose products fit float32 wherever their scores do
 
 
 @triton.jit
@@ -32,6 +34,33 @@ def _seen(o_i, o_j, first_key, end_key, CAUSAL: tl.constexpr):
     """Which keys j a query i attends to: real ones other than itself, or with CAUSAL before it."""
     m_key = ((o_j >= first_key) & (o_j < end_key))[None, :]
     return m_key & (o_j[None, :] < o_i[:, None] if CAUSAL else o_j[None, :] != o_i[:, None])
+
+
+@triton.jit
+def _square_deviations(
+    p_t, m_t, stride_d, width, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+    b_power=None,
+):  # fmt: skip
+    """Sum of (h - mean)^2 of TOKENS tokens, which may be multiplied with a power of two.
+
+    Mean and squared deviation are merged block by block, never as a difference of large sums.
+    """
+    mean = tl.zeros((TOKENS,), dtype=ACC)
+    squares = tl.zeros((TOKENS,), dtype=ACC)
+    for start in range(0, width, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        m_d = o_d < width
+        b_h = load(p_t[:, None] + o_d[None, :] * stride_d, m_t[:, None] & m_d[None, :], ACC, UPCAST).to(ACC)
+        if b_power is not None:
+            b_h *= b_power[:, None]
+        count = tl.minimum(width - start, BLOCK_D).to(ACC)
+        b_mean = tl.sum(b_h, 1) / count
+        deviation = tl.where(m_d[None, :], b_h - b_mean[:, None], 0.0)
+        shift = b_mean - mean
+        share = count / (start + count)
+        mean += shift * share
+        squares += tl.sum(deviation * deviation, 1) + shift * shift * (start * share)
+    return squares
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -51,30 +80,49 @@ def _token_scale(
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """sqrt(log2(e) / sqrt(d)) / (std(h) + eps) of each query: the product of two turns h . h into a base-2 score.
-
-    Mean and squared deviation are merged block by block, never as a difference of large sums.
-    """
+    """sqrt(log2(e) / sqrt(d)) / (std(h) + eps) of each query: the product of two turns h . h into a base-2 score."""
     first_query, queries, _, _, _, i_block = own_row(rows, num_rows, seq_len, "tokens", COUNT_PADDING, STRIP, TOKENS)
     o_t = i_block * TOKENS + tl.arange(0, TOKENS)
     m_t = o_t < queries
     p_t = hidden + (first_query + o_t) * stride_t
-    mean = tl.zeros((TOKENS,), dtype=ACC)
-    squares = tl.zeros((TOKENS,), dtype=ACC)
-    for start in range(0, width, BLOCK_D):
-        o_d = start + tl.arange(0, BLOCK_D)
-        m_d = o_d < width
-        b_h = load(p_t[:, None] + o_d[None, :] * stride_d, m_t[:, None] & m_d[None, :], ACC, UPCAST).to(ACC)
-        count = tl.minimum(width - start, BLOCK_D).to(ACC)
-        b_mean = tl.sum(b_h, 1) / count
-        deviation = tl.where(m_d[None, :], b_h - b_mean[:, None], 0.0)
-        shift = b_mean - mean
-        share = count / (start + count)
-        mean += shift * share
-        squares += tl.sum(deviation * deviation, 1) + shift * shift * (start * share)
+    squares = _square_deviations(p_t, m_t, stride_d, width, TOKENS, BLOCK_D, ACC, UPCAST)
     std = tl.sqrt(squares / (width - 1))
+    m_fits = squares <= MOST_SQUARES
+    if tl.min(m_fits.to(tl.int32), 0) == 0:
+        b_peak = tl.zeros((TOKENS,), dtype=ACC)
+        for start in range(0, width, BLOCK_D):
+            o_d = start + tl.arange(0, BLOCK_D)
+            m_h = m_t[:, None] & (o_d < width)[None, :]
+            b_h = load(p_t[:, None] + o_d[None, :] * stride_d, m_h, ACC, UPCAST).to(ACC)
+            b_peak = tl.maximum(b_peak, tl.max(tl.abs(b_h), 1))
+        b_down, b_up = powers_of_two(b_peak)
+        squares = _square_deviations(p_t, m_t, stride_d, width, TOKENS, BLOCK_D, ACC, UPCAST, b_down)
+        std = tl.where(m_fits, std, tl.sqrt(squares / (width - 1)) * b_up)  # a token's bits are its own
     scale = tl.sqrt(tl.rsqrt(width.to(ACC)) * LOG2_E) / (std + STD_EPS)
     tl.store(scales + first_query + o_t, scale, mask=m_t)
+
+
+@triton.jit
+def _scaled_products(
+    p_i, p_j, m_i, m_j, b_scale_i, b_scale_j, stride_d, width, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """[M, N] base-2 scores h_i . h_j scale_i scale_j.
+
+    Where states are so large that a product could overflow though its score does not, a power of two of each scale
+    comes first. Else it would cost the tensor cores their direct way to the shared memory.
+    """
+    if tl.minimum(tl.min(b_scale_i, 0), tl.min(b_scale_j, 0)) < LEAST_SCALE:
+        b_down_i, b_up_i = powers_of_two(b_scale_i)
+        b_down_j, b_up_j = powers_of_two(b_scale_j)
+        b_scores = products(
+            p_i, p_j, m_i, m_j, stride_d, stride_d, width, M, N, BLOCK_D, ACC, PRECISION, UPCAST, b_up_i, b_up_j
+        )
+        b_scores = b_scores * (b_scale_i * b_down_i)[:, None] * (b_scale_j * b_down_j)[None, :]
+    else:
+        b_scores = products(p_i, p_j, m_i, m_j, stride_d, stride_d, width, M, N, BLOCK_D, ACC, PRECISION, UPCAST)
+        b_scores = b_scores * b_scale_i[:, None] * b_scale_j[None, :]
+    return b_scores
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -105,19 +153,29 @@ def _strips(
     m_i, m_j = o_i < queries, o_j < queries
     p_i = hidden + (first_query + o_i) * stride_t
     p_j = hidden + (first_query + o_j) * stride_t
-    b_products = products(
-        p_i, p_j, m_i, m_j, stride_d, stride_d, width, STRIP, SHORT_ROW, BLOCK_D, ACC, PRECISION, UPCAST
+    b_scale_i = tl.load(scales + first_query + o_i, mask=m_i, other=1.0)
+    b_scale_j = tl.load(scales + first_query + o_j, mask=m_j, other=1.0)
+    b_scores = _scaled_products(
+        p_i, p_j, m_i, m_j, b_scale_i, b_scale_j, stride_d, width, STRIP, SHORT_ROW, BLOCK_D, ACC, PRECISION, UPCAST
     )
-    b_scale_i = tl.load(scales + first_query + o_i, mask=m_i, other=0.0)
-    b_scale_j = tl.load(scales + first_query + o_j, mask=m_j, other=0.0)
     m_seen = m_i[:, None] & _seen(o_i, o_j, first_key, end_key, CAUSAL)
-    b_scores = tl.where(m_seen, b_products * b_scale_i[:, None] * b_scale_j[None, :], float("-inf"))
+    b_scores = tl.where(m_seen, b_scores, float("-inf"))
     peak = tl.max(b_scores, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)  # an empty softmax adds 0
-    b_attention = tl.exp2(b_scores - peak[:, None])
-    b_attention *= reciprocal(tl.sum(b_attention, 1))[:, None]
+    b_root = tl.exp2((b_scores - peak[:, None]) * 0.5)
+    inverse = reciprocal(tl.sum(b_root * b_root, 1))
+    b_attention = _attention(b_root, inverse[:, None])
     p_sums = partial_sums + partials + i_strip.to(tl.int64) * queries + o_j
     tl.store(p_sums, tl.sum(b_attention, 0), mask=m_j)
+
+
+@triton.jit
+def _attention(b_root, b_inverse):
+    """Softmax terms from exp2 of half the exponents: a GPU's exp2 flushes subnormal results, its products don't.
+
+    A token of importance 1e-40 still has a state of its own in a span of one token; one of importance 0 has none.
+    """
+    return (b_root * b_inverse) * b_root
 
 
 @triton.jit
@@ -139,10 +197,11 @@ def _scores(
     """Base-2 scores of a tile [TILE, TILE]."""
     m_i, m_j = o_i < queries, o_j < queries
     p_i, p_j = p_row + o_i.to(tl.int64) * stride_t, p_row + o_j.to(tl.int64) * stride_t
-    b_products = products(p_i, p_j, m_i, m_j, stride_d, stride_d, width, TILE, TILE, BLOCK_D, ACC, PRECISION, UPCAST)
-    b_scale_i = tl.load(p_scale + o_i, mask=m_i, other=0.0)
-    b_scale_j = tl.load(p_scale + o_j, mask=m_j, other=0.0)
-    return b_products * b_scale_i[:, None] * b_scale_j[None, :]
+    b_scale_i = tl.load(p_scale + o_i, mask=m_i, other=1.0)
+    b_scale_j = tl.load(p_scale + o_j, mask=m_j, other=1.0)
+    return _scaled_products(
+        p_i, p_j, m_i, m_j, b_scale_i, b_scale_j, stride_d, width, TILE, TILE, BLOCK_D, ACC, PRECISION, UPCAST
+    )
 
 
 @triton.jit
@@ -300,13 +359,13 @@ def _sums(
             )
             m_seen = m_i[:, None] & _seen(o_i, o_j, first_key, end_key, CAUSAL)
             b_exponent = tl.where(m_seen, b_scores - b_peak_i[:, None], float("-inf"))
-            sum_j = tl.sum(tl.exp2(b_exponent) * b_inverse_i[:, None], 0)
+            sum_j = tl.sum(_attention(tl.exp2(b_exponent * 0.5), b_inverse_i[:, None]), 0)
             if i_row * side + ti != i_column * side + tj:  # else both directions are in the tile
                 b_peak_j = tl.load(peaks + first_query + o_j, mask=m_j, other=0.0)
                 b_inverse_j = tl.load(inverses + first_query + o_j, mask=m_j, other=0.0)
                 m_before = (o_i[:, None] < o_j[None, :]) if CAUSAL else (o_j[None, :] < queries)
                 b_exponent = tl.where(m_key_i[:, None] & m_before, b_scores - b_peak_j[None, :], float("-inf"))
-                sum_i += tl.sum(tl.exp2(b_exponent) * b_inverse_j[None, :], 1)
+                sum_i += tl.sum(_attention(tl.exp2(b_exponent * 0.5), b_inverse_j[None, :]), 1)
             if ti > 0:
                 sum_j += tl.load(partial_sums + slot_j + o_j, mask=m_j, other=0.0)
             tl.store(partial_sums + slot_j + o_j, sum_j, mask=m_j)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_fast.kernels._device import load, reciprocal
+from mta_fast.kernels._device import load, powers_of_two, reciprocal
 from mta_fast.kernels._launch import launch, numerics, writable
 from mta_fast.reference import Spans
 
@@ -45,12 +45,12 @@ def _span_weights(
         b_total += tl.where(m_c, b_count * b_value, 0.0)
     total = tl.sum(b_total, 0)
     tl.store(row_total + row, total.to(row_total.dtype.element_ty))
-    inverse = reciprocal(total)
     for start in range(first, end, BLOCK_C):
         o_c = start + tl.arange(0, BLOCK_C)
         m_c = o_c < end
         b_token = tl.load(covered + o_c, mask=m_c, other=0)
-        b_weight = load(values + b_token, m_c, ACC, UPCAST).to(tl.float64) * inverse
+        b_weight = load(values + b_token, m_c, ACC, UPCAST).to(tl.float64)
+        b_weight = tl.where(total == 0, 0.0, b_weight / tl.where(total == 0, 1.0, total))
         tl.store(token_weight + b_token, b_weight.to(token_weight.dtype.element_ty), mask=m_c)
     tl.debug_barrier()  # below, threads read weights that others stored
     for start in range(tl.load(span_splits + row), tl.load(span_splits + row + 1), BLOCK_U):
@@ -90,6 +90,35 @@ def span_weights(values: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @triton.jit
+def _share(total, DTYPE: tl.constexpr, ACC: tl.constexpr):
+    """A power of two, in the weights' DTYPE, and a rest: w times both is w / total, and 0 where the total is 0.
+
+    The power brings subnormal weights, and those whose float64 total is beyond float32, near 1 before anything rounds.
+    """
+    power, _ = powers_of_two(tl.abs(total).to(DTYPE))
+    return power, reciprocal((total * power.to(tl.float64)).to(ACC))
+
+
+@triton.jit
+def _squares(b_values, b_plain, b_small, b_large, ACC: tl.constexpr):
+    """Sums of squares: as they are, and of the values times and over a power of two; ``_norm`` takes one of them."""
+    SHIFT: tl.constexpr = 2.0**600 if ACC == tl.float64 else 2.0**75
+    b_up, b_down = b_values * SHIFT, b_values * (1 / SHIFT)
+    return b_plain + b_values * b_values, b_small + b_up * b_up, b_large + b_down * b_down
+
+
+@triton.jit
+def _norm(b_plain, b_small, b_large, ACC: tl.constexpr):
+    """The root of a sum of squares whose terms may have left the range of ACC: then of the other two that is right."""
+    SHIFT: tl.constexpr = 2.0**600 if ACC == tl.float64 else 2.0**75
+    LEAST: tl.constexpr = 2.0**-900 if ACC == tl.float64 else 2.0**-80
+    MOST: tl.constexpr = 2.0**1000 if ACC == tl.float64 else 2.0**110
+    plain = tl.sum(b_plain, 0)
+    small, large = tl.sqrt(tl.sum(b_small, 0)) * (1 / SHIFT), tl.sqrt(tl.sum(b_large, 0)) * SHIFT
+    return tl.where(plain < LEAST, small, tl.where(plain > MOST, large, tl.sqrt(plain)))
+
+
+@triton.jit
 def _pool(
     hidden,
     weights,
@@ -112,9 +141,11 @@ def _pool(
     for start in range(first, end, BLOCK_J):
         o_j = start + tl.arange(0, BLOCK_J)
         b_total += tl.load(weights + o_j, mask=o_j < end, other=0.0).to(tl.float64)
-    total = tl.sum(b_total, 0).to(ACC)
-    inverse = reciprocal(total)
-    b_square = tl.zeros((BLOCK_D,), dtype=ACC)
+    total = tl.sum(b_total, 0)
+    power, rest = _share(total, weights.dtype.element_ty, ACC)
+    b_plain = tl.zeros((BLOCK_D,), dtype=ACC)
+    b_small = tl.zeros((BLOCK_D,), dtype=ACC)
+    b_large = tl.zeros((BLOCK_D,), dtype=ACC)
     for start_d in range(0, width, BLOCK_D):
         o_d = start_d + tl.arange(0, BLOCK_D)
         m_d = o_d < width
@@ -124,13 +155,12 @@ def _pool(
             m_j = o_j < end
             p_h = hidden + o_j.to(tl.int64)[:, None] * stride_t + o_d[None, :] * stride_d
             b_h = load(p_h, m_j[:, None] & m_d[None, :], ACC, UPCAST).to(ACC)
-            b_w = tl.load(weights + o_j, mask=m_j, other=0.0)
-            b_sum += tl.sum(b_h * b_w[:, None], 0)
-        b_sum *= inverse
+            b_share = (tl.load(weights + o_j, mask=m_j, other=0.0) * power).to(ACC) * rest
+            b_sum += tl.sum(b_h * b_share[:, None], 0)
         tl.store(pooled + i_u * width + o_d, b_sum, mask=m_d)
-        b_square += b_sum * b_sum
+        b_plain, b_small, b_large = _squares(b_sum, b_plain, b_small, b_large, ACC)
     tl.store(span_weight + i_u, total)
-    tl.store(norm + i_u, tl.sqrt(tl.sum(b_square, 0)))
+    tl.store(norm + i_u, _norm(b_plain, b_small, b_large, ACC))
 
 
 def pool_spans(
@@ -140,14 +170,14 @@ def pool_spans(
     num = numerics(hidden)
     count, width = spans.ranges.shape[0], hidden.shape[1]
     pooled = hidden.new_empty(count, width, dtype=num.dtype)
-    span_weight, norm = (hidden.new_empty(count, dtype=num.dtype) for _ in range(2))
+    span_weight, norm = (hidden.new_empty(count, dtype=dtype) for dtype in (torch.float64, num.dtype))
     launch(
         "pool",
         _pool,
         (count,),
         num,
         hidden=hidden,
-        weights=weights.to(num.dtype),
+        weights=_at_least(weights, num.dtype),
         ranges=spans.ranges,
         pooled=pooled,
         span_weight=span_weight,
@@ -184,8 +214,9 @@ def _pool_gradient(
         for i_cover in range(first, end):
             i_u = tl.load(cover_spans + i_cover).to(tl.int64)
             b_grad = tl.load(grad + i_u * stride_u + o_d * stride_d, mask=m_d, other=0.0)
-            b_sum += b_grad * reciprocal(tl.load(span_weight + i_u))
-        tl.store(gradient + i_t * width + o_d, (b_sum * weight).to(gradient.dtype.element_ty), mask=m_d)
+            power, rest = _share(tl.load(span_weight + i_u).to(tl.float64), weights.dtype.element_ty, ACC)
+            b_sum += b_grad * ((weight * power).to(ACC) * rest)
+        tl.store(gradient + i_t * width + o_d, b_sum.to(gradient.dtype.element_ty), mask=m_d)
 
 
 def pool_spans_gradient(grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
@@ -200,7 +231,7 @@ def pool_spans_gradient(grad: Tensor, span_weight: Tensor, weights: Tensor, span
         num,
         grad=grad,
         span_weight=span_weight,
-        weights=weights.to(num.dtype),
+        weights=_at_least(weights, num.dtype),
         token_splits=spans.token_splits,
         cover_spans=spans.cover_spans,
         gradient=gradient,
@@ -209,3 +240,8 @@ def pool_spans_gradient(grad: Tensor, span_weight: Tensor, weights: Tensor, span
         width=width,
     )
     return gradient.to(dtype)
+
+
+def _at_least(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights in ``dtype``, or float64 where they are: what float32 can't hold may still have a mean."""
+    return weights if weights.dtype == torch.float64 else weights.to(dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mta_fast import reference
 from mta_fast.kernels import gram
-from mta_fast.kernels._device import find_span_row, load, products, reciprocal
+from mta_fast.kernels._device import find_span_row, load, products, scaled, unit_factors
 from mta_fast.kernels._launch import launch, numerics
 
 LENGTHS = ("num_rows", "gram_from")  # change every step: no variant is compiled for their divisors
@@ -51,7 +51,8 @@ def _pairs(
 ):
     """terms_i = W_i sum_j W_j e_ij^2 with e = cos^S - cos^T, and d(sum of terms) / d(student_i), of TILE spans i.
 
-    With u = v / |v|: g_i = 4 W_i sum_j W_j e_ij u_j, of which only the part orthogonal to u_i counts; its part along
+    Rows are multiplied with a power of two as they are loaded, and the rest of 1 / |v| comes after the products: their
+    sums stay within float32. With u = v / |v|: g_i = 4 W_i sum_j W_j e_ij u_j, of which only the part orthogonal to u_i counts; its part along
     u_i is 4 W_i sum_j W_j e_ij cos^S_ij. The gradient grows in memory, which this program alone writes: the barriers
     order its stores before its own loads of what other threads stored.
     """
@@ -59,8 +60,8 @@ def _pairs(
     first, end = tl.load(span_splits + row), tl.load(span_splits + row + 1)
     o_i = first + i_tile * TILE + tl.arange(0, TILE)
     m_i = o_i < end
-    b_student_i = reciprocal(tl.load(student_norm + o_i, mask=m_i, other=0.0))
-    b_teacher_i = reciprocal(tl.load(teacher_norm + o_i, mask=m_i, other=0.0))
+    b_power_si, b_student_i = unit_factors(tl.load(student_norm + o_i, mask=m_i, other=0.0))
+    b_power_ti, b_teacher_i = unit_factors(tl.load(teacher_norm + o_i, mask=m_i, other=0.0))
     p_student_i = student + o_i.to(tl.int64) * stride_su
     p_teacher_i = teacher + o_i.to(tl.int64) * stride_tu
     p_gradient = gradient + o_i.to(tl.int64) * student_width
@@ -69,19 +70,19 @@ def _pairs(
     for tj in range(0 if WITH_GRADIENT else i_tile, tl.cdiv(end - first, TILE)):
         o_j = first + tj * TILE + tl.arange(0, TILE)
         m_j = o_j < end
-        b_student_j = reciprocal(tl.load(student_norm + o_j, mask=m_j, other=0.0))
-        b_teacher_j = reciprocal(tl.load(teacher_norm + o_j, mask=m_j, other=0.0))
+        b_power_sj, b_student_j = unit_factors(tl.load(student_norm + o_j, mask=m_j, other=0.0))
+        b_power_tj, b_teacher_j = unit_factors(tl.load(teacher_norm + o_j, mask=m_j, other=0.0))
         b_weight_j = tl.load(weights + o_j, mask=m_j, other=0.0)
         p_student_j = student + o_j.to(tl.int64) * stride_su
         p_teacher_j = teacher + o_j.to(tl.int64) * stride_tu
         b_cosine = products(
             p_student_i, p_student_j, m_i, m_j, stride_sd, stride_sd, student_width, TILE, TILE, BLOCK_D, ACC,
-            PRECISION, UPCAST,
+            PRECISION, UPCAST, b_power_si, b_power_sj,
         )  # fmt: skip
         b_cosine = b_cosine * b_student_i[:, None] * b_student_j[None, :]
         b_error = products(
             p_teacher_i, p_teacher_j, m_i, m_j, stride_td, stride_td, teacher_width, TILE, TILE, BLOCK_D, ACC,
-            PRECISION, UPCAST,
+            PRECISION, UPCAST, b_power_ti, b_power_tj,
         )  # fmt: skip
         b_error = b_cosine - b_error * b_teacher_i[:, None] * b_teacher_j[None, :]
         b_error = tl.where(o_i[:, None] == o_j[None, :], 0.0, b_error)  # u = v is no pair
@@ -96,7 +97,8 @@ def _pairs(
                 b_student = load(p_student_j[:, None] + o_d[None, :] * stride_sd, m_j[:, None] & m_d, ACC, UPCAST)
                 m_g = m_i[:, None] & m_d
                 b_gradient = tl.load(p_gradient[:, None] + o_d[None, :], mask=m_g & (tj > 0), other=0.0)
-                b_gradient = tl.dot(b_weighted, b_student.to(ACC), b_gradient, input_precision=PRECISION, out_dtype=ACC)
+                b_student = scaled(b_student.to(ACC), b_power_sj)
+                b_gradient = tl.dot(b_weighted, b_student, b_gradient, input_precision=PRECISION, out_dtype=ACC)
                 tl.store(p_gradient[:, None] + o_d[None, :], b_gradient, mask=m_g)
             tl.debug_barrier()
         else:
@@ -105,12 +107,13 @@ def _pairs(
     b_weight_i = tl.load(weights + o_i, mask=m_i, other=0.0)
     tl.store(terms + o_i, value * b_weight_i, mask=m_i)
     if WITH_GRADIENT:
-        b_scale = 4 * b_weight_i * b_student_i
+        b_scale = 4 * b_weight_i * (b_student_i * b_power_si)
         along *= b_student_i
         for start in range(0, student_width, BLOCK_G):
             o_d = start + tl.arange(0, BLOCK_G)
             m_g = m_i[:, None] & (o_d < student_width)[None, :]
             b_student = load(p_student_i[:, None] + o_d[None, :] * stride_sd, m_g, ACC, UPCAST).to(ACC)
+            b_student = scaled(b_student, b_power_si)
             b_gradient = tl.load(p_gradient[:, None] + o_d[None, :], mask=m_g, other=0.0)
             b_gradient = b_scale[:, None] * (b_gradient - along[:, None] * b_student)
             tl.store(p_gradient[:, None] + o_d[None, :], b_gradient, mask=m_g)
@@ -155,7 +158,9 @@ def _row_totals(
             b_numerator += tl.load(p_tile, mask=o_tile < num_tiles, other=0.0)
     total = tl.sum(b_weight, 0)
     dtype = numerators.dtype.element_ty
-    tl.store(numerators + row, tl.sum(b_numerator, 0).to(dtype))
+    numerator = tl.sum(b_numerator, 0)
+    numerator = tl.where(numerator < 0, 0.0, numerator)  # the Gram form's terms cancel; a NaN stays
+    tl.store(numerators + row, numerator.to(dtype))
     tl.store(denominators + row, (total * total - tl.sum(b_square, 0)).to(dtype))
 
 

@@ -5,7 +5,8 @@ Read it beside the paper (arXiv 2605.01374). Everything works per row on flat to
 hidden alignment) is differentiable by autograd; the explicit gradients beside it are what the ops' backward uses.
 
 Numerics: each input is read in its own dtype and computed in float32 (float64 for float64 input); weight totals,
-numerators and the last sums of the Gram form, which cancel, are taken in float64.
+numerators and the last sums of the Gram form, which cancel, are taken in float64. Squares are taken of rows that a
+power of two has brought near 1 (``row_norms``), so that states from 1e-30 to 1e30 have lengths, cosines and gradients.
 """
 
 from __future__ import annotations
@@ -29,6 +30,27 @@ LOGIT_BUDGET = 1 << 22  # logits of the entropy: 16 MB
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def power_of_two(values: Tensor) -> Tensor:
+    """2^-e for values >= 0 in [2^e, 2^(e + 1)), from their bits: exact to multiply with. e is kept within +-126
+    (float64: +-1022), so that the power and its reciprocal are normal numbers, whatever the value."""
+    integer, mantissa, bias = (torch.int64, 52, 1023) if values.dtype == torch.float64 else (torch.int32, 23, 127)
+    exponent = (values.view(integer) >> mantissa).clamp(1, 2 * bias - 1)
+    return ((2 * bias - exponent) << mantissa).view(values.dtype)
+
+
+def row_norms(vectors: Tensor) -> Tensor:
+    """|v| of every row [N, d] -> [N] in the dtype of ``vectors``; no square leaves its range."""
+    scale = power_of_two(vectors.detach().abs().amax(-1, keepdim=True))
+    return torch.linalg.vector_norm(vectors * scale, dim=-1) / scale.squeeze(-1)
+
+
+def inverse_norms(norm: Tensor) -> Tensor:
+    """1 / norm; 0 below the smallest normal number: so short a vector counts as the zero vector. NaN for an infinite
+    norm, whose reciprocal would pass for a zero vector's."""
+    inverse = torch.where(norm < torch.finfo(norm.dtype).tiny, 0.0, 1 / norm)
+    return torch.where(norm == torch.inf, torch.nan, inverse)
 
 
 class Spans(NamedTuple):
@@ -82,7 +104,7 @@ def _row_importance(hidden: Tensor, keys: slice, causal: bool) -> Tensor:
     queries, width = h.shape
     if keys.stop - keys.start == 1:
         return h.new_ones(1)
-    std = torch.linalg.vector_norm(h - h.mean(-1, keepdim=True), dim=-1, keepdim=True) / (width - 1) ** 0.5
+    std = row_norms(h - h.mean(-1, keepdim=True))[:, None] / (width - 1) ** 0.5
     z = h / ((std + STD_EPS) * width**0.25)
     total = h.new_zeros(keys.stop - keys.start)
     for block in _chunks(queries, QUERY_BLOCK):
@@ -148,14 +170,16 @@ def pool_spans(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean hidden state of each span: v_u = sum_j w_j h_j / sum_j w_j; 0 where the weights sum to 0.
 
+    The scale of the weights does not matter: subnormal ones, and sums beyond their dtype, give the same means.
+
     Args:
         hidden: [T, d]; weights: [T]; rows, rows_host: [B, 2] (start, length) on the device and the host.
 
     Returns:
-        pooled [N, d], span_weight [N] = sum_j w_j and norm [N] = |v_u|, in the compute dtype of ``hidden``.
+        pooled [N, d] and norm [N] = |v_u| in the compute dtype of ``hidden``, span_weight [N] = sum_j w_j in float64.
     """
     dtype = compute_dtype(hidden)
-    weights = weights.to(dtype)
+    weights = weights.double()
     parts = [(0, hidden.shape[0], *spans.host.tolist()[-1])]
     if hidden.dtype != dtype:  # row by row, so that no copy of the whole batch is made
         sizes = spans.host.diff(dim=0).tolist()
@@ -164,15 +188,15 @@ def pool_spans(
     for start, length, count, num_tokens in parts:
         incidence, lengths = span_incidences(spans.ranges[first : first + count] - start, num_tokens)
         w = weights[start : start + length][incidence]
-        total = _segment_sums(w.double(), lengths).to(dtype)
+        total = _segment_sums(w, lengths)
+        share = _shares(w, torch.repeat_interleave(total, lengths, output_size=num_tokens)).to(dtype)
         states = hidden[start : start + length].to(dtype)
         offsets = lengths.cumsum(0) - lengths
-        sums = F.embedding_bag(incidence, states, offsets, mode="sum", per_sample_weights=w)
-        pooled.append(sums * reciprocal(total)[:, None])
+        pooled.append(F.embedding_bag(incidence, states, offsets, mode="sum", per_sample_weights=share))
         totals.append(total)
         first += count
     vectors = _concat(pooled, hidden, dtype)
-    return vectors, torch.cat([*totals, weights[:0]]), torch.linalg.vector_norm(vectors, dim=-1)
+    return vectors, torch.cat([*totals, weights[:0]]), row_norms(vectors)
 
 
 def pool_spans_gradient(grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
@@ -184,16 +208,18 @@ def pool_spans_gradient(grad: Tensor, span_weight: Tensor, weights: Tensor, span
     Returns:
         [T, d] in ``dtype``; 0 where no span covers the token.
     """
-    scaled = grad * reciprocal(span_weight)[:, None]
-    sums = F.embedding_bag(spans.cover_spans.long(), scaled, spans.cover_splits[:-1].long(), mode="sum")
-    covered = spans.covered.long()
-    sums = sums.mul_(weights[covered].to(grad.dtype)[:, None]).to(dtype)
-    return grad.new_zeros(weights.shape[0], grad.shape[1], dtype=dtype).index_copy_(0, covered, sums)
+    covered, cover_spans = spans.covered.long(), spans.cover_spans.long()
+    w = torch.repeat_interleave(
+        weights[covered].double(), spans.cover_splits.diff().long(), output_size=cover_spans.shape[0]
+    )
+    share = _shares(w, span_weight.double()[cover_spans]).to(grad.dtype)
+    sums = F.embedding_bag(cover_spans, grad, spans.cover_splits[:-1].long(), mode="sum", per_sample_weights=share)
+    return grad.new_zeros(weights.shape[0], grad.shape[1], dtype=dtype).index_copy_(0, covered, sums.to(dtype))
 
 
-def reciprocal(values: Tensor) -> Tensor:
-    """1 / values, and 0 where a value is 0."""
-    return torch.where(values == 0, 0.0, 1 / values)
+def _shares(weights: Tensor, totals: Tensor) -> Tensor:
+    """weights / totals, and 0 where a total is 0; a quotient, as the reciprocal of a subnormal total is infinite."""
+    return torch.where(totals == 0, 0.0, weights / totals)
 
 
 # --- 4 DSA: span pairs -------------------------------------------------------------------------------------------
@@ -222,6 +248,7 @@ def span_pairs(
     """Weighted squared difference of all span-pair cosines of each row (DSA).
 
     num_b = sum_{u != v} W_u W_v (cos(v^S_u, v^S_v) - cos(v^T_u, v^T_v))^2 and den_b = sum_{u != v} W_u W_v.
+    A cosine with a zero vector is 0.
 
     Args:
         student: [N, d_S] pooled spans; teacher: [N, d_T]; weights: [N]; student_norm, teacher_norm: [N] lengths of
@@ -240,7 +267,7 @@ def span_pairs(
         v, _ = _unit(teacher[first:last].to(dtype), teacher_norm[first:last])
         gram = method == "gram" or (method == "auto" and len(w) >= gram_from(u.shape[1], v.shape[1]))
         numerator, gradient = (_gram if gram else _pairwise)(u, v, w, with_gradient)
-        numerators.append(numerator)
+        numerators.append(numerator.clamp(min=0))  # the Gram form's terms cancel: rounding may leave less
         denominators.append((w.double().sum() ** 2 - w.double().square().sum()).to(dtype))
         if gradient is not None:
             # through the normalisation: the part orthogonal to u, over the length
@@ -295,14 +322,14 @@ def _gram(u: Tensor, v: Tensor, w: Tensor, with_gradient: bool) -> tuple[Tensor,
 
 def span_distances(pooled: Tensor) -> Tensor:
     """[N, N] distances 1 - c_uv of one row's pooled spans [N, d]; 0 on the diagonal, 1 with a zero vector."""
-    unit, _ = _unit(pooled, torch.linalg.vector_norm(pooled, dim=-1))
+    unit, _ = _unit(pooled, row_norms(pooled))
     distances = (1 - unit @ unit.T).clamp(0, 2)
     return ((distances + distances.T) / 2).fill_diagonal_(0)
 
 
 def _unit(vectors: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [N, d] scaled from length ``norm`` [N] to 1 (zero rows stay zero), and the scales [N, 1]."""
-    scale = reciprocal(norm.to(vectors.dtype))[:, None]
+    scale = inverse_norms(norm.to(vectors.dtype))[:, None]
     return vectors * scale, scale
 
 
@@ -369,12 +396,12 @@ def hidden_alignment(
         t = teacher.index_select(0, tokens[chunk]).to(dtype)
         g = weights[chunk].to(dtype)
         p = F.linear(h, matrix, bias)
-        p_scale = reciprocal(torch.linalg.vector_norm(p, dim=-1))
-        scale = p_scale * reciprocal(torch.linalg.vector_norm(t, dim=-1))
-        cosine = torch.linalg.vecdot(p, t) * scale
+        unit, scale = _unit(p, row_norms(p))
+        target, _ = _unit(t, row_norms(t))
+        cosine = torch.linalg.vecdot(unit, target)
         total = total + (g * (1 - cosine)).double().sum()
-        if gradient is not None:
-            dp = p.mul_((g * cosine * p_scale.square())[:, None]).sub_(t.mul_((g * scale)[:, None]))
+        if gradient is not None:  # the factors one after the other: 1 / |p|^2 has no place in float32
+            dp = unit.mul_(cosine[:, None]).sub_(target).mul_(g[:, None] * scale)
             gradient.student[chunk] = torch.mm(dp, matrix)
             gradient.weight.addmm_(dp.T, h)
             if bias is not None:

@@ -46,8 +46,8 @@ def pool_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: st
     """Weighted mean state of each span: v_u = sum_j w_j h_j / sum_j w_j (arXiv 2605.01374;
     formula: ``mta_fast/reference.py``, part 3).
 
-    The scale of ``weights`` does not matter to the mean; a span whose weights sum to 0 pools to the zero vector.
-    Differentiable in ``hidden`` (once); the weights receive no gradient.
+    The scale of ``weights`` does not matter to the mean, subnormal or huge; a span whose weights sum to exactly 0 pools
+    to the zero vector, with gradient 0. Differentiable in ``hidden`` (once); the weights receive no gradient.
 
     Args:
         hidden: [B, S, d] or [T, d]; any floating dtype.
@@ -56,7 +56,8 @@ def pool_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: st
         backend: "auto" or a backend's name.
 
     Returns:
-        pooled [N, d] and span_weight [N] = sum_j w_j: float64 for float64 hidden states, else float32.
+        pooled [N, d] and span_weight [N] = sum_j w_j: float64 for float64 hidden states, else float32 (in which a sum
+        may be infinite or 0; the mean is taken with the sum in float64).
 
     Raises:
         InputError: shape, dtype or device. DoubleBackwardError: a second derivative.
@@ -68,14 +69,14 @@ def pool_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: st
     check_spans(spans, hidden.shape[:-1], hidden.device)
     backends.check_name(backend)
     pooled, span_weight, _norm = pooled_spans(flat(hidden), weights.reshape(-1), spans, backend=backend)
-    return pooled, span_weight
+    return pooled, span_weight.to(pooled.dtype)
 
 
 class PooledSpans(NamedTuple):
     """What pooling leaves for the span pairs: the mean states and, from the same pass over memory, their lengths."""
 
     states: Tensor  # [N, d]
-    span_weight: Tensor  # [N]
+    span_weight: Tensor  # [N] float64
     norm: Tensor  # [N] lengths of the states; detached, as span_pairs goes through the normalisation itself
 
 
@@ -117,7 +118,8 @@ def _(
     hidden: Tensor, weights: Tensor, spans: Sequence[Tensor], rows: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, ...]:
     dtype, size = compute_dtype(hidden), Spans(*spans).ranges.shape[0]
-    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in ((size, hidden.shape[1]), (size,), (size,)))
+    span_weight = hidden.new_empty(size, dtype=torch.float64)
+    return hidden.new_empty(size, hidden.shape[1], dtype=dtype), span_weight, hidden.new_empty(size, dtype=dtype)
 
 
 @torch.library.custom_op("mta_fast::pool_spans_gradient", mutates_args=())

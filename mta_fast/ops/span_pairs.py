@@ -18,7 +18,7 @@ from mta_fast.ops._common import (
     check_shape,
     refuse_double_backward,
 )
-from mta_fast.reference import compute_dtype, quotient, reduce_rows
+from mta_fast.reference import compute_dtype, quotient, reduce_rows, row_norms
 from mta_fast.spans.batch import SpanBatch
 
 METHODS = ("auto", "pairwise", "gram")
@@ -42,7 +42,7 @@ def span_pair_loss(
 
     Args:
         student_spans: [N, d_S] pooled spans (``pool_spans``); teacher_spans: [N, d_T].
-        span_weights: [N] salience W_u.
+        span_weights: [N] salience W_u, not negative.
         spans: which row each span is of. With two tokenizers either SpanBatch of the pair serves.
         reduction: "mean": numerator / denominator over the batch; "sample": mean over the rows with a
             denominator > 0 of the row's quotient; "none": (numerator, denominator). 0 where nothing counts.
@@ -90,17 +90,13 @@ def span_pair_terms(
     backends.check_name(backend)
     if norms is None:
         dtype = compute_dtype(student_spans, teacher_spans)
-        norms = _norm(student_spans, dtype), _norm(teacher_spans, dtype)
+        norms = row_norms(student_spans.detach().to(dtype)), row_norms(teacher_spans.detach().to(dtype))
     index = [spans.span_rows, spans.span_splits, spans.host]
     with_gradient = torch.is_grad_enabled() and student_spans.requires_grad
     numerators, denominators, _ = _span_pairs(
         student_spans, teacher_spans.detach(), span_weights.detach(), norms, index, method, with_gradient, backend
     )
     return reduce_rows(numerators, denominators.detach(), reduction)
-
-
-def _norm(states: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(states.detach(), dim=-1, dtype=dtype)
 
 
 @torch.library.custom_op("mta_fast::span_pairs", mutates_args=())
