@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mta_fast.distill.checkpoints import write_whole
 from mta_fast.errors import InputError
-from mta_fast.inputs import check_left_padding
+from mta_fast.inputs import check_left_padding, takes_positions
 from mta_fast.layers import unwrap
 from mta_fast.tokens import encode
 
@@ -102,7 +102,7 @@ def generate_texts(
     encoded = encode_prompts(model, tokenizer, prompts, settings)
     ends = _end_tokens(model, tokenizer)
     pad = _pad_token(tokenizer)
-    _check_padding(model, encoded, pad)
+    _check_padding(model, tokenizer, encoded)
     ids, mask = _pad_left(encoded, pad, next(model.parameters()).device)
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
     config = GenerationConfig(
@@ -155,14 +155,14 @@ def encode_prompts(
             )
         encoded.append(ids)
     if settings.batch_size > 1:
-        _check_padding(model, encoded, _pad_token(tokenizer))
+        _check_padding(model, tokenizer, encoded)
     return encoded
 
 
-def _check_padding(model: nn.Module, encoded: Sequence[Sequence[int]], pad: int) -> None:
+def _check_padding(model: nn.Module, tokenizer: Any, encoded: Sequence[Sequence[int]]) -> None:
     """Refuse prompts of different lengths for a model that would read their padding."""
-    if len({len(ids) for ids in encoded}) > 1:
-        check_left_padding(model, pad, "model", "let it answer one prompt at a time: batch_size 1")
+    if len({len(ids) for ids in encoded}) > 1 and not takes_positions(model):
+        check_left_padding(model, _pad_token(tokenizer), "model", "let it answer one prompt at a time: batch_size 1")
 
 
 def _end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
