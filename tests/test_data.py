@@ -62,6 +62,10 @@ def test_templates() -> None:
     assert fill_template("plain", "Add.", "1 and 2") == "Add.\n\n1 and 2\n\n"
     assert fill_template("plain", "Add.") == "Add.\n\n"
     assert fill_template("Q: {instruction} {input}\nA: ", "Use {input}", "1") == "Q: Use {input} 1\nA: "
+    named = "{input} {instruction}"  # in the data: stays, as other braces of the template do
+    assert fill_template("{x} {instruction} | {input} {}", named, named) == f"{{x}} {named} | {named} {{}}"
+    for template in ("paper", "plain"):
+        assert f"{named}\n" in fill_template(template, named, named)
     tokenizer = make_tokenizer()
     with pytest.raises(InputError, match="expected a tokenizer with a chat template"):
         fill_template("chat", "Add.", tokenizer=tokenizer)

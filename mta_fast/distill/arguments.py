@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from mta_fast.errors import InputError
 from mta_fast.files import user_source
+from mta_fast.spans.collate import PAD_TO
 
 PATHS = ("output_dir", "logging_dir", "deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint")
 ACCUMULATION = ("keep", "recompute", "micro_batch")
@@ -20,6 +21,8 @@ class MTATrainingArguments(TrainingArguments):
 
     Attributes:
         max_length: tokens a row is truncated to (by the collator that MTATrainer makes).
+        pad_to: "longest": rows are padded to the longest of their batch; "max_length": to that many tokens, as the
+            public scripts do. None: the latter where ``MTAConfig.count_padding`` makes the loss depend on it.
         projection_learning_rate: learning rate of the projections of Hid (paper: 5e-4).
         accumulation: how "batch" normalisation spans the micro-batches of a step. "keep": exact; the teacher runs
             on all of them first and its outputs are kept (memory: gradient_accumulation_steps times its logits and
@@ -34,6 +37,7 @@ class MTATrainingArguments(TrainingArguments):
     """
 
     max_length: int = field(default=256, metadata={"help": "tokens a row is truncated to"})
+    pad_to: str | None = field(default=None, metadata={"help": f"one of {', '.join(PAD_TO)}"})
     projection_learning_rate: float = field(default=5e-4, metadata={"help": "learning rate of Hid's projections"})
     accumulation: str = field(default="keep", metadata={"help": f"one of {', '.join(ACCUMULATION)}"})
     log_gradient_norms: bool = field(default=False, metadata={"help": "log the gradient norm of each term"})
@@ -48,6 +52,8 @@ class MTATrainingArguments(TrainingArguments):
         self.remove_unused_columns = False  # the collator reads texts and spans, not the model's arguments
         if self.accumulation not in ACCUMULATION:
             raise InputError(f"accumulation: expected one of {', '.join(ACCUMULATION)}, got {self.accumulation!r}")
+        if self.pad_to not in (None, *PAD_TO):
+            raise InputError(f"pad_to: expected one of {', '.join(PAD_TO)}, or none, got {self.pad_to!r}")
         if self.max_seconds is not None:
             if not self.max_seconds > 0:
                 raise InputError(f"max_seconds: expected a time > 0, got {self.max_seconds}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import Any, Generic, TypedDict, TypeVar
 from mta_fast.config import nearest
 from mta_fast.errors import InputError
 from mta_fast.files import user_source
+from mta_fast.tokens import encode
 
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -83,7 +85,8 @@ def fill_template(template: str, instruction: str, context: str = "", tokenizer:
         messages = [{"role": "user", "content": message}]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     if "{instruction}" in template:
-        return template.replace("{input}", context).replace("{instruction}", instruction)
+        values = {"{instruction}": instruction, "{input}": context}  # each once: the data may hold these names too
+        return re.sub(r"\{instruction\}|\{input\}", lambda found: values[found[0]], template)
     raise InputError(
         f"template: expected {', '.join(TEMPLATES)} or a text with {{instruction}}, got {template!r}"
         f"{nearest(template, TEMPLATES)}"
@@ -196,7 +199,7 @@ def drop_long_rows(
     lengths: list[int] = []
     for start in range(0, len(loaded.rows), TOKENIZE_ROWS):
         prompts = [row["prompt"] for row in loaded.rows[start : start + TOKENIZE_ROWS]]
-        lengths += [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+        lengths += [len(row.ids) for row in encode(tokenizer, prompts)]
     kept = [row for row, length in zip(loaded.rows, lengths, strict=True) if length <= room]
     skipped = loaded.skipped + Counter({f"prompt longer than {room} tokens": len(loaded.rows) - len(kept)})
     if not kept:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from mta_fast.errors import InputError
 from mta_fast.files import write_whole
+from mta_fast.inputs import check_left_padding, takes_positions
 from mta_fast.layers import unwrap
+from mta_fast.tokens import encode
 
 SETTINGS_FILE = "settings.json"
 DIGEST_BYTES = 7  # torch.manual_seed takes 8, and a sign
@@ -90,8 +92,8 @@ def generate_texts(
         As many texts as prompts, in their order; a response may be empty.
 
     Raises:
-        InputError: a prompt without a token or too long for the model (names the row), or a tokenizer with neither a
-            pad nor an end token.
+        InputError: a prompt without a token or too long for the model (names the row), a tokenizer with neither a pad
+            nor an end token, or prompts of different lengths for a model that reads padding as text (RWKV).
     """
     if not prompts:
         return []
@@ -100,6 +102,7 @@ def generate_texts(
     encoded = encode_prompts(model, tokenizer, prompts, settings)
     ends = _end_tokens(model, tokenizer)
     pad = _pad_token(tokenizer)
+    _check_padding(model, tokenizer, encoded)
     ids, mask = _pad_left(encoded, pad, next(model.parameters()).device)
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
     config = GenerationConfig(
@@ -129,7 +132,8 @@ def encode_prompts(
 
     Raises:
         InputError: a prompt without a token, or so long that the model has no room for ``settings.max_new_tokens``
-            (names the row), or no room for these alone.
+            (names the row), or no room for these alone; prompts of different lengths, ``settings.batch_size`` at a
+            time, for a model that reads padding as text.
     """
     config: Any = unwrap(model).config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -139,7 +143,7 @@ def encode_prompts(
             f"max_new_tokens: expected less than the model's {positions} positions, got {settings.max_new_tokens}"
         )
     encoded = []
-    for i, ids in enumerate(tokenizer(list(prompts))["input_ids"]):
+    for i, (ids, _, _) in enumerate(encode(tokenizer, prompts)):
         if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
         if not ids:
@@ -149,8 +153,16 @@ def encode_prompts(
                 f"prompt of row {i}: expected at most {room} tokens (the model's {positions} positions less "
                 f"max_new_tokens = {settings.max_new_tokens}), got {len(ids)}; shorten it, or lower max_new_tokens"
             )
-        encoded.append(list(ids))
+        encoded.append(ids)
+    if settings.batch_size > 1:
+        _check_padding(model, tokenizer, encoded)
     return encoded
+
+
+def _check_padding(model: nn.Module, tokenizer: Any, encoded: Sequence[Sequence[int]]) -> None:
+    """Refuse prompts of different lengths for a model that would read their padding."""
+    if len({len(ids) for ids in encoded}) > 1 and not takes_positions(model):
+        check_left_padding(model, _pad_token(tokenizer), "model", "let it answer one prompt at a time: batch_size 1")
 
 
 def _end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mta_fast.distill.methods import BaseMethod
 from mta_fast.distill.stopwatch import Stopwatch
+from mta_fast.inputs import model_inputs
 from mta_fast.layers import capture_layers
 from mta_fast.loss import MTALoss
 
@@ -113,8 +114,7 @@ class DistillationModel(nn.Module):
             totals: what to divide by.
         """
         with capture_layers(self.student, self.layers("student")) as hidden:
-            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-            logits = self.student(**inputs, use_cache=False).logits
+            logits = self.student(**model_inputs(self.student, batch), use_cache=False).logits
         base, terms = self._base(batch, StudentOutput(logits[..., : self.vocabulary], hidden), teacher, totals)
         if self.mta is None:
             zero = base.new_zeros(())

@@ -31,6 +31,7 @@ from mta_fast.distill.on_policy import OnPolicyBatches, RowCollator, with_spans
 from mta_fast.distill.saving import WholeCheckpoints
 from mta_fast.distill.training_log import TERMS, EvaluationSums, StepEnd, TrainingLog
 from mta_fast.errors import InputError
+from mta_fast.inputs import check_left_padding, model_inputs
 from mta_fast.layers import capture_layers
 from mta_fast.loss import MTALoss
 from mta_fast.ops.entropy import entropy_weights
@@ -93,7 +94,15 @@ class MTATrainer(WholeCheckpoints):
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         model = _distillation_model(student, teacher, mta, method, processing_class, teacher_tokenizer)
         kinds = sorted(set(mta.config.granularity)) if mta is not None else ()
-        collator: Any = SpanCollator(processing_class, teacher_tokenizer, granularity=kinds, max_length=args.max_length)
+        by_columns = mta is not None and mta.config.count_padding
+        collator: Any = SpanCollator(
+            processing_class,
+            teacher_tokenizer,
+            granularity=kinds,
+            max_length=args.max_length,
+            pad_to=args.pad_to or ("max_length" if by_columns else "longest"),
+        )
+        _check_padding_side(student, teacher, processing_class, teacher_tokenizer)
         self._on_policy: OnPolicyBatches | None = None
         if isinstance(method, DistiLLM):
             self._on_policy = OnPolicyBatches(method, collator, span_extractor if kinds else None)
@@ -216,7 +225,7 @@ class MTATrainer(WholeCheckpoints):
             return TeacherOutput(None, {})
         config = None if module.mta is None else module.mta.config
         side = "teacher_" if "teacher_input_ids" in batch else ""
-        inputs = {name: batch[side + name] for name in ("input_ids", "attention_mask")}
+        inputs = model_inputs(self.teacher, batch, side)
         by_entropy = config is not None and config.weighting == "entropy"
         with self.accelerator.autocast():
             with capture_layers(self.teacher, layers) as hidden:
@@ -433,6 +442,17 @@ class MTATrainer(WholeCheckpoints):
             self._log.finished_seconds = progress["seconds"]
             if method is not None and progress["base"]:
                 method.load_state_dict(progress["base"])
+
+
+def _check_padding_side(student: nn.Module, teacher: nn.Module | None, tokenizer: Any, teacher_tokenizer: Any) -> None:
+    """Refuse padding on the left for a model that would read it as text."""
+    for name, model, own in (
+        ("student", student, tokenizer),
+        ("teacher", teacher, tokenizer if teacher_tokenizer is None else teacher_tokenizer),
+    ):
+        if model is not None and own.padding_side == "left":
+            pad = own.eos_token_id if own.pad_token_id is None else own.pad_token_id
+            check_left_padding(model, pad, name, "set padding_side = 'right' of its tokenizer")
 
 
 def _distillation_model(

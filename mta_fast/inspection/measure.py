@@ -217,10 +217,13 @@ def _align(text: str, spans: list[CharSpan], student: Side, teacher: Side, two_t
 def _batches(
     rows: list[list[CharSpan]], text: str, student: Side, teacher: Side, two_tokenizers: bool
 ) -> tuple[SpanBatch, SpanBatch]:
-    texts, own, other = [text] * len(rows), *(side.offsets.expand(len(rows), -1, -1) for side in (student, teacher))
+    texts, count = [text] * len(rows), len(rows)
+    own, other = (
+        (side.offsets.expand(count, -1, -1), None, side.special.expand(count, -1)) for side in (student, teacher)
+    )
     if two_tokenizers:
-        return SpanBatch.pair(rows, (own, None), (other, None), texts=texts)
-    made = SpanBatch.from_char_spans(rows, own, texts=texts)
+        return SpanBatch.pair(rows, own, other, texts=texts)
+    made = SpanBatch.from_char_spans(rows, own[0], special_tokens_mask=own[2], texts=texts)
     return made, made
 
 

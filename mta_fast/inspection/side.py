@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mta_fast.errors import InputError
 from mta_fast.layers import capture_layers
+from mta_fast.tokens import encode
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Token:
         text: its characters, or the name of a special token.
         start, end: its character range.
         gap: characters before it that belong to no token (tokenizers that drop white space).
-        special: a special token, or one without characters; no span holds those without.
+        special: a special token, or one without characters; no span holds these.
         continues: further bytes of the character that the token before it has begun.
     """
 
@@ -38,13 +39,14 @@ class Side:
     """One model's tokens and hidden states, on the CPU.
 
     Attributes:
-        tokens: S pieces of the text; offsets: [1, S, 2] their characters.
+        tokens: S pieces of the text; offsets: [1, S, 2] their characters; special: [1, S] the special ones.
         truncated: whether text is left that is not white space.
         hidden: {layer: [1, S, d]} of the configured layers; logits: [1, S, V].
     """
 
     tokens: tuple[Token, ...]
     offsets: Tensor
+    special: Tensor
     truncated: bool
     hidden: dict[int, Tensor]
     logits: Tensor
@@ -54,14 +56,13 @@ class Side:
         cls, side: str, text: str, model: nn.Module, tokenizer: Any, layers: Sequence[int], max_length: int
     ) -> Side:
         """Tokenise the text and run the model on it; ``side`` names it in errors."""
-        encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        ids, offsets, special = encode(tokenizer, [text], max_length)[0]
         if not ids:
             raise InputError(f"text: expected at least one token of the {side}'s tokenizer, got none from {text!r:.40}")
         last = max((end for _, end in offsets), default=0)
         hidden, logits = _run(side, model, ids, layers)
-        tokens = tuple(_tokens(text, ids, offsets, tokenizer))
-        return cls(tokens, torch.tensor([offsets]), bool(text[last:].strip()), hidden, logits)
+        tokens = tuple(_tokens(text, ids, offsets, special, tokenizer))
+        return cls(tokens, torch.tensor([offsets]), torch.tensor([special]), bool(text[last:].strip()), hidden, logits)
 
 
 def _run(side: str, model: nn.Module, ids: list[int], layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
@@ -95,11 +96,13 @@ def _run(side: str, model: nn.Module, ids: list[int], layers: Sequence[int]) -> 
     return hidden, logits.detach().cpu()
 
 
-def _tokens(text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], tokenizer: Any) -> list[Token]:
-    special, names = set(tokenizer.all_special_ids), tokenizer.convert_ids_to_tokens(ids)
+def _tokens(
+    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], special: Sequence[bool], tokenizer: Any
+) -> list[Token]:
     tokens, reached = [], 0
-    for token, name, (start, end) in zip(ids, names, offsets, strict=True):
-        if token in special or end <= start:
+    names = tokenizer.convert_ids_to_tokens(ids)
+    for is_special, name, (start, end) in zip(special, names, offsets, strict=True):
+        if is_special or end <= start:
             tokens.append(Token(str(name), start, end, special=True))
         else:
             begin = max(start, reached)

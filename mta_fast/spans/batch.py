@@ -58,6 +58,7 @@ class SpanBatch:
         attention_mask: Any = None,
         cu_seqlens: Any = None,
         *,
+        special_tokens_mask: Any = None,
         texts: Sequence[str] | None = None,
         drop_truncated: bool = True,
         backend: str = "auto",
@@ -70,6 +71,9 @@ class SpanBatch:
                 next two may be tensors, arrays or nested lists, as tokenizers return them.
             attention_mask: [B, S]; None: every token is real.
             cu_seqlens: [B + 1] bounds of packed sequences.
+            special_tokens_mask: [B, S] (or [T]), non-zero at special tokens, also those that are written in the text:
+                tokenizers give them characters, but no span holds them. A span over more than them keeps its other
+                tokens. ``mta_fast.tokens.encode`` tells which they are. None: only tokens of zero width are special.
             texts: the row texts: then only white space is forgiven before a span, and ends are checked.
             drop_truncated: drop a span that ends beyond the last kept character of its row.
             backend: "cpp", "reference" (NumPy) or "auto", which takes C++ where it is built; both find the same.
@@ -78,7 +82,7 @@ class SpanBatch:
             InputError: shapes that don't fit, a mask with holes, a span outside the text or with start >= end.
             BackendUnavailableError: backend "cpp" is not built.
         """
-        side = _Side.make(offset_mapping, attention_mask, cu_seqlens, texts, backend)
+        side = _Side.make(offset_mapping, attention_mask, cu_seqlens, special_tokens_mask, texts, backend)
         spans = side.flatten(char_spans)
         found = side.align(spans)
         return side.build(spans, found, _filled(found) & ~(found.cut & drop_truncated))
@@ -87,8 +91,8 @@ class SpanBatch:
     def pair(
         cls,
         char_spans: CharSpans,
-        student: tuple[Any, Any],
-        teacher: tuple[Any, Any],
+        student: tuple[Any, ...],
+        teacher: tuple[Any, ...],
         *,
         texts: Sequence[str] | None = None,
         backend: str = "auto",
@@ -99,10 +103,14 @@ class SpanBatch:
 
         Args:
             char_spans: per row, (start, end) characters.
-            student, teacher: (offset_mapping [B, S, 2], attention_mask [B, S] or None) of each side.
+            student, teacher: (offset_mapping [B, S, 2], attention_mask [B, S] or None) of each side, and, if wanted,
+                its special_tokens_mask.
             texts, backend: as in ``from_char_spans``.
         """
-        sides = [_Side.make(offsets, mask, None, texts, backend) for offsets, mask in (student, teacher)]
+        sides = [
+            _Side.make(offsets, mask, None, special[0] if special else None, texts, backend)
+            for offsets, mask, *special in (student, teacher)
+        ]
         spans = sides[0].flatten(char_spans)
         sides[1].flatten(char_spans)
         found = [side.align(spans) for side in sides]
@@ -151,7 +159,8 @@ class SpanBatch:
 class _Side:
     """One tokenizer's view of the batch: flat tokens and the rows of real ones."""
 
-    offsets: np.ndarray  # [T, 2] int64
+    offsets: np.ndarray  # [T, 2] int64, of zero width at special tokens
+    kept: np.ndarray | None  # [B] where the last real token ends, special or not; None: none is known to be special
     table: np.ndarray  # [B, 2] int64, (start, length) of each row
     rows: Rows
     texts: Sequence[str] | None
@@ -163,6 +172,7 @@ class _Side:
         offset_mapping: Any,
         attention_mask: Any,
         cu_seqlens: Any,
+        special: Any,
         texts: Sequence[str] | None,
         backend: str,
     ) -> _Side:
@@ -176,7 +186,15 @@ class _Side:
         rows = cls._rows(offsets.shape[:-1], attention_mask, cu_seqlens)
         table = rows.host.numpy().astype(np.int64)
         functions = align_cpp if align.choose(backend) == "cpp" else align
-        return cls(offsets.reshape(-1, 2), table, rows, texts, functions)
+        offsets, kept = offsets.reshape(-1, 2), None
+        if special is not None:
+            mask = as_tensor("special_tokens_mask", special, expected).detach().cpu().numpy() != 0
+            if mask.shape != rows.shape:
+                raise InputError(f"special_tokens_mask: expected {rows.shape} as in offset_mapping, got {mask.shape}")
+            ends = np.where(offsets[:, 1] > offsets[:, 0], offsets[:, 1], 0)
+            kept = np.array([ends[start : start + length].max(initial=0) for start, length in table], np.int64)
+            offsets = np.where(mask.reshape(-1, 1), 0, offsets)
+        return cls(offsets, kept, table, rows, texts, functions)
 
     @staticmethod
     def _rows(shape: tuple[int, ...], attention_mask: Any, cu_seqlens: Any) -> Rows:
@@ -197,7 +215,10 @@ class _Side:
         return self.functions.flatten_spans(char_spans, self.texts)
 
     def align(self, spans: FlatSpans) -> TokenRanges:
-        return self.functions.token_ranges(spans, self.offsets, self.table, self.texts)
+        found = self.functions.token_ranges(spans, self.offsets, self.table, self.texts)
+        if self.kept is None or not len(spans.row):
+            return found
+        return found._replace(cut=spans.bounds[:, 1] > self.kept[spans.row])
 
     def build(self, spans: FlatSpans, found: TokenRanges, keep: np.ndarray) -> SpanBatch:
         row, ranges = (spans.row, found.ranges) if keep.all() else (spans.row[keep], found.ranges[keep])

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from mta_fast.errors import InputError
 from mta_fast.spans.batch import SpanBatch
+from mta_fast.tokens import Encoded, encode
 
 IGNORED_LABEL = -100
+PAD_TO = ("longest", "max_length")
 
 
 class _Tokenized(NamedTuple):
@@ -20,6 +22,12 @@ class _Tokenized(NamedTuple):
     mask: Tensor  # [B, S]
     labels: Tensor  # [B, S]
     offsets: Tensor  # [B, S, 2]
+    special: Tensor  # [B, S] bool
+
+    def batch(self, prefix: str) -> dict[str, Any]:
+        """What a model reads."""
+        made = {"input_ids": self.ids, "attention_mask": self.mask, "labels": self.labels}
+        return {prefix + name: value for name, value in made.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +38,13 @@ class TokenizedRows:
         batch: input_ids, attention_mask and labels [B, S] int64; with a teacher tokenizer also teacher_input_ids,
             teacher_attention_mask and teacher_labels.
         texts: prompt + output of each row, which the character spans count in.
-        sides: (offsets [B, S, 2], attention mask [B, S]) of the student's tokens, then of a teacher's own.
+        sides: (offsets [B, S, 2], attention mask [B, S], special tokens mask [B, S]) of the student's tokens, then of a
+            teacher's own.
     """
 
     batch: dict[str, Any]
     texts: Sequence[str]
-    sides: tuple[tuple[Tensor, Tensor], ...]
+    sides: tuple[tuple[Tensor, Tensor, Tensor], ...]
 
 
 @dataclass
@@ -44,7 +53,8 @@ class SpanCollator:
 
     A row has "prompt" and "output" (or only "text"), and "word_spans" / "phrase_spans" over prompt + output as
     SpanExtractor makes them. Labels are -100 at the prompt and at padding. Padding side and pad token are the
-    tokenizer's (its end token pads where it has no pad token).
+    tokenizer's (its end token pads where it has no pad token). A special token that the tokenizer adds and the text
+    holds already, as after a chat template, is there once; no span holds special tokens.
 
     Attributes:
         tokenizer: a fast tokenizer of transformers.
@@ -52,6 +62,8 @@ class SpanCollator:
         granularity: the span columns to read.
         max_length: tokens a row is truncated to; spans that this cuts are dropped on both sides.
         add_eos: end a row with the end token where it fits.
+        pad_to: what S is: "longest" (of the batch's rows), or "max_length", as the public scripts have it, whose
+            importance depends on S (``MTAConfig.count_padding``).
         pad_to_multiple_of: round S up to a multiple.
         backend: of the span alignment, as in ``SpanBatch.from_char_spans``.
 
@@ -64,6 +76,7 @@ class SpanCollator:
     granularity: Sequence[str] = ("word", "phrase")
     max_length: int = 256
     add_eos: bool = True
+    pad_to: str = "longest"
     pad_to_multiple_of: int | None = None
     backend: str = "auto"
 
@@ -72,6 +85,8 @@ class SpanCollator:
             self.granularity = (self.granularity,)
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise InputError(f"max_length: expected an integer >= 1, got {self.max_length!r}")
+        if self.pad_to not in PAD_TO:
+            raise InputError(f"pad_to: expected one of {', '.join(PAD_TO)}, got {self.pad_to!r}")
         for tokenizer in filter(None, (self.tokenizer, self.teacher_tokenizer)):
             if getattr(tokenizer, "truncation_side", "right") != "right":
                 raise InputError(
@@ -89,7 +104,8 @@ class SpanCollator:
 
         Returns:
             input_ids, attention_mask, labels [B, S] int64 and spans {"word": SpanBatch, ...}; with a teacher
-            tokenizer also teacher_input_ids, teacher_attention_mask, teacher_labels and teacher_spans.
+            tokenizer also teacher_input_ids, teacher_attention_mask, teacher_labels and teacher_spans. Call models with
+            ``inputs.model_inputs(model, batch)``, which adds positions where padding is on the left.
         """
         tokenized = self.tokenize(rows)
         names = [f"{kind}_spans" for kind in self.granularity]
@@ -101,17 +117,13 @@ class SpanCollator:
         if not rows:
             raise InputError("rows: expected at least one row, got none")
         prompts, texts = zip(*(self._texts(i, row) for i, row in enumerate(rows)), strict=True)
-        own = self._tokenize(self.tokenizer, prompts, texts)
-        batch = {"input_ids": own.ids, "attention_mask": own.mask, "labels": own.labels}
-        sides: tuple[tuple[Tensor, Tensor], ...] = ((own.offsets, own.mask),)
-        if self.teacher_tokenizer is not None:
-            teacher = self._tokenize(self.teacher_tokenizer, prompts, texts)
-            batch |= {
-                "teacher_input_ids": teacher.ids,
-                "teacher_attention_mask": teacher.mask,
-                "teacher_labels": teacher.labels,
-            }
-            sides += ((teacher.offsets, teacher.mask),)
+        batch: dict[str, Any] = {}
+        sides: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
+        for prefix, tokenizer in (("", self.tokenizer), ("teacher_", self.teacher_tokenizer)):
+            if tokenizer is not None:
+                made = self._tokenize(tokenizer, prompts, texts)
+                batch |= made.batch(prefix)
+                sides += ((made.offsets, made.mask, made.special),)
         return TokenizedRows(batch, texts, sides)
 
     def align(self, tokenized: TokenizedRows, columns: Mapping[str, Any]) -> dict[str, dict[str, SpanBatch]]:
@@ -132,7 +144,9 @@ class SpanCollator:
         if len(sides) == 1:
             return {
                 "spans": {
-                    kind: SpanBatch.from_char_spans(spans, *sides[0], texts=texts, backend=backend)
+                    kind: SpanBatch.from_char_spans(
+                        spans, *sides[0][:2], special_tokens_mask=sides[0][2], texts=texts, backend=backend
+                    )
                     for kind, spans in char_spans.items()
                 }
             }
@@ -156,16 +170,13 @@ class SpanCollator:
         )
 
     def _tokenize(self, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> _Tokenized:
-        encoded = tokenizer(list(texts), truncation=True, max_length=self.max_length, return_offsets_mapping=True)
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         pad = end if pad is None else pad
         if pad is None:
             raise InputError(f"tokenizer: expected a pad or an end token, {type(tokenizer).__name__} has neither")
-        parts = [
-            self._row(ids, offsets, len(prompt), end)
-            for ids, offsets, prompt in zip(encoded["input_ids"], encoded["offset_mapping"], prompts, strict=True)
-        ]
-        size = max(len(ids) for ids, _, _ in parts)
+        encoded = encode(tokenizer, texts, self.max_length)
+        parts = [self._row(row, len(prompt), end) for row, prompt in zip(encoded, prompts, strict=True)]
+        size = self.max_length if self.pad_to == "max_length" else max(len(row.ids) for row, _ in parts)
         if self.pad_to_multiple_of:
             size = -(-size // self.pad_to_multiple_of) * self.pad_to_multiple_of
         made = _Tokenized(
@@ -173,29 +184,31 @@ class SpanCollator:
             torch.zeros(len(parts), size, dtype=torch.long),
             torch.full((len(parts), size), IGNORED_LABEL),
             torch.zeros(len(parts), size, 2, dtype=torch.long),
+            torch.zeros(len(parts), size, dtype=torch.bool),
         )
-        for b, (ids, labels, offsets) in enumerate(parts):
-            real = slice(size - len(ids), size) if tokenizer.padding_side == "left" else slice(0, len(ids))
-            made.ids[b, real] = torch.tensor(ids, dtype=torch.long)
+        for b, (row, labels) in enumerate(parts):
+            count = len(row.ids)
+            real = slice(size - count, size) if tokenizer.padding_side == "left" else slice(0, count)
+            made.ids[b, real] = torch.tensor(row.ids, dtype=torch.long)
             made.mask[b, real] = 1
             made.labels[b, real] = torch.tensor(labels, dtype=torch.long)
-            made.offsets[b, real] = torch.tensor(offsets, dtype=torch.long).reshape(-1, 2)
+            made.offsets[b, real] = torch.tensor(row.offsets, dtype=torch.long).reshape(-1, 2)
+            made.special[b, real] = torch.tensor(row.special, dtype=torch.bool)
         return made
 
-    def _row(
-        self, ids: list[int], offsets: list[tuple[int, int]], prompt: int, end: int | None
-    ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-        """One row's ids, labels and offsets, with the end token where the row was not truncated."""
-        whole = len(ids) < self.max_length
-        if end is not None and ids[-1:] == [end]:  # the tokenizer's own: where it goes is decided below
-            ids, offsets = ids[:-1], offsets[:-1]
+    def _row(self, row: Encoded, prompt: int, end: int | None) -> tuple[Encoded, list[int]]:
+        """One row's tokens and labels, with the end token where the row was not truncated."""
+        whole = len(row.ids) < self.max_length
+        if end is not None and row.ids[-1:] == [end]:  # the tokenizer's own: where it goes is decided below
+            row = Encoded(row.ids[:-1], row.offsets[:-1], row.special[:-1])
         labels = [
             token if start >= prompt and stop > start else IGNORED_LABEL
-            for token, (start, stop) in zip(ids, offsets, strict=True)
+            for token, (start, stop) in zip(row.ids, row.offsets, strict=True)
         ]
         if self.add_eos and end is not None and whole:
-            return [*ids, end], [*labels, end], [*offsets, (0, 0)]
-        return ids, labels, offsets
+            row = Encoded([*row.ids, end], [*row.offsets, (0, 0)], [*row.special, True])
+            labels = [*labels, end]
+        return row, labels
 
 
 def _spans_of(i: int, row: Mapping[str, Any], name: str) -> Any:
