@@ -23,6 +23,7 @@ from mta_fast.distill import checkpoints
 from mta_fast.distill.arguments import MTATrainingArguments
 from mta_fast.distill.distillm import DistiLLM
 from mta_fast.distill.distillm2 import DistiLLM2, PairCollator
+from mta_fast.distill.fitness import GradientsArrive, check_models, check_optimizer
 from mta_fast.distill.losses import SEQUENCE_LEVEL_LOSSES
 from mta_fast.distill.methods import BaseMethod, base_method
 from mta_fast.distill.models import common_vocabulary, same_vocabulary
@@ -87,10 +88,10 @@ class MTATrainer(WholeCheckpoints):
             raise InputError(
                 "teacher: expected a model, got none; without one there is no MTA, and the base loss is cross_entropy"
             )
+        check_models(student, teacher, mta)
         if isinstance(mta, MTAConfig):
             assert teacher is not None
             mta = MTALoss.for_models(student, teacher, mta)
-        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         model = _distillation_model(student, teacher, mta, method, processing_class, teacher_tokenizer)
         kinds = sorted(set(mta.config.granularity)) if mta is not None else ()
         collator: Any = SpanCollator(processing_class, teacher_tokenizer, granularity=kinds, max_length=args.max_length)
@@ -101,6 +102,8 @@ class MTATrainer(WholeCheckpoints):
         elif isinstance(method, DistiLLM2):
             collator = PairCollator(collator)
         options.setdefault("data_collator", collator)
+        check_optimizer(options.get("optimizers", (None, None))[0], student, mta)
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         super().__init__(model=model, args=args, processing_class=processing_class, **options)
         self.args: MTATrainingArguments = args
         if args.log_gradient_norms and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -129,6 +132,8 @@ class MTATrainer(WholeCheckpoints):
         self._evaluated: EvaluationSums | None = None
         self._module.stopwatch = self._log.mta
         self.add_callback(StepEnd(self._log, self._seconds_of_all))
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.add_callback(GradientsArrive(student, mta))
 
     # --- one optimisation step -----------------------------------------------------------------------------------
 
