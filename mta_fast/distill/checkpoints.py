@@ -6,23 +6,20 @@ projections and the MTAConfig lie in its subfolder ``mta/``, where ``from_pretra
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from mta_fast.config import MTAConfig
+from mta_fast.distill.adapters import ADAPTER_CONFIG, active_adapter, is_peft, load_adapted, merged
 from mta_fast.errors import InputError, MTAFastError
 from mta_fast.loss import MTALoss
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MTA_FOLDER, CONFIG_FILE, PROJECTIONS_FILE = "mta", "config.json", "projections.safetensors"
 PROGRESS_FILE = "progress_{rank}.json"
@@ -210,13 +207,14 @@ def load_student(folder: Path, student: nn.Module) -> None:
     """
     from safetensors.torch import load_file
 
-    if _is_peft(student):
+    if is_peft(student):
         from peft import load_peft_weights, set_peft_model_state_dict
 
-        if not (folder / "adapter_config.json").is_file():
+        if not (folder / ADAPTER_CONFIG).is_file():
             raise InputError(f"{folder}: expected a checkpoint of an adapter (LoRA), it has none")
-        result = set_peft_model_state_dict(student, load_peft_weights(str(folder), device="cpu"))
-        missing = {name for name in result.missing_keys if "lora_" in name}
+        active, weights = active_adapter(student), load_peft_weights(str(folder), device="cpu")
+        result = set_peft_model_state_dict(student, weights, adapter_name=active)
+        missing = {name for name in result.missing_keys if "lora_" in name and active in name.split(".")}
     else:
         state = {name: value for file in folder.glob("model*.safetensors") for name, value in load_file(file).items()}
         if not state:
@@ -245,13 +243,13 @@ def export_student(student: nn.Module, tokenizer: Any, target: Path, state: Mapp
         CheckpointError: it could not be written. InputError: an adapter whose weights are sharded.
     """
     plain: Any = student
-    if _is_peft(student):
+    if is_peft(student):
         if state is not None:
             raise InputError(
                 "export: expected an adapter whose weights are whole, got sharded ones; run mta-fast export on the "
                 "checkpoint"
             )
-        plain = copy.deepcopy(student).merge_and_unload()  # type: ignore[operator]  # PEFT's method
+        plain = merged(student)
     with atomic_folder(target) as folder:
         plain.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
@@ -265,21 +263,10 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
     """
     from mta_fast.distill.models import load_model, load_tokenizer
 
-    adapter = checkpoint / "adapter_config.json"
+    adapter = checkpoint / ADAPTER_CONFIG
     if not adapter.is_file() and not (checkpoint / CONFIG_FILE).is_file():
         raise InputError(
             f"{checkpoint}: expected a checkpoint folder with config.json or adapter_config.json, got none"
         )
-    student: PreTrainedModel
-    if adapter.is_file():
-        from peft import PeftModel
-
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        student = PeftModel.from_pretrained(load_model(base), checkpoint)
-    else:
-        student = load_model(str(checkpoint))
+    student = load_adapted(checkpoint) if adapter.is_file() else load_model(str(checkpoint))
     export_student(student, load_tokenizer(str(checkpoint)), target)
-
-
-def _is_peft(model: nn.Module) -> bool:
-    return hasattr(model, "merge_and_unload") and hasattr(model, "peft_config")
