@@ -13,8 +13,9 @@ from models import make_model, make_tokenizer
 from torch import nn
 
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
+import peft
 from training import make_trainer
 from transformers import AutoModelForCausalLM
 
@@ -197,9 +198,7 @@ def test_adapters_over_quantised_weights_export_plain(tmp_path: Path) -> None:
     assert not any(report.values())
     torch.testing.assert_close(plain(TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(student(TOKENS).logits, expected)
-    with pytest.raises(
-        InputError, match=r"export: expected quantised weights that transformers can dequantise, got: r"
-    ):
+    with pytest.raises(InputError, match="export: expected quantised weights that transformers can dequantise, got: r"):
         checkpoints.export_student(
             peft.get_peft_model(_rounded(able=False), config), make_tokenizer(), tmp_path / "refused"
         )
