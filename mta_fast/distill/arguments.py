@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -11,8 +13,67 @@ from mta_fast.errors import InputError
 from mta_fast.files import user_source
 from mta_fast.spans.collate import PAD_TO
 
-PATHS = ("output_dir", "logging_dir", "deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint")
+PATHS = ("output_dir", "logging_dir", "deepspeed", "fsdp_config", "accelerator_config")
 ACCUMULATION = ("keep", "recompute", "micro_batch")
+
+_NO_PREDICTIONS = "evaluation keeps losses, not predictions; mta-fast evaluate scores what a student writes"
+_HALF = "evaluation would leave the student in half precision; bf16 and fp16 hold in evaluation too"
+_COMPILED = (
+    "the step captures hidden states with hooks. Compile the student itself: student.compile(), or student: "
+    "{compile: true} in the YAML"
+)
+# fields of TrainingArguments that the Trainer of a distillation can't follow: the value they keep, and why
+REFUSED: dict[str, tuple[Any, str]] = {
+    "torch_compile": (False, _COMPILED),
+    "label_smoothing_factor": (0.0, "the base loss compares the models' own distributions; give a base loss"),
+    "average_tokens_across_devices": (True, "losses are always those of the whole step, over all ranks"),
+    "use_liger_kernel": (False, "its fused loss hides the logits; apply liger's other kernels to the student yourself"),
+    "liger_kernel_config": (None, "use_liger_kernel is not followed"),
+    "use_cache": (False, "training needs no cache of keys and values"),
+    "bf16_full_eval": (False, _HALF),
+    "fp16_full_eval": (False, _HALF),
+    "include_for_metrics": ([], _NO_PREDICTIONS),
+    "batch_eval_metrics": (False, _NO_PREDICTIONS),
+    "eval_do_concat_batches": (True, _NO_PREDICTIONS),
+    "eval_use_gather_object": (False, _NO_PREDICTIONS),
+    "label_names": (None, "the collator names the labels; give data_collator=..."),
+    "parallelism_config": (None, "spans lie on whole sequences and whole models; shard with FSDP or DeepSpeed"),
+    "resume_from_checkpoint": (
+        None,
+        "the Trainer does not read it; trainer.train(resume_from_checkpoint=...), or --resume",
+    ),
+}
+# arguments of Trainer that MTATrainer does not pass on
+REFUSED_OPTIONS: dict[str, str] = {
+    "model": "the first argument is the student",
+    "model_init": "MTATrainer takes models; make the student first",
+    "compute_loss_func": "write a BaseMethod and give base_loss=..., as docs/extending.md shows",
+    "compute_metrics": _NO_PREDICTIONS,
+    "preprocess_logits_for_metrics": _NO_PREDICTIONS,
+}
+# of TrainingArguments for scripts that hold the arguments; nothing here reads them
+FOR_SCRIPTS = ("do_train", "do_eval", "do_predict", "local_rank")
+# the projections' learning rate is that of a group, which these don't have
+WITHOUT_GROUPS = (
+    "lomo",
+    "adalomo",
+    "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise",
+    "galore_adafactor_layerwise",
+    "apollo_adamw_layerwise",
+)
+WITHOUT_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse arguments of Trainer that would have no effect.
+
+    Raises:
+        InputError: names the argument and what does it instead.
+    """
+    for name, why in REFUSED_OPTIONS.items():
+        if options.get(name) is not None:
+            raise InputError(f"{name}: expected none, as MTATrainer does not follow it: {why}")
 
 
 @dataclass
@@ -62,13 +123,46 @@ class MTATrainingArguments(TrainingArguments):
                     f"warmup_steps: expected a ratio below 1 beside max_seconds, got {self.warmup_steps}; the learning "
                     f"rate follows the clock, not the steps"
                 )
-        if self.torch_compile:
-            raise InputError(
-                "torch_compile: expected false, got true; the step captures hidden states with hooks. Compile the "
-                "student itself: student.compile(), or student: {compile: true} in the YAML"
-            )
+        self._refuse_what_has_no_effect()
         if self.n_gpu > 1:
             raise InputError(
                 f"GPUs: expected one a process, got {self.n_gpu} in this one; start with torchrun or accelerate "
                 f"launch, or set CUDA_VISIBLE_DEVICES"
             )
+
+    def _refuse_what_has_no_effect(self) -> None:
+        for name, (kept, why) in REFUSED.items():
+            value = getattr(self, name, kept)
+            if value != kept:
+                raise InputError(f"{name}: expected {_said(kept)}, got {_said(value)}; {why}")
+        optimizer = str(self.optim.value)
+        if optimizer in WITHOUT_GROUPS:
+            raise InputError(
+                f"optim: expected an optimiser with groups, got {optimizer!r}, in which projection_learning_rate has "
+                f"no effect"
+            )
+        if self.optim_args and optimizer in WITHOUT_OPTIM_ARGS:
+            raise InputError(f"optim_args: expected none, got {self.optim_args!r}; {optimizer} reads none")
+        if self.optim_target_modules is not None and not optimizer.startswith(("galore", "apollo")):
+            raise InputError(
+                f"optim_target_modules: expected none, got {self.optim_target_modules!r}; {optimizer} trains all "
+                f"modules (galore_* and apollo_* read it)"
+            )
+        config = self.accelerator_config
+        if not config.even_batches:
+            raise InputError(
+                "accelerator_config: expected even_batches true, got false; ranks with unequal numbers of batches "
+                "would wait for each other for ever"
+            )
+        if config.dispatch_batches:
+            raise InputError(
+                "accelerator_config: expected dispatch_batches false, got true; batches of unequal lengths can't be "
+                "sent in pieces, so every rank reads its own rows"
+            )
+        config.dispatch_batches = False
+
+
+def _said(value: Any) -> str:
+    return (
+        {True: "true", False: "false", None: "none"}[value] if value is None or isinstance(value, bool) else repr(value)
+    )

@@ -11,12 +11,13 @@ import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mta_fast.config import MTAConfig
+from mta_fast.distill.adapters import ADAPTER_CONFIG, active_adapter, is_peft, load_adapted, merged
 from mta_fast.distill.manifest import CHECKPOINT, verify
 from mta_fast.errors import InputError
 from mta_fast.files import PARTIAL as PARTIAL
@@ -30,9 +31,6 @@ from mta_fast.files import removing_on_failure as removing_on_failure
 from mta_fast.files import write_whole as write_whole
 from mta_fast.locks import lock_export
 from mta_fast.loss import MTALoss
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 MTA_FOLDER, CONFIG_FILE, PROJECTIONS_FILE = "mta", "config.json", "projections.safetensors"
 PROGRESS_FILE = "progress_{rank}.json"
@@ -157,8 +155,8 @@ def load_student(folder: Path, student: nn.Module) -> None:
     Raises:
         InputError: no such files, weights that the student lacks, or the checkpoint, or of another shape.
     """
-    if _is_peft(student):
-        _load_adapters(folder, student)
+    if is_peft(student):
+        _load_adapter(folder, student)
     else:
         student.load_state_dict(_student_state(folder, student))
 
@@ -187,25 +185,23 @@ def _student_state(folder: Path, student: Any) -> Mapping[str, Tensor]:
     return state
 
 
-def _load_adapters(folder: Path, student: Any) -> None:
-    """Read a checkpoint's adapters: the default one beside it, others in folders of their names."""
+def _load_adapter(folder: Path, student: Any) -> None:
+    """Read a checkpoint's adapter into the active one; beside the checkpoint, or in a folder of its name."""
     from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from safetensors import SafetensorError
 
-    for name in student.peft_config:
-        place = folder if name == "default" else folder / name
-        if not (place / "adapter_config.json").is_file():
-            raise InputError(f"{place}: expected a checkpoint of an adapter (LoRA), it has none")
-        try:
-            state = load_peft_weights(str(place), device="cpu")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{place}: expected the weights of this adapter, got: {error}") from None
-        own = get_peft_model_state_dict(student, adapter_name=name)
-        differing = own.keys() ^ state.keys()
-        _refuse_differing(
-            place, [*differing, *(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)]
-        )
-        set_peft_model_state_dict(student, state, adapter_name=name)
+    name = active_adapter(student)
+    place = folder if (folder / ADAPTER_CONFIG).is_file() else folder / name
+    if not (place / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{folder}: expected a checkpoint of an adapter (LoRA), it has none")
+    try:
+        state = load_peft_weights(str(place), device="cpu")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{place}: expected the weights of this adapter, got: {error}") from None
+    own = get_peft_model_state_dict(student, adapter_name=name)
+    other = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    _refuse_differing(place, [*(own.keys() ^ state.keys()), *other])
+    set_peft_model_state_dict(student, state, adapter_name=name)
 
 
 def _refuse_differing(folder: Path, names: Iterable[str]) -> None:
@@ -256,13 +252,13 @@ def export_student(
     sources = [*sources, *loaded_from(student, tokenizer)]
     place = check_export(target, kind=kind, sources=sources, overwrite=overwrite)
     plain: Any = student
-    if _is_peft(student):
+    if is_peft(student):
         if state is not None:
             raise InputError(
                 "export: expected an adapter whose weights are whole, got sharded ones; run mta-fast export on the "
                 "checkpoint"
             )
-        plain = copy.deepcopy(student).merge_and_unload()  # type: ignore[operator]  # PEFT's method
+        plain = merged(student)
     with lock_export(place):
         check_export(target, kind=kind, sources=sources, overwrite=overwrite)  # another process may have been first
         with atomic_folder(place) as folder:
@@ -290,7 +286,7 @@ def export_checkpoint(checkpoint: str | Path, target: str | Path, *, overwrite: 
     checkpoint = user_path(checkpoint)
     from mta_fast.distill.models import load_model, load_tokenizer
 
-    adapter = checkpoint / "adapter_config.json"
+    adapter = checkpoint / ADAPTER_CONFIG
     if not adapter.is_file() and not (checkpoint / CONFIG_FILE).is_file():
         raise InputError(
             f"{checkpoint}: expected a checkpoint folder with config.json or adapter_config.json, got none"
@@ -298,16 +294,5 @@ def export_checkpoint(checkpoint: str | Path, target: str | Path, *, overwrite: 
     sources = [checkpoint, *checkpoint.resolve().parent.glob("checkpoint-*")]
     check_export(target, sources=sources, overwrite=overwrite)
     verify(checkpoint, student_only=True)
-    student: PreTrainedModel
-    if adapter.is_file():
-        from peft import PeftModel
-
-        base = read_json(adapter)["base_model_name_or_path"]
-        student = PeftModel.from_pretrained(load_model(base), checkpoint)
-    else:
-        student = load_model(str(checkpoint))
+    student = load_adapted(checkpoint) if adapter.is_file() else load_model(str(checkpoint))
     export_student(student, load_tokenizer(str(checkpoint)), target, sources=sources, overwrite=overwrite)
-
-
-def _is_peft(model: nn.Module) -> bool:
-    return hasattr(model, "merge_and_unload") and hasattr(model, "peft_config")

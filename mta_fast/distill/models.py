@@ -178,7 +178,9 @@ def common_vocabulary(student: nn.Module, teacher: nn.Module, tokenizer: Any) ->
 def _vocabulary(model: nn.Module) -> int:
     head: Any = unwrap(model)
     output = head.get_output_embeddings()
-    return int(output.weight.shape[0] if output is not None else head.config.get_text_config().vocab_size)
+    if output is None:
+        return int(head.config.get_text_config().vocab_size)
+    return int(getattr(output, "out_features", output.weight.shape[0]))  # a quantised weight has a shape of its own
 
 
 # --- a student cut from a teacher --------------------------------------------------------------------------------

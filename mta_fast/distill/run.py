@@ -262,7 +262,7 @@ def training_arguments(settings: TrainSettings) -> MTATrainingArguments:
     Raises:
         InputError: an unknown field, or a value that transformers refuses.
     """
-    from mta_fast.distill.arguments import MTATrainingArguments
+    from mta_fast.distill.arguments import FOR_SCRIPTS, MTATrainingArguments
 
     known = [f.name for f in fields(MTATrainingArguments) if f.init]
     for key in settings.training:
@@ -270,6 +270,8 @@ def training_arguments(settings: TrainSettings) -> MTATrainingArguments:
             raise InputError(
                 f"training.{key}: expected a field of MTATrainingArguments, there is no such one{nearest(key, known)}"
             )
+        if key in FOR_SCRIPTS:
+            raise InputError(f"training.{key}: expected nothing, as it has no effect here; leave it out")
     values: dict[str, Any] = {"report_to": "none", "logging_steps": 10} | settings.training
     if settings.data.eval is not None:
         values.setdefault("eval_strategy", "epoch")

@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from mta_fast.distill import checkpoints, fingerprint, manifest
+from mta_fast.distill.adapters import is_peft, save_adapter
 from mta_fast.distill.interrupt import deaf_workers
 from mta_fast.distill.module import DistillationModel
 from mta_fast.errors import InputError
@@ -66,7 +67,11 @@ class WholeCheckpoints(Trainer):
         module, folder = self._module, Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         student: Any = module.student
-        student.save_pretrained(folder, state_dict=None if state_dict is None else _part(state_dict, "student."))
+        own = None if state_dict is None else _part(state_dict, "student.")
+        if is_peft(student):
+            save_adapter(student, folder, own)
+        else:
+            student.save_pretrained(folder, state_dict=own)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if module.mta is not None:

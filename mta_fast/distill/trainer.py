@@ -20,15 +20,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from mta_fast.config import MTAConfig
 from mta_fast.distill import checkpoints, fingerprint
-from mta_fast.distill.arguments import MTATrainingArguments
+from mta_fast.distill.arguments import MTATrainingArguments, check_options
 from mta_fast.distill.distillm import DistiLLM
 from mta_fast.distill.distillm2 import DistiLLM2, PairCollator
+from mta_fast.distill.feeding import FILLER, RowFeeding, WithoutFillers, check_stream
+from mta_fast.distill.fitness import GradientsArrive, check_models, check_optimizer
 from mta_fast.distill.losses import SEQUENCE_LEVEL_LOSSES
 from mta_fast.distill.methods import BaseMethod, base_method
 from mta_fast.distill.models import common_vocabulary, same_vocabulary
 from mta_fast.distill.module import DistillationModel, DistillationOutput, StepTotals, TeacherOutput
 from mta_fast.distill.on_policy import OnPolicyBatches, RowCollator, with_spans
-from mta_fast.distill.saving import WholeCheckpoints
+from mta_fast.distill.placing import place_teacher
 from mta_fast.distill.training_log import TERMS, EvaluationSums, StepEnd, TrainingLog
 from mta_fast.errors import InputError
 from mta_fast.inputs import check_left_padding, model_inputs
@@ -42,7 +44,7 @@ CLOCK_TICKS = 10_000  # of a learning-rate schedule that follows the clock
 Batch = dict[str, Any]
 
 
-class MTATrainer(WholeCheckpoints):
+class MTATrainer(RowFeeding):
     """Distils a student from a teacher with a base loss and MTA.
 
     Args:
@@ -80,6 +82,7 @@ class MTATrainer(WholeCheckpoints):
         span_extractor: SpanExtractor | None = None,
         **options: Any,
     ) -> None:
+        check_options(options)
         if teacher_tokenizer is not None and same_vocabulary(processing_class, teacher_tokenizer):
             teacher_tokenizer = None
         set_seed(args.seed)  # before the projections are made; Trainer sets it again
@@ -88,10 +91,10 @@ class MTATrainer(WholeCheckpoints):
             raise InputError(
                 "teacher: expected a model, got none; without one there is no MTA, and the base loss is cross_entropy"
             )
+        check_models(student, teacher, mta)
         if isinstance(mta, MTAConfig):
             assert teacher is not None
             mta = MTALoss.for_models(student, teacher, mta)
-        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         model = _distillation_model(student, teacher, mta, method, processing_class, teacher_tokenizer)
         kinds = sorted(set(mta.config.granularity)) if mta is not None else ()
         by_columns = mta is not None and mta.config.count_padding
@@ -111,6 +114,11 @@ class MTATrainer(WholeCheckpoints):
             collator = PairCollator(collator)
         self.model_fingerprint = fingerprint.of_models(student, teacher, method, teacher_tokenizer)
         options.setdefault("data_collator", collator)
+        if args.world_size > 1:
+            options["data_collator"] = WithoutFillers(options["data_collator"])
+        check_stream(options.get("train_dataset"), args)
+        check_optimizer(options.get("optimizers", (None, None))[0], student, mta)
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         super().__init__(model=model, args=args, processing_class=processing_class, **options)
         self.args: MTATrainingArguments = args
         if args.log_gradient_norms and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -119,10 +127,10 @@ class MTATrainer(WholeCheckpoints):
             )
         if self._on_policy is not None:
             self._on_policy.check(student, kinds, self.train_dataset, self.eval_dataset)
-            if args.bf16_full_eval or args.fp16_full_eval:
+            if self._on_policy.method.increase > 0 and args.eval_strategy.value == "no":
                 raise InputError(
-                    "base_loss distillm: expected false for bf16_full_eval and fp16_full_eval, got true; the "
-                    "validation before training would leave the student in half precision"
+                    "eval_strategy: expected steps or epoch, as the threshold of distillm follows the validation loss, "
+                    "got 'no'; set it, or a fixed threshold with {increase: 0, threshold: 0.5}"
                 )
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise InputError(
@@ -131,14 +139,15 @@ class MTATrainer(WholeCheckpoints):
                 )
         if method is not None:
             method.reduce = self._sum_over_ranks
-        if self.teacher is not None:
-            self.teacher.to(args.device)
+        self._teacher_device = args.device if self.teacher is None else place_teacher(self.teacher, args.device)
         self._totals: StepTotals | None = None
         self._teacher_outputs: deque[TeacherOutput] = deque()
         self._log = TrainingLog(args.device)
         self._evaluated: EvaluationSums | None = None
         self._module.stopwatch = self._log.mta
         self.add_callback(StepEnd(self._log, self._seconds_of_all))
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.add_callback(GradientsArrive(student, mta))
 
     # --- one optimisation step -----------------------------------------------------------------------------------
 
@@ -225,14 +234,19 @@ class MTATrainer(WholeCheckpoints):
             return TeacherOutput(None, {})
         config = None if module.mta is None else module.mta.config
         side = "teacher_" if "teacher_input_ids" in batch else ""
-        inputs = model_inputs(self.teacher, batch, side)
+        inputs = {
+            name: values.to(self._teacher_device) for name, values in model_inputs(self.teacher, batch, side).items()
+        }
         by_entropy = config is not None and config.weighting == "entropy"
         with self.accelerator.autocast():
             with capture_layers(self.teacher, layers) as hidden:
                 logits = self.teacher(**inputs, use_cache=False).logits
         logits = logits[..., : module.vocabulary]
+        if reads or by_entropy:
+            logits = logits.to(self.args.device)
         weights = entropy_weights(logits) if by_entropy else None
-        return TeacherOutput(logits if reads else None, dict(hidden), weights)
+        states = {layer: state.to(self.args.device) for layer, state in hidden.items()}
+        return TeacherOutput(logits if reads else None, states, weights)
 
     def compute_loss(
         self,
@@ -321,7 +335,8 @@ class MTATrainer(WholeCheckpoints):
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """The Trainer's; DistiLLM's threshold follows the base loss that it finds."""
         metrics: dict[str, float] = super().evaluate(*args, **options)
-        if self._on_policy is not None and "eval_base" in metrics:
+        own = not args and options.get("eval_dataset") is None
+        if self._on_policy is not None and own and "eval_base" in metrics:
             self._on_policy.method.observe_validation(metrics["eval_base"])
         return metrics
 
@@ -361,7 +376,7 @@ class MTATrainer(WholeCheckpoints):
             inputs = self._prepare_inputs(inputs)
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
             if self._evaluated is not None:
-                self._evaluated.add(output)
+                self._evaluated.add(output, counts=FILLER not in inputs)
         return loss.detach(), None, None
 
     # --- a run ---------------------------------------------------------------------------------------------------

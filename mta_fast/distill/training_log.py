@@ -101,11 +101,11 @@ class EvaluationSums:
         self._base: list[Tensor] = []
         self._mta: list[Tensor] = []
 
-    def add(self, output: DistillationOutput) -> None:
-        """A batch."""
-        self._base.append(output.base_terms)
-        if output.per_layer is not None:
-            self._mta.append(output.per_layer.double())
+    def add(self, output: DistillationOutput, *, counts: bool = True) -> None:
+        """A batch; one that does not count is there because the other ranks have one."""
+        for sums, terms in ((self._base, output.base_terms), (self._mta, output.per_layer)):
+            if terms is not None:
+                sums.append(terms.double() if counts else torch.zeros_like(terms, dtype=torch.float64))
 
     def terms(self, config: MTAConfig | None, reduce: Reduce) -> dict[str, float]:
         """loss, base, dsa and hid of the whole set."""
