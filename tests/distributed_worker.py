@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ def let_fsdp_run_on_cpus() -> None:
 
 
 def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = None) -> None:
-    """Train four steps on 16 rows, evaluate, save and export.
+    """Train four steps on 16 rows, evaluate, save and export; what each rank saw goes to OUT/rank-N.json.
 
     ``method`` is a base method; "distillm" writes in every step, "clock" is SRKL that a second ends.
     """
@@ -63,10 +64,12 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.export_student(Path(out) / "student")
-    if trainer.is_world_process_zero():
-        print("wrapped by", type(trainer.model_wrapped).__name__)
-    rate = trainer.lr_scheduler.get_last_lr()[0]
-    print(f"rank {trainer.args.process_index}: {trainer.state.global_step} steps, rate {rate}", flush=True)
+    told = {
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "steps": trainer.state.global_step,
+        "rate": trainer.lr_scheduler.get_last_lr()[0],
+    }
+    (Path(out) / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(told), encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

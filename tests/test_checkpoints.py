@@ -184,7 +184,7 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint_whole(tmp_path: Path) ->
         "save = torch.save\n"
         "def slow(value, path, *args, **kwargs):\n"
         "    save(value, path, *args, **kwargs)\n"
-        "    if str(path).endswith('checkpoint-4/optimizer.pt'): print('saving', flush=True); time.sleep(60)\n"
+        "    if str(path).endswith('checkpoint-4/optimizer.pt'): print('saving', flush=True); time.sleep(1200)\n"
         "torch.save = slow\n"
         "make_trainer(pathlib.Path(sys.argv[2]), save_strategy='steps', save_steps=2).train()\n"
     )

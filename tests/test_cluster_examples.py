@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import LIMIT
 
 from mta_fast import SpanExtractor
 
@@ -38,7 +39,7 @@ def test_spans_of_a_jsonl_file(tmp_path: Path, name: str) -> None:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "PYSPARK_PYTHON": sys.executable}
     command = [sys.executable, str(ROOT / "examples" / script), str(source), str(target)]
-    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "20 texts in" in ran.stdout
     table = parquet.read_table(target)

@@ -12,13 +12,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import LIMIT, wait_for, wait_until_gone
 
 from mta_fast import SpanExtractor
 from mta_fast.errors import InputError, MissingPackageError, MTAFastError
@@ -27,6 +27,7 @@ from mta_fast.spans.extract import decode_spans, load_pipeline
 from mta_fast.spans.rules import drop_nested, verb_phrases
 
 spacy = pytest.importorskip("spacy", reason="needs spaCy")
+ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["The old dog has often barked loudly at night.", "", "  \n", "Café ☕ costs 3.50 €, naïvely.", "Stop!"]
 
 
@@ -70,14 +71,18 @@ def test_processes_give_the_same_spans_in_order(shared: Path, extractor: SpanExt
     assert SpanExtractor(n_process=3, batch_size=5)(texts) == extractor(texts)
 
 
-def _whole(text: str, pause: float = 0.0) -> dict[str, Any]:
-    time.sleep(pause * (text == "0"))
+def _whole(text: str, folder: Path | None = None) -> dict[str, Any]:
+    """The whole text. With a folder, text 0 is done after text 30, of another chunk."""
+    if folder is not None and text == "30":
+        (folder / "done").touch()
+    if folder is not None and text == "0":
+        wait_for((folder / "done").exists)
     return {"word": [(0, len(text))], "phrase": []}
 
 
-def test_a_slow_first_text_keeps_its_place() -> None:
+def test_a_slow_first_text_keeps_its_place(tmp_path: Path) -> None:
     texts = [str(i) for i in range(200)]
-    slow = SpanExtractor(functools.partial(_whole, pause=0.3), n_process=2)
+    slow = SpanExtractor(functools.partial(_whole, folder=tmp_path), n_process=2)
     assert slow(texts) == SpanExtractor(_whole)(texts)
 
 
@@ -125,6 +130,7 @@ def test_a_crash_in_a_worker_is_raised_here(kind: str, error: type[Exception], m
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_is_left_to_the_parent() -> None:
     made = SpanExtractor(_crash, n_process=2)(["ok", "Ctrl-C", "ok"])
     assert made["word_spans"] == [[[0, 1]]] * 3
@@ -137,46 +143,51 @@ def test_no_processes_inside_a_daemonic_one() -> None:
 
 
 _SLOW = """
-import os, sys, time
+import os, sys
 from pathlib import Path
+from processes import hold
 from mta_fast import SpanExtractor
+
+parent = os.getpid()
 
 def slow(text):
     Path(sys.argv[1], str(os.getpid())).touch()
-    time.sleep(0.05)
+    hold(parent)
     return {"word": [], "phrase": []}
 
 SpanExtractor(slow, n_process=2)([str(i) for i in range(1000)])
 """
 
 
+@pytest.fixture
+def slow(tmp_path: Path) -> Callable[..., tuple[subprocess.Popen[str], list[int]]]:
+    """Starts a process whose two workers are at texts that take for ever; it, and they."""
+
+    def start(**options: Any) -> tuple[subprocess.Popen[str], list[int]]:
+        path = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
+        script = [sys.executable, "-c", _SLOW, str(tmp_path)]
+        options |= {"start_new_session": True, "stderr": subprocess.PIPE, "text": True}
+        parent = subprocess.Popen(script, env=os.environ | {"PYTHONPATH": path}, **options)
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2 or parent.poll() is not None)
+        return parent, [int(path.name) for path in tmp_path.iterdir()]
+
+    return start
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
-    ("send", "stop"), [(os.kill, signal.SIGINT), (os.killpg, signal.SIGINT), (os.kill, signal.SIGKILL)]
+    ("send", "stop"),
+    [(os.kill, signal.SIGINT), (os.killpg, signal.SIGINT), (os.kill, signal.SIGKILL), (os.kill, signal.SIGTERM)],
 )
-def test_workers_end_with_the_parent(tmp_path: Path, send: Callable[[int, int], None], stop: signal.Signals) -> None:
-    script = [sys.executable, "-c", _SLOW, str(tmp_path)]
-    parent = subprocess.Popen(script, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    _wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
-    workers = [int(path.name) for path in tmp_path.iterdir()]
+def test_workers_end_with_the_parent(
+    slow: Callable[..., Any], send: Callable[[int, int], None], stop: signal.Signals
+) -> None:
+    parent, workers = slow()
     send(parent.pid, stop)
-    _, stderr = parent.communicate(timeout=10)
+    _, stderr = parent.communicate(timeout=LIMIT)
     assert parent.returncode == -stop
     assert stderr.count("Traceback") == (stop == signal.SIGINT), stderr
-    _wait_for(lambda: not any(map(_alive, workers)))
-
-
-def _wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    wait_until_gone(workers)
 
 
 def test_phrases_equal_the_public_ones(shared: Path, extractor: SpanExtractor) -> None:

@@ -15,16 +15,19 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from processes import LIMIT, alive, wait_for, wait_until_gone
 
 from mta_fast import SpanBatch, SpanCollator, SpanExtractor
 from mta_fast.errors import InputError, MissingPackageError, MTAFastError
-from mta_fast.spans import crew
+from mta_fast.spans import crew, live
+from mta_fast.spans import pool as workers
 from mta_fast.spans.cache import SpanCache
-from mta_fast.spans.live import LazySpans, SpanPool, pending_batch
+from mta_fast.spans.live import LazySpans, PendingSpans, SpanPool, pending_batch
 
 TESTS = Path(__file__).parent
 
@@ -37,14 +40,12 @@ class _TwoPartError(Exception):
 def spans_of(text: str) -> dict[str, Any]:
     """The whole text; what comes before a colon is done first."""
     what, _, rest = text.partition(":")
-    if what == "slow":
-        time.sleep(0.3)
-    if what == "sleep":  # says who sleeps
+    if what == "sleep":  # longer than any test; says who sleeps
         Path(rest, str(os.getpid())).touch()
-        time.sleep(60)
+        time.sleep(2 * LIMIT)
     if what == "until":  # a file is there; says who waits for it
         Path(f"{rest}.{os.getpid()}").touch()
-        _wait_for(Path(rest).exists)
+        wait_for(Path(rest).exists)
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "odd":
@@ -54,28 +55,14 @@ def spans_of(text: str) -> dict[str, Any]:
     return {"word": [(0, len(text))], "phrase": [(0, 1)]}
 
 
-def _wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.01)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def _pids(pool: SpanPool) -> list[int]:
     return [worker.process.pid for worker in pool._crew._workers if worker.process.pid is not None]
 
 
 def _kill(pid: int, noticed: Callable[[], bool]) -> None:
     os.kill(pid, signal.SIGKILL)
-    _wait_for(noticed)
-    _wait_for(lambda: not _alive(pid))
+    wait_for(noticed)
+    wait_until_gone([pid])
 
 
 EXTRACTOR = SpanExtractor(spans_of)
@@ -98,12 +85,14 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def test_order_is_kept_within_and_between_submits(pool: SpanPool) -> None:
-    first = ["slow: one", *(f"{'x' * i}" for i in range(9))]
+def test_order_is_kept_within_and_between_submits(pool: SpanPool, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    first = [f"until:{go}", *(f"{'x' * i}" for i in range(9))]
     second = [f"other {'y' * i}" for i in range(7)]
     pending, other = pool.submit(first), pool.submit(second)
-    assert not pending.done()
     assert other.result() == EXTRACTOR(second)
+    assert not pending.done()
+    go.touch()
     assert pending.result() == EXTRACTOR(first)
     assert pending.done()
     assert pending.result() == EXTRACTOR(first)  # and again
@@ -112,7 +101,7 @@ def test_order_is_kept_within_and_between_submits(pool: SpanPool) -> None:
 def test_one_submit_is_parsed_by_all_processes(pool: SpanPool, tmp_path: Path) -> None:
     go = tmp_path / "go"
     pending = pool.submit([f"until:{go}"] * 2)
-    _wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
     assert {int(path.suffix[1:]) for path in tmp_path.iterdir()} == set(_pids(pool))
     go.touch()
     assert len(pending.result()["word_spans"]) == 2
@@ -136,33 +125,53 @@ def test_an_exception_of_the_extractor_is_raised_by_result(pool: SpanPool) -> No
     assert _pids(pool) == before
 
 
-def test_the_time_that_result_waits_is_counted(pool: SpanPool) -> None:
-    pool.submit(["a"]).result()
-    before = pool.stall_seconds
-    pending = pool.submit(["slow:"])
-    _wait_for(pending.done)
-    pending.result()
-    assert pool.stall_seconds - before < 0.1
-    pool.submit(["slow:"]).result()
-    assert 0.25 < pool.stall_seconds - before < 1.5
+def test_the_time_that_result_waits_is_counted(
+    pool: SpanPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text, seconds in (("a", 0), (f"until:{tmp_path / 'go'}", 3)):
+        pending = pool.submit([text])
+        if not seconds:
+            wait_for(pending.done)
+        before = pool.stall_seconds
+
+        def now(pending: PendingSpans = pending) -> float:
+            """The text is parsed from the first look at the clock on, which shows 3 when it is done."""
+            done = pending.done()
+            (tmp_path / "go").touch()
+            return 3.0 * done
+
+        with monkeypatch.context() as patch:
+            patch.setattr(live, "time", SimpleNamespace(perf_counter=now))
+            pending.result()
+        assert pool.stall_seconds == before + seconds
+        (tmp_path / "go").unlink()
 
 
 def test_submit_waits_for_room(pool: SpanPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool._crew, "_max_pending", 3)
     monkeypatch.setattr(pool, "max_pending", 3)
-    go, made = tmp_path / "go", []
+    go, made, waits = tmp_path / "go", list[Any](), threading.Event()
     held = pool.submit([f"until:{go}"] * 2)
-    _wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
     fits = pool.submit(["a"])
+    until = pool._crew._changed.wait_for
+
+    def noted(condition: Callable[[], Any]) -> Any:
+        if threading.current_thread() is thread and not condition():
+            waits.set()
+        return until(condition)
+
+    monkeypatch.setattr(pool._crew._changed, "wait_for", noted)
+    monkeypatch.setattr(live, "time", SimpleNamespace(perf_counter=lambda: 3.0 * go.exists()))
     before = pool.stall_seconds
     thread = threading.Thread(target=lambda: made.append(pool.submit(["b"] * 20)))
     thread.start()
-    thread.join(0.3)
+    assert waits.wait(LIMIT)
     assert thread.is_alive()
     assert pool._crew._pending == 3
     go.touch()
-    thread.join(10)
-    assert pool.stall_seconds - before > 0.25
+    thread.join(LIMIT)
+    assert pool.stall_seconds == before + 3
     assert made[0].result() == EXTRACTOR(["b"] * 20)
     assert fits.result() == EXTRACTOR(["a"])
     assert held.done()
@@ -184,7 +193,7 @@ def test_a_killed_process_is_replaced_and_its_texts_parsed_again(
     replaced, before = pool.replaced, _pids(pool)
     pending = pool.submit(texts)
     for deaths in (1, 2):  # the second dies behind a pipe that stays open
-        _wait_for(lambda n=deaths: len(list(tmp_path.iterdir())) == n)  # type: ignore[misc]
+        wait_for(lambda n=deaths: len(list(tmp_path.iterdir())) == n)  # type: ignore[misc]
         (killed,) = {int(path.suffix[1:]) for path in tmp_path.iterdir()} & set(_pids(pool))
         with pytest.warns(UserWarning, match="SpanPool: expected its processes to live, one stopped .signal 9, often"):
             _kill(killed, lambda n=deaths: pool.replaced == replaced + n)  # type: ignore[misc]
@@ -224,20 +233,21 @@ def test_a_fork_is_refused(pool: SpanPool) -> None:
 
     process = context.Process(target=submit, daemon=True)
     process.start()
-    process.join(10)
+    process.join(LIMIT)
     assert process.exitcode == 0
     assert "SpanPool: expected use in the process that made it, got a fork" in told.get()
     assert pool.submit(["a"]).result() == EXTRACTOR(["a"])  # the fork's end left the processes alone
 
 
-def test_close_leaves_no_process(tmp_path: Path) -> None:
+def test_close_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (crew, workers):
+        monkeypatch.setattr(module, "STOP_SECONDS", LIMIT)  # it is SIGTERM that ends them
     started, pool = threading.active_count(), SpanPool(EXTRACTOR)
     held, waiting = pool.submit([f"sleep:{tmp_path}"]), pool.submit(["a"])
-    _wait_for(lambda: any(tmp_path.iterdir()))
-    pids, begun = _pids(pool), time.monotonic()
+    wait_for(lambda: any(tmp_path.iterdir()))
+    (process,) = (worker.process for worker in pool._crew._workers)
     pool.close()
-    assert time.monotonic() - begun < 4
-    assert not any(map(_alive, pids))
+    assert process.exitcode == -signal.SIGTERM
     assert threading.active_count() == started
     for call in (held.result, waiting.result, lambda: pool.submit(["a"]), pool.start, pool.__enter__):
         with pytest.raises(MTAFastError, match="SpanPool: expected an open pool, got one that was closed; make a new"):
@@ -250,10 +260,10 @@ def test_a_pool_that_is_dropped_stops_its_processes() -> None:
     pool = SpanPool(EXTRACTOR)
     pool.start()
     pids = _pids(pool)
-    assert all(map(_alive, pids))
+    assert all(map(alive, pids))
     del pool
     gc.collect()
-    _wait_for(lambda: not any(map(_alive, pids)))
+    wait_until_gone(pids)
 
 
 _SCRIPT = """
@@ -271,7 +281,7 @@ if __name__ == "__main__":
 
 
 def _script(folder: Path, what: str) -> tuple[subprocess.Popen[str], int]:
-    """A process with a pool, and that one's process, which has a minute to go."""
+    """A process with a pool, and that one's process, which would go on for long."""
     (folder / "script.py").write_text(_SCRIPT)
     (folder / "pids").mkdir()
     parent = subprocess.Popen(
@@ -279,26 +289,27 @@ def _script(folder: Path, what: str) -> tuple[subprocess.Popen[str], int]:
         start_new_session=True, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))},
     )  # fmt: skip
-    _wait_for(lambda: any((folder / "pids").iterdir()))
+    wait_for(lambda: any((folder / "pids").iterdir()) or parent.poll() is not None)
     (worker,) = (folder / "pids").iterdir()
     return parent, int(worker.name)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_process_ends_with_its_parent(tmp_path: Path, stop: signal.Signals) -> None:
     parent, worker = _script(tmp_path, "wait")
-    (os.kill if stop == signal.SIGKILL else os.killpg)(parent.pid, stop)
-    _, stderr = parent.communicate(timeout=10)
+    (os.killpg if stop == signal.SIGINT else os.kill)(parent.pid, stop)
+    _, stderr = parent.communicate(timeout=LIMIT)
     assert parent.returncode == -stop
     assert stderr.count("Traceback") == (stop == signal.SIGINT), stderr
-    _wait_for(lambda: not _alive(worker), 5)
+    wait_until_gone([worker])
 
 
 def test_an_exit_without_close_does_not_hang(tmp_path: Path) -> None:
     parent, worker = _script(tmp_path, "leave")
-    _, stderr = parent.communicate("\n", timeout=10)
+    _, stderr = parent.communicate("\n", timeout=LIMIT)
     assert (parent.returncode, stderr) == (0, "")
-    assert not _alive(worker)
+    assert not alive(worker)
 
 
 class _OnlyHere:

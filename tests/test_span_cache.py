@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import pickle
 import random
 import signal
@@ -11,7 +12,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import LIMIT, wait_for
 
 from mta_fast import SpanExtractor
 from mta_fast.errors import InputError
 from mta_fast.spans import cache as cache_module
 from mta_fast.spans.cache import SpanCache, describe_cache, look_up, summarize_cache
 
+TESTS = Path(__file__).parent
 TEXTS = ["The old dog has often barked.", "", "Café ☕ costs 3.50 €.", "Stop!"]
 
 
@@ -185,19 +187,25 @@ def test_a_function_needs_a_name_and_a_model_none(tmp_path: Path) -> None:
 # --- what goes wrong ---------------------------------------------------------------------------------------------
 
 _FILL = """
-import resource, sys, time
+import os, resource, sys
 from pathlib import Path
+from processes import hold
 from mta_fast import SpanExtractor
 from mta_fast.spans import cache as cache_module
 from mta_fast.spans.cache import SpanCache
 
-folder, pause, limit = Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-cache_module.COMMIT_TEXTS = 10
+folder, stop, limit, together = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+cache_module.COMMIT_TEXTS, cache_module.COMMIT_SECONDS = 10, float("inf")
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 def letters(text):
-    time.sleep(pause)
+    if text == "5":  # begin together
+        (folder / f"begun-{os.getpid()}").touch()
+        hold(os.getppid(), lambda: len(list(folder.glob("begun-*"))) >= together)
+    if text == stop:
+        (folder / "there").touch()
+        hold(os.getppid())
     with (folder / "asked").open("a") as asked:
         asked.write(text + "\\n")
     return {"word": [(0, 1)] * 100, "phrase": []}
@@ -206,30 +214,25 @@ SpanCache(SpanExtractor(letters, name="letters-v1"), folder)([str(i) for i in ra
 """
 
 
-def _filling(folder: Path, pause: float = 0.0, limit: int = 0) -> subprocess.Popen[str]:
+def _filling(folder: Path, stop: str = "", limit: int = 0, together: int = 1) -> subprocess.Popen[str]:
+    """A process that fills the cache up to the text at which it stops for ever."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", _FILL, str(folder), str(pause), str(limit)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", _FILL, str(folder), stop, str(limit), str(together)]
+    path = os.pathsep.join(map(str, (TESTS, TESTS.parent)))
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
 
 
-def _asked(folder: Path) -> list[str]:
-    return (folder / "asked").read_text().split() if (folder / "asked").exists() else []
-
-
-@pytest.mark.parametrize(("stop", "lost"), [(signal.SIGKILL, 11), (signal.SIGINT, 1)])
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, stop: signal.Signals, lost: int) -> None:
-    process = _filling(tmp_path, pause=0.02)
-    end = time.monotonic() + 30
-    while len(_asked(tmp_path)) < 45:
-        assert time.monotonic() < end, process.communicate()
-        time.sleep(0.01)
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("stop", "kept"), [(signal.SIGKILL, 40), (signal.SIGTERM, 40), (signal.SIGINT, 45)])
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, stop: signal.Signals, kept: int) -> None:
+    process = _filling(tmp_path, stop="45")
+    wait_for(lambda: (tmp_path / "there").exists() or process.poll() is not None)
     process.send_signal(stop)
-    process.communicate(timeout=10)
-    assert process.returncode == -stop
-    first = _asked(tmp_path)
+    _, told = process.communicate(timeout=LIMIT)
+    assert process.returncode == -stop, told
+    assert (tmp_path / "asked").read_text().split() == [str(i) for i in range(45)]
     (file,) = tmp_path.glob("*.sqlite")
-    kept = summarize_cache(file).texts
-    assert len(first) - lost <= kept <= len(first) < 200
+    assert summarize_cache(file).texts == kept
     source = Source()
     _cache(tmp_path, source)([str(i) for i in range(200)])
     assert source.asked == [str(i) for i in range(kept, 200)]
@@ -237,7 +240,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, stop: signal.Si
 
 def test_no_space_left_keeps_the_earlier_texts(tmp_path: Path) -> None:
     process = _filling(tmp_path, limit=100_000)
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
     (file,) = tmp_path.glob("*.sqlite")
     assert f"OSError: span cache {file}: can't be written" in told
@@ -250,9 +253,9 @@ def test_no_space_left_keeps_the_earlier_texts(tmp_path: Path) -> None:
 
 
 def test_two_processes_fill_one_file(tmp_path: Path) -> None:
-    both = [_filling(tmp_path, pause=0.003) for _ in range(2)]
+    both = [_filling(tmp_path, together=2) for _ in range(2)]
     for process in both:
-        _, told = process.communicate(timeout=30)
+        _, told = process.communicate(timeout=LIMIT)
         assert process.returncode == 0, told
     (file,) = tmp_path.glob("*.sqlite")
     assert (summarize_cache(file).texts, summarize_cache(file).words) == (200, 20_000)
