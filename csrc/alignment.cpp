@@ -1,7 +1,6 @@
 // Character spans to token ranges, and token ranges to the index tensors of a SpanBatch: mta_fast/spans/align.py in
 // C++. One thread and no vendor library: it runs in data loader workers, which are forked. Every op is linear where
 // spans ascend.
-#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -19,13 +18,15 @@ class Table {
  public:
   Table(const char* name, const Tensor& tensor, ScalarType dtype, int64_t cols = 0) : name_(name), owner_(tensor) {
     check_cpu(name, tensor);
-    MTA_CHECK(tensor.scalar_type() == dtype, name, dtype_name(dtype), dtype_name(tensor.scalar_type()));
+    const ScalarType got = dtype_of_tensor(tensor);
+    MTA_CHECK(got == dtype, name, dtype_name(dtype), dtype_name(got));
     int64_t dim = cols == 0 ? 1 : 2;
     MTA_CHECK(tensor.dim() == dim, name, std::to_string(dim) + " dimensions", tensor.dim());
     if (cols != 0) check_size(name, "columns", cols, tensor.size(1));
     MTA_CHECK(tensor.is_contiguous(), name, "a contiguous tensor", "a strided one");
     data_ = data<T>(std::as_const(owner_));
     size = tensor.size(0);
+    MTA_CHECK(size <= kMostRows, name, "fewer than 2^31 rows", size);
   }
   T operator[](int64_t i) const { return data_[i]; }
   void check_size_is(int64_t expected) const { check_size(name_, "rows", expected, size); }
@@ -119,7 +120,7 @@ int64_t count_before(const std::vector<int64_t>& values, int64_t last, IsBefore 
   return std::partition_point(begin + last, begin + std::min(last + step, size), is_before) - begin;
 }
 
-Tensor make_index(int64_t size) { return make_empty({size}, ScalarType::Int); }
+Tensor make_index(int64_t size) { return make_empty("ranges, offsets", {size}, ScalarType::Int); }
 
 }  // namespace
 
@@ -137,12 +138,21 @@ std::tuple<Tensor, Tensor, int64_t> token_ranges(const Tensor& offsets, const Te
   spans.check_size_is(span_row.size);
   span_row.check_ascending(r.size);
 
-  Tensor ranges = make_empty({spans.size, 2}, ScalarType::Long), cut = make_empty({spans.size}, ScalarType::Bool);
+  for (int64_t u = 0; u < spans.size; ++u) {
+    MTA_CHECK(0 <= spans[2 * u] && spans[2 * u] <= spans[2 * u + 1], "char_spans", "0 <= start <= end", "(", spans[2 * u],
+              ", ", spans[2 * u + 1], ") in row ", u);
+  }
+
+  Tensor ranges = make_empty("char_spans", {spans.size, 2}, ScalarType::Long);
+  Tensor cut = make_empty("char_spans", {spans.size}, ScalarType::Bool);
   int64_t* range = data<int64_t>(ranges);
   bool* is_cut = data<bool>(cut);
   Tokens tokens;
   for (int64_t b = 0, u = 0; b < r.size; ++b) {
-    if (!tokens.read(o, texts, b, r[2 * b], r[2 * b + 1])) return {ranges, cut, b};
+    if (!tokens.read(o, texts, b, r[2 * b], r[2 * b + 1])) {
+      torch::stable::zero_(ranges), torch::stable::zero_(cut);
+      return {ranges, cut, b};
+    }
     int64_t last_end = tokens.end.empty() ? 0 : tokens.end.back();
     for (int64_t first = 0, last = 0; u < spans.size && span_row[u] == b; ++u) {
       int64_t start = spans[2 * u], end = spans[2 * u + 1];
@@ -165,8 +175,6 @@ struct Spans {
         ranges("ranges", token_ranges, ScalarType::Long, 2),
         offsets("offsets", token_offsets, ScalarType::Long, 2),
         rows("rows", row_table, ScalarType::Long, 2) {
-    MTA_CHECK(offsets.size <= kMost, "offsets", "fewer than 2^31 tokens", offsets.size);
-    MTA_CHECK(ranges.size <= kMost, "ranges", "fewer than 2^31 spans", ranges.size);
     check_rows(rows, offsets.size);
     ranges.check_size_is(row.size);
     row.check_ascending(rows.size);
@@ -175,7 +183,7 @@ struct Spans {
       MTA_CHECK(rows[2 * row[u]] <= start(u) && start(u) <= end(u) && end(u) <= row_end(row[u]), "ranges",
                 "token ranges within their row", "(", start(u), ", ", end(u), ")");
       total += end(u) - start(u);
-      MTA_CHECK(total <= kMost, "ranges", "fewer than 2^31 tokens in all spans", "more");
+      MTA_CHECK(total <= kMostRows, "ranges", "fewer than 2^31 tokens in all spans", "more");
     }
   }
   int64_t start(int64_t u) const { return ranges[2 * u]; }
@@ -184,16 +192,13 @@ struct Spans {
   bool has_width(int64_t token) const { return offsets[2 * token + 1] > offsets[2 * token]; }
 
   Integers row, ranges, offsets, rows;
-
- private:
-  static constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 };
 
 // ranges, span_rows, span_splits and host.
 std::tuple<Tensor, Tensor, Tensor, Tensor> by_span(const Spans& spans) {
   int64_t count = spans.ranges.size, rows = spans.rows.size;
-  Tensor ranges = make_empty({count, 2}, ScalarType::Int), span_rows = make_index(count);
-  Tensor span_splits = make_index(rows + 1), host = make_empty({rows + 1, 2}, ScalarType::Int);
+  Tensor ranges = make_empty("ranges", {count, 2}, ScalarType::Int), span_rows = make_index(count);
+  Tensor span_splits = make_index(rows + 1), host = make_empty("rows", {rows + 1, 2}, ScalarType::Int);
   int32_t *range = data<int32_t>(ranges), *row = data<int32_t>(span_rows);
   int32_t *splits = data<int32_t>(span_splits), *table = data<int32_t>(host);
   int32_t u = 0, total = 0;
@@ -274,7 +279,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mta_fast_cpp, m) {
   m.def("span_index(Tensor span_rows, Tensor ranges, Tensor offsets, Tensor rows) -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("token_ranges", TORCH_BOX(&mta_fast::token_ranges));
   m.impl("span_index", TORCH_BOX(&mta_fast::span_index));
 }

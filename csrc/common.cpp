@@ -2,11 +2,13 @@
 
 #include <cstring>
 #include <string>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -25,15 +27,42 @@ bool is_float(ScalarType dtype) {
          dtype == ScalarType::Half;
 }
 
+void check_floating(const char* name, ScalarType dtype) {
+  MTA_CHECK(is_float(dtype), name, "a floating dtype", dtype_name(dtype));
+}
+
+ScalarType dtype_of_tensor(const Tensor& tensor) {
+  try {
+    return tensor.scalar_type();
+  } catch (const std::exception&) {
+    return ScalarType::Undefined;
+  }
+}
+
 void check_cpu(const char* name, const Tensor& tensor) {
+  MTA_CHECK(tensor.defined(), name, "a tensor", "None");
   MTA_CHECK(tensor.device().type() == DeviceType::CPU, name, "a tensor on the CPU", "one elsewhere");
+  int32_t layout;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  MTA_CHECK(layout == aoti_torch_layout_strided(), name, "a dense tensor (torch.strided)", "one of another layout");
 }
 
 void check_float(const char* name, const Tensor& tensor, int64_t dim) {
   check_cpu(name, tensor);
-  MTA_CHECK(is_float(tensor.scalar_type()), name, "float64, float32, bfloat16 or float16",
-            dtype_name(tensor.scalar_type()));
+  const ScalarType dtype = dtype_of_tensor(tensor);
+  MTA_CHECK(is_float(dtype), name, "float64, float32, bfloat16 or float16", dtype_name(dtype));
   MTA_CHECK(tensor.dim() == dim, name, std::to_string(dim) + " dimensions", tensor.dim());
+  for (int64_t i = 0; i < dim; ++i) {
+    MTA_CHECK(tensor.size(i) <= kMostRows, name, "sizes below 2^31", tensor.size(i));
+  }
+}
+
+Tensor make_contiguous(const char* name, const Tensor& tensor) {
+  try {
+    return torch::stable::contiguous(tensor);
+  } catch (const std::exception&) {
+    refuse(name, "a tensor whose contiguous copy fits in memory", tensor.numel(), " elements");
+  }
 }
 
 void check_size(const char* name, const char* what, int64_t expected, int64_t got) {
@@ -41,13 +70,40 @@ void check_size(const char* name, const char* what, int64_t expected, int64_t go
 }
 
 Index::Index(const char* name, const Tensor& tensor, int64_t dim)
-    : name_(name), owner_(torch::stable::contiguous(tensor)) {
+    : name_(name), owner_(tensor) {
   check_cpu(name, tensor);
-  MTA_CHECK(tensor.scalar_type() == ScalarType::Int, name, "int32", dtype_name(tensor.scalar_type()));
+  const ScalarType dtype = dtype_of_tensor(tensor);
+  MTA_CHECK(dtype == ScalarType::Int, name, "int32", dtype_name(dtype));
   MTA_CHECK(tensor.dim() == dim, name, std::to_string(dim) + " dimensions", tensor.dim());
-  data_ = data<int32_t>(owner_);
+  MTA_CHECK(tensor.size(0) <= kMostRows, name, "fewer than 2^31 rows", tensor.size(0));
+  owner_ = make_contiguous(name, tensor);
+  data_ = data<int32_t>(std::as_const(owner_));
   size_ = tensor.size(0);
   count_ = tensor.numel();
+  columns_ = dim == 1 ? 1 : tensor.size(1);
+}
+
+void Index::check_columns(int64_t columns) const { check_size(name_, "columns", columns, columns_); }
+
+void Index::check_ranges(int64_t bound) const {
+  check_columns(2);
+  check_below(bound + 1);
+  for (int64_t i = 0; i < size_; ++i) {
+    MTA_CHECK(data_[2 * i] <= data_[2 * i + 1], name_, "start <= end in every row", "(", data_[2 * i], ", ",
+              data_[2 * i + 1], ") in row ", i);
+  }
+}
+
+void Index::check_distinct(int64_t bound) const {
+  check_below(bound);
+  bool ascends = true;  // as they mostly do
+  for (int64_t i = 1; i < count_; ++i) ascends &= data_[i] > data_[i - 1];
+  if (ascends) return;
+  std::vector<bool> seen(bound);
+  for (int64_t i = 0; i < count_; ++i) {
+    MTA_CHECK(!seen[data_[i]], name_, "distinct indices", data_[i], " twice");
+    seen[data_[i]] = true;
+  }
 }
 
 void Index::check_below(int64_t bound) const {
@@ -62,27 +118,41 @@ void Index::check_ascending() const {
   }
 }
 
-void Index::check_splits(int64_t total) const {
-  MTA_CHECK(count_ >= 1 && data_[0] == 0, name_, "0 first", count_ >= 1 ? data_[0] : -1);
+void Index::check_bounds() const {
+  MTA_CHECK(count_ >= 1, name_, "at least 1 value", "none");
+  MTA_CHECK(data_[0] == 0, name_, "0 first", data_[0]);
   for (int64_t i = 1; i < count_; ++i) {
     MTA_CHECK(data_[i] >= data_[i - 1], name_, "no decrease", data_[i]);
   }
+}
+
+void Index::check_splits(int64_t total) const {
+  check_bounds();
   MTA_CHECK(data_[count_ - 1] == total, name_, std::to_string(total) + " last", data_[count_ - 1]);
 }
 
 // --- matrices ---
+
+// A copy of its own, rows apart.
+static Tensor make_dense(const char* name, const Tensor& tensor) {
+  try {
+    return torch::stable::contiguous(torch::stable::clone(tensor));
+  } catch (const std::exception&) {
+    refuse(name, "a tensor whose contiguous copy fits in memory", tensor.numel(), " elements");
+  }
+}
 
 Matrix::Matrix(const char* name, const Tensor& tensor, int64_t dim) : owner(tensor) {
   check_float(name, tensor, dim);
   rows = tensor.size(0);
   cols = dim == 1 ? 1 : tensor.size(1);
   if ((dim == 1 && tensor.stride(0) != 1) || (dim == 2 && cols > 1 && tensor.stride(1) != 1)) {
-    owner = torch::stable::contiguous(tensor);
+    owner = make_contiguous(name, tensor);
   }
   dtype = owner.scalar_type();
   stride = dim == 1 ? 1 : owner.stride(0);
   if (dim == 2 && rows > 1 && stride < cols) {  // expanded rows; the vendor GEMM wants rows apart
-    owner = torch::stable::contiguous(torch::stable::clone(owner));
+    owner = make_dense(name, owner);
     stride = cols;
   }
   data_ = owner.const_data_ptr();
@@ -216,10 +286,16 @@ void use_large_pages(void* memory, size_t bytes) {
 #endif
 }
 
-Tensor make_empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  Tensor tensor = torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
-  use_large_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
-  return tensor;
+Tensor make_empty(const char* names, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  try {
+    Tensor tensor = torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
+    use_large_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+    return tensor;
+  } catch (const std::exception&) {
+    std::string shape;
+    for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    refuse(names, "sizes whose result fits in memory", "[", shape, "] of ", dtype_name(dtype));
+  }
 }
 
 // --- tasks ---

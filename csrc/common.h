@@ -10,8 +10,11 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <memory>
-#include <new>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -22,13 +25,30 @@ using torch::stable::Tensor;
 
 // --- checks: everything is looked at before a pointer is touched ---
 
-#define MTA_CHECK(condition, name, expected, ...) \
-  STD_TORCH_CHECK(condition, name, ": expected ", expected, ", got ", __VA_ARGS__)
+#define MTA_CHECK(condition, name, expected, ...)                   \
+  do {                                                              \
+    if (!(condition)) ::mta_fast::refuse(name, expected, __VA_ARGS__); \
+  } while (false)
+
+template <typename Expected, typename... Got>
+[[noreturn]] void refuse(const char* name, const Expected& expected, const Got&... got) {
+  std::ostringstream message;
+  message << name << ": expected " << expected << ", got ";
+  (message << ... << got);
+  throw std::runtime_error(message.str());
+}
+
+constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();  // indices are int32
 
 const char* dtype_name(ScalarType dtype);
 bool is_float(ScalarType dtype);  // float64, float32, bfloat16 or float16
+void check_floating(const char* name, ScalarType dtype);
+ScalarType dtype_of_tensor(const Tensor& tensor);  // Undefined where the stable interface knows none for it
 
+// A dense tensor on the CPU.
 void check_cpu(const char* name, const Tensor& tensor);
+// tensor.contiguous(), refused where the copy doesn't fit in memory.
+Tensor make_contiguous(const char* name, const Tensor& tensor);
 // A floating-point tensor of `dim` dimensions on the CPU.
 void check_float(const char* name, const Tensor& tensor, int64_t dim);
 void check_size(const char* name, const char* what, int64_t expected, int64_t got);
@@ -43,6 +63,14 @@ class Index {
   void check_ascending() const;
   // Every value is in [0, bound).
   void check_below(int64_t bound) const;
+  // The same, and no value comes twice.
+  void check_distinct(int64_t bound) const;
+  // [n, columns]
+  void check_columns(int64_t columns) const;
+  // Ranges [n, 2]: 0 <= start <= end <= bound.
+  void check_ranges(int64_t bound) const;
+  // 0 first, never decreasing.
+  void check_bounds() const;
   // Splits [n + 1]: 0 first, never decreasing, `total` last.
   void check_splits(int64_t total) const;
 
@@ -50,7 +78,7 @@ class Index {
   const char* name_;
   Tensor owner_;
   const int32_t* data_;
-  int64_t size_, count_;
+  int64_t size_ = 0, count_ = 0, columns_ = 1;
 };
 
 // --- matrices as they come ---
@@ -105,7 +133,8 @@ auto dispatch(ScalarType dtype, const Function& function) {
 // 4 KB costs more than writing them.
 void use_large_pages(void* memory, size_t bytes);
 
-Tensor make_empty(std::initializer_list<int64_t> sizes, ScalarType dtype);
+// `names`: the arguments that its size comes from.
+Tensor make_empty(const char* names, std::initializer_list<int64_t> sizes, ScalarType dtype);
 
 template <typename T>
 T* data(Tensor& tensor) {
@@ -164,10 +193,13 @@ class Scratch {
   explicit Scratch(int64_t size) { get(size); }
   T* get(int64_t size) {
     if (size > size_) {
+      constexpr int64_t kMost = (std::numeric_limits<int64_t>::max() - kLine) / sizeof(T);
       size_t bytes = (static_cast<size_t>(size) * sizeof(T) + kLine - 1) / kLine * kLine;
+      size_ = 0;
       memory_.reset();  // first, so that both are never held
-      memory_.reset(static_cast<T*>(std::aligned_alloc(kLine, bytes)));
-      if (memory_ == nullptr) throw std::bad_alloc();
+      if (size <= kMost) memory_.reset(static_cast<T*>(std::aligned_alloc(kLine, bytes)));
+      MTA_CHECK(memory_ != nullptr, "scratch memory", std::to_string(size) + " values of " + std::to_string(sizeof(T)) +
+                " bytes", "none of the system; give fewer tokens or spans at once");
       use_large_pages(memory_.get(), bytes);
       size_ = size;
     }

@@ -255,17 +255,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment(const Tensor& studen
   check_size("weights", "values, as in tokens", in.tokens.size(), in.weights.rows);
   check_size("proj_weight", "rows, the teacher's width", dt, in.projection.rows);
   check_size("proj_weight", "columns, the student's width", ds, in.projection.cols);
-  MTA_CHECK(is_float(matmul_dtype), "matmul_dtype", "a floating dtype", dtype_name(matmul_dtype));
+  check_floating("matmul_dtype", matmul_dtype);
   if (proj_bias) {
     in.bias.emplace("proj_bias", *proj_bias, 1);
     check_size("proj_bias", "values, the teacher's width", dt, in.bias->rows);
   }
-  in.tokens.check_below(in.student.rows);
+  in.tokens.check_distinct(in.student.rows);
   const ScalarType dtype = compute_dtype({in.student.dtype, in.teacher.dtype, in.projection.dtype});
   const ScalarType kept = in.student.dtype == ScalarType::BFloat16 ? ScalarType::BFloat16 : dtype;
   const int64_t rows = with_gradient ? in.tokens.size() : 0, features = with_gradient ? dt : 0;
-  Tensor numerator = make_empty({}, dtype), listed = make_empty({rows, ds}, kept);
-  Tensor weight = make_empty({features, ds}, dtype), bias = make_empty({proj_bias ? features : 0}, dtype);
+  Tensor numerator = make_empty("student", {}, dtype), listed = make_empty("student, tokens", {rows, ds}, kept);
+  Tensor weight = make_empty("proj_weight", {features, ds}, dtype);
+  Tensor bias = make_empty("proj_bias", {proj_bias ? features : 0}, dtype);
   if (rows == 0) {
     torch::stable::zero_(weight);
     torch::stable::zero_(bias);
@@ -289,21 +290,29 @@ std::tuple<Tensor, Tensor, Tensor> hidden_alignment_gradient(const Tensor& rows,
                                                              const Tensor& grad, int64_t num_tokens,
                                                              ScalarType student_dtype, ScalarType weight_dtype,
                                                              ScalarType bias_dtype) {
-  Matrix listed("gradient.student", rows), matrix("gradient.weight", weight), vector("gradient.bias", bias, 1);
-  Matrix factor("grad", torch::stable::reshape(grad, {-1}), 1);
+  Matrix listed("rows", rows), matrix("weight", weight), vector("bias", bias, 1);
   Index index("tokens", tokens, 1);
-  check_size("tokens", "tokens, as in gradient.student", listed.rows, index.size());
-  check_size("grad", "value", 1, factor.rows);
-  for (ScalarType dtype : {student_dtype, weight_dtype, bias_dtype}) {
-    MTA_CHECK(is_float(dtype), "dtype", "a floating dtype", dtype_name(dtype));
-  }
-  index.check_below(num_tokens);
+  check_cpu("grad", grad);
+  check_size("grad", "value", 1, grad.numel());
+  Matrix factor("grad", torch::stable::reshape(grad, {-1}), 1);
+  check_size("tokens", "tokens, as in rows", listed.rows, index.size());
+  MTA_CHECK(matrix.rows >= 1 && matrix.cols >= 1, "weight", "at least 1 row and 1 column", matrix.rows, " and ",
+            matrix.cols);
+  check_size("rows", "columns, as in weight", matrix.cols, listed.cols);
+  MTA_CHECK(vector.rows == 0 || vector.rows == matrix.rows, "bias",
+            "no values or " + std::to_string(matrix.rows) + ", as weight has rows", vector.rows);
+  MTA_CHECK(num_tokens >= 0 && num_tokens <= kMostRows, "num_tokens", "a number of tokens from 0 to 2^31 - 1",
+            num_tokens);
+  check_floating("student_dtype", student_dtype);
+  check_floating("weight_dtype", weight_dtype);
+  check_floating("bias_dtype", bias_dtype);
+  index.check_distinct(num_tokens);
+  Tensor out = make_empty("num_tokens, rows", {num_tokens, listed.cols}, student_dtype);
+  Tensor out_weight = make_empty("weight", {matrix.rows, matrix.cols}, weight_dtype);
+  Tensor out_bias = make_empty("bias", {vector.rows}, bias_dtype);
   std::vector<int32_t> source(num_tokens, -1), all(matrix.rows);
   for (int64_t c = 0; c < index.size(); ++c) source[index[c]] = static_cast<int32_t>(c);
   for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int32_t>(i);
-  Tensor out = make_empty({num_tokens, listed.cols}, student_dtype);
-  Tensor out_weight = make_empty({matrix.rows, matrix.cols}, weight_dtype);
-  Tensor out_bias = make_empty({vector.rows}, bias_dtype);
   dispatch(compute_dtype({matrix.dtype}), [&](auto zero) {
     using T = decltype(zero);
     T scratch;
@@ -330,7 +339,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mta_fast_cpp, m) {
       "ScalarType student_dtype, ScalarType weight_dtype, ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("hidden_alignment", TORCH_BOX(&mta_fast::hidden_alignment));
   m.impl("hidden_alignment_gradient", TORCH_BOX(&mta_fast::hidden_alignment_gradient));
 }

@@ -284,7 +284,8 @@ Tensor token_importance(const Tensor& hidden, const Tensor& rows_host, int64_t s
   Matrix states("hidden", hidden);
   MTA_CHECK(states.cols >= 2, "hidden", "a width of at least 2", states.cols);
   Index table("rows_host", rows_host, 2);
-  check_size("rows_host", "columns", 2, rows_host.size(1));
+  table.check_columns(2);
+  MTA_CHECK(seq_len >= 0 && seq_len <= kMostRows, "seq_len", "positions of a row, 0 to 2^31 - 1", seq_len);
   std::vector<Row> rows;
   int64_t last = 0;
   for (int64_t b = 0; b < table.size(); ++b) {
@@ -299,7 +300,7 @@ Tensor token_importance(const Tensor& hidden, const Tensor& rows_host, int64_t s
     rows.push_back({first, queries, start - first, length, causal});
   }
   const ScalarType dtype = compute_dtype({states.dtype});
-  Tensor importance = make_empty({states.rows}, dtype);
+  Tensor importance = make_empty("hidden", {states.rows}, dtype);
   torch::stable::zero_(importance);
   dispatch(dtype, [&](auto zero) { run_rows(states, rows, data<decltype(zero)>(importance)); });
   return importance;
@@ -311,4 +312,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mta_fast_cpp, m) {
   m.def("token_importance(Tensor hidden, Tensor rows_host, int seq_len, bool causal, bool count_padding) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CPU, m) { m.impl("token_importance", TORCH_BOX(&mta_fast::token_importance)); }
+STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CompositeExplicitAutograd, m) { m.impl("token_importance", TORCH_BOX(&mta_fast::token_importance)); }

@@ -107,16 +107,17 @@ std::tuple<Tensor, Tensor, Tensor> span_weights(const Tensor& values, const Tens
   check_float("values", values, 1);
   Index range("ranges", ranges, 2), splits("span_splits", span_splits, 1), tokens("covered", covered, 1);
   Index token_splits("covered_splits", covered_splits, 1), counts("cover_splits", cover_splits, 1);
-  range.check_below(values.size(0) + 1);
+  range.check_ranges(values.size(0));
   tokens.check_below(values.size(0));
   tokens.check_ascending();
   splits.check_splits(range.size());
   token_splits.check_splits(tokens.size());
   check_size("covered_splits", "bounds, as in span_splits", splits.size(), token_splits.size());
   check_size("cover_splits", "bounds", tokens.size() + 1, counts.size());
+  counts.check_bounds();
   const ScalarType dtype = compute_dtype({values.scalar_type()});
-  Tensor token = make_empty({values.size(0)}, dtype), span = make_empty({range.size()}, dtype);
-  Tensor total = make_empty({splits.size() - 1}, dtype);
+  Tensor token = make_empty("values", {values.size(0)}, dtype), span = make_empty("ranges", {range.size()}, dtype);
+  Tensor total = make_empty("span_splits", {splits.size() - 1}, dtype);
   torch::stable::zero_(token);
   dispatch(dtype, [&](auto zero) {
     weigh<decltype(zero)>(values, range, splits, tokens, token_splits, counts, token, span, total);
@@ -131,10 +132,11 @@ std::tuple<Tensor, Tensor, Tensor> pool_spans(const Tensor& hidden, const Tensor
   check_float("weights", weights, 1);
   check_size("weights", "tokens, as in hidden", states.rows, weights.size(0));
   Index range("ranges", ranges, 2);
-  range.check_below(states.rows + 1);
+  range.check_ranges(states.rows);
   const ScalarType dtype = compute_dtype({states.dtype});
-  Tensor pooled = make_empty({range.size(), states.cols}, dtype);
-  Tensor span_weight = make_empty({range.size()}, ScalarType::Double), norms = make_empty({range.size()}, dtype);
+  Tensor pooled = make_empty("hidden, ranges", {range.size(), states.cols}, dtype);
+  Tensor span_weight = make_empty("ranges", {range.size()}, ScalarType::Double);
+  Tensor norms = make_empty("ranges", {range.size()}, dtype);
   dispatch(dtype, [&](auto zero) { pool<decltype(zero)>(states, weights, range, pooled, span_weight, norms); });
   return {pooled, span_weight, norms};
 }
@@ -147,12 +149,12 @@ Tensor pool_spans_gradient(const Tensor& grad, const Tensor& span_weight, const 
   check_float("span_weight", span_weight, 1);
   check_float("weights", weights, 1);
   check_size("span_weight", "spans, as in grad", gradient.rows, span_weight.size(0));
-  MTA_CHECK(is_float(dtype), "dtype", "a floating dtype", dtype_name(dtype));
+  check_floating("dtype", dtype);
   Index splits("token_splits", token_splits, 1), spans("cover_spans", cover_spans, 1);
   check_size("token_splits", "bounds", weights.size(0) + 1, splits.size());
   splits.check_splits(spans.size());
   spans.check_below(gradient.rows);
-  Tensor out = make_empty({weights.size(0), gradient.cols}, dtype);
+  Tensor out = make_empty("weights, grad", {weights.size(0), gradient.cols}, dtype);
   dispatch(compute_dtype({gradient.dtype}), [&](auto zero) {
     pool_gradient<decltype(zero)>(gradient, span_weight, weights, splits, spans, dtype, out);
   });
@@ -171,7 +173,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mta_fast_cpp, m) {
       "ScalarType dtype) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("span_weights", TORCH_BOX(&mta_fast::span_weights));
   m.impl("pool_spans", TORCH_BOX(&mta_fast::pool_spans));
   m.impl("pool_spans_gradient", TORCH_BOX(&mta_fast::pool_spans_gradient));

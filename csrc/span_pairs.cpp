@@ -303,9 +303,12 @@ std::tuple<Tensor, Tensor, Tensor> span_pairs(const Tensor& student, const Tenso
   }
   Index splits("span_splits", span_splits, 1);
   splits.check_splits(s.rows);
+  MTA_CHECK(gram_from >= -1, "gram_from", "a number of spans, or -1 for none", gram_from);
   const ScalarType dtype = compute_dtype({s.dtype, t.dtype});
-  Tensor numerator = make_empty({splits.size() - 1}, dtype), denominator = make_empty({splits.size() - 1}, dtype);
-  Tensor gradient = make_empty({with_gradient ? s.rows : 0, s.cols}, dtype);
+  const int64_t num_rows = splits.size() - 1;
+  Tensor numerator = make_empty("span_splits", {num_rows}, dtype);
+  Tensor denominator = make_empty("span_splits", {num_rows}, dtype);
+  Tensor gradient = make_empty("student", {with_gradient ? s.rows : 0, s.cols}, dtype);
   dispatch(dtype, [&](auto zero) {
     using T = decltype(zero);
     run_rows<T>(s, t, weights, student_norm, teacher_norm, splits, gram_from, data<T>(numerator), data<T>(denominator),
@@ -321,9 +324,9 @@ Tensor span_pairs_gradient(const Tensor& gradient, const Tensor& grad, const Ten
   check_float("grad", grad, 1);
   Index row("span_rows", span_rows, 1);
   check_size("span_rows", "spans, as in gradient", rows.rows, row.size());
-  MTA_CHECK(is_float(dtype), "dtype", "a floating dtype", dtype_name(dtype));
+  check_floating("dtype", dtype);
   row.check_below(grad.size(0));
-  Tensor out = make_empty({rows.rows, rows.cols}, dtype);
+  Tensor out = make_empty("gradient", {rows.rows, rows.cols}, dtype);
   dispatch(compute_dtype({rows.dtype, grad.scalar_type()}), [&](auto zero) {
     using T = decltype(zero);
     const int64_t d = rows.cols, bytes = d * out.element_size();
@@ -348,7 +351,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mta_fast_cpp, m) {
   m.def("span_pairs_gradient(Tensor gradient, Tensor grad, Tensor span_rows, ScalarType dtype) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CompositeExplicitAutograd, m) {
   m.impl("span_pairs", TORCH_BOX(&mta_fast::span_pairs));
   m.impl("span_pairs_gradient", TORCH_BOX(&mta_fast::span_pairs_gradient));
 }

@@ -6,13 +6,16 @@ comments here say only how they are laid out on the device. ``_device`` holds wh
 importance deals out rows to programs, ``_launch`` how kernels are launched, ``_table`` with which blocks.
 """
 
+from mta_fast import reference
+from mta_fast.contract import checked
 from mta_fast.kernels.hidden_alignment import hidden_alignment
 from mta_fast.kernels.importance import token_importance
 from mta_fast.kernels.pooling import pool_spans, pool_spans_gradient, span_weights
 from mta_fast.kernels.span_pairs import span_pairs
 
 # torch's own kernels do these two
-from mta_fast.reference import hidden_alignment_gradient, span_pairs_gradient
+hidden_alignment_gradient = checked(reference.hidden_alignment_gradient)
+span_pairs_gradient = checked(reference.span_pairs_gradient)
 
 __all__ = [
     "hidden_alignment",

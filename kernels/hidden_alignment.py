@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mta_fast.contract import checked
 from mta_fast.kernels._device import inverse_norm, load, powers_of_two
 from mta_fast.kernels._launch import launch, numerics, writable
 from mta_fast.reference import AlignmentGradient, compute_dtype, kept_dtype
@@ -101,6 +102,7 @@ def _align(
             tl.store(p_projected + o_d, b_gradient.to(projected.dtype.element_ty), mask=o_d < width)
 
 
+@checked
 def hidden_alignment(
     student: Tensor,
     teacher: Tensor,

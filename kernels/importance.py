@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mta_fast.contract import checked
 from mta_fast import reference
 from mta_fast.kernels._device import load, powers_of_two, products, reciprocal
 from mta_fast.kernels._launch import Numerics, launch, numerics
@@ -400,6 +401,7 @@ def _merge_sums(
     tl.store(importance + first_query + o_t, mean, mask=m_key)
 
 
+@checked
 def token_importance(
     hidden: Tensor, rows: Tensor, rows_host: Tensor, seq_len: int, causal: bool, count_padding: bool
 ) -> Tensor:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mta_fast.contract import checked
 from mta_fast.kernels._device import load, powers_of_two, reciprocal
 from mta_fast.kernels._launch import launch, numerics, writable
 from mta_fast.reference import Spans
@@ -65,6 +66,7 @@ def _span_weights(
         tl.store(span_weight + o_u, b_sum.to(span_weight.dtype.element_ty), mask=m_u)
 
 
+@checked
 def span_weights(values: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.span_weights``: one program a row."""
     num = numerics(values)
@@ -163,6 +165,7 @@ def _pool(
     tl.store(norm + i_u, _norm(b_plain, b_small, b_large, ACC))
 
 
+@checked
 def pool_spans(
     hidden: Tensor, weights: Tensor, spans: Spans, rows: Tensor, rows_host: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,6 +222,7 @@ def _pool_gradient(
         tl.store(gradient + i_t * width + o_d, b_sum.to(gradient.dtype.element_ty), mask=m_d)
 
 
+@checked
 def pool_spans_gradient(grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Spans, dtype: torch.dtype) -> Tensor:
     """``reference.pool_spans_gradient``: one program a token, so that no two programs write one row."""
     num = numerics(grad)

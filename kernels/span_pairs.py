@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mta_fast.contract import checked
 from mta_fast import reference
 from mta_fast.kernels import gram
 from mta_fast.kernels._device import find_span_row, load, products, scaled, unit_factors
@@ -164,6 +165,7 @@ def _row_totals(
     tl.store(denominators + row, (total * total - tl.sum(b_square, 0)).to(dtype))
 
 
+@checked
 def span_pairs(
     student: Tensor,
     teacher: Tensor,

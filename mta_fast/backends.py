@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mta_fast import _extension
+from mta_fast import _extension, contract
 from mta_fast.errors import BackendUnavailableError, InputError
 
 OLDEST_TRITON = (3, 6)
@@ -52,12 +52,14 @@ class Backend:
         module: import path of the module with the op functions, imported on first use.
         reasons_against: (op, tensors) -> why it can't run the call; empty when it can.
         reasons_to_avoid: (op, tensors) -> why another backend is faster for the call; heeded by "auto" only.
+        checks_arguments: its functions check what they are given (``contract``); else ``run`` does.
     """
 
     name: str
     module: str
     reasons_against: Reasons
     reasons_to_avoid: Reasons = lambda op, tensors: []
+    checks_arguments: bool = False
 
 
 def _reasons_against_triton(op: str, tensors: Sequence[Tensor]) -> list[str]:
@@ -125,8 +127,8 @@ def _dry_run() -> bool:
 
 
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend("triton", "mta_fast.kernels", _reasons_against_triton, _reasons_to_avoid_triton),
-    "cpp": Backend("cpp", "mta_fast.cpp", _reasons_against_cpp),
+    "triton": Backend("triton", "mta_fast.kernels", _reasons_against_triton, _reasons_to_avoid_triton, True),
+    "cpp": Backend("cpp", "mta_fast.cpp", _reasons_against_cpp, checks_arguments=True),
     "reference": Backend("reference", "mta_fast.reference", lambda op, tensors: []),
 }
 
@@ -191,9 +193,15 @@ def run(op: str, backend: str, tensors: Sequence[Tensor], /, *args: Any, **optio
     Args:
         tensors: the floating-point inputs, by which the backend is chosen.
         args, options: what the backend's function takes.
+
+    Raises:
+        InputError: an argument is not what the op takes.
     """
+    contract.check_given(op, args)
     chosen = BACKENDS[choose(op, tensors, backend).name]
     function = getattr(importlib.import_module(chosen.module), op)
+    if not chosen.checks_arguments:
+        contract.CHECKS[op](*args, **options)
     device = tensors[0].device
     in_autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     with (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from batches import make_batch, random_rows
+from guard import guarded
 from torch import Tensor
 
 from mta_fast import hidden_alignment_loss, pool_spans, span_pair_loss
@@ -29,23 +29,6 @@ if torch.cuda.is_available():
 # one pass and two, rows of padding, spans of one token and of many, beginning and ending with the tokens
 ROWS = [(5, [(0, 2), (0, 5)]), (1, [(0, 1)]), (0, []), (270, [(0, 270), (3, 4), (269, 270)]), (33, [(30, 33)])]
 WIDTHS = (19, 37)  # no multiple of anything
-
-
-def guarded(tensor: Tensor, end: bool) -> Tensor:
-    """A copy whose last byte (or first, without ``end``) touches a page that may not be accessed."""
-    page, size = mmap.PAGESIZE, tensor.numel() * tensor.element_size()
-    body = -(-max(size, 1) // page) * page
-    memory = mmap.mmap(-1, body + 2 * page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    for fence in (address, address + page + body):
-        assert libc.mprotect(ctypes.c_void_p(fence), page, 0) == 0
-    offset = page + (body - size if end else 0)
-    copy = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset) if size else torch.empty(0)
-    if size:
-        copy = copy.view(tensor.dtype).reshape(tensor.shape)
-        copy.copy_(tensor)
-    return copy if size else tensor
 
 
 def run_all(end: bool) -> Iterator[Tensor]:

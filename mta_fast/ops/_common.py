@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mta_fast.contract import FLOATS
 from mta_fast.errors import DoubleBackwardError, InputError
 from mta_fast.rows import Rows, as_tensor
 from mta_fast.spans.batch import SpanBatch
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sample", "none")
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mta_fast import reference
-from mta_fast.errors import InputError
+from mta_fast import contract, reference
 from mta_fast.ops._common import check_float
 
 
@@ -26,13 +25,12 @@ def entropy_weights(logits: Tensor) -> Tensor:
         InputError: shape or dtype.
     """
     check_float("logits", logits, (2, 3))
-    if logits.shape[-1] < 2:
-        raise InputError(f"logits: expected a vocabulary of at least 2, got {logits.shape[-1]}")
     return _entropy_weights(logits.detach())
 
 
 @torch.library.custom_op("mta_fast::entropy_weights", mutates_args=())
 def _entropy_weights(logits: Tensor) -> Tensor:
+    contract.entropy_weights(logits)
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         return reference.entropy_weights(logits)
 

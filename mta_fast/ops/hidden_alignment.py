@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mta_fast import backends
+from mta_fast import backends, contract
 from mta_fast.errors import InputError
 from mta_fast.ops._common import (
     REDUCTIONS,
@@ -212,11 +212,12 @@ def _hidden_alignment_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``_hidden_alignment`` left for the listed tokens, weight and bias -> [num_tokens, d_S], weight, bias."""
+    made = AlignmentGradient(*contract.unpacked("gradient", gradient, AlignmentGradient._fields))
     result: tuple[Tensor, Tensor, Tensor] = backends.run(
         "hidden_alignment_gradient",
         backend,
         gradient,
-        AlignmentGradient(*gradient),
+        made,
         tokens,
         grad,
         num_tokens,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mta_fast import backends
+from mta_fast.contract import as_spans, unpacked
 from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat, refuse_double_backward
-from mta_fast.reference import Spans, compute_dtype
+from mta_fast.reference import compute_dtype
 from mta_fast.spans.batch import SpanBatch
 
 
@@ -92,13 +93,13 @@ def pooled_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: 
 
 @torch.library.custom_op("mta_fast::span_weights", mutates_args=())
 def _span_weights(values: Tensor, spans: Sequence[Tensor], backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = backends.run("span_weights", backend, [values], values, Spans(*spans))
+    result: tuple[Tensor, Tensor, Tensor] = backends.run("span_weights", backend, [values], values, as_spans(spans))
     return result
 
 
 @_span_weights.register_fake
 def _(values: Tensor, spans: Sequence[Tensor], backend: str) -> tuple[Tensor, ...]:
-    dtype, index = compute_dtype(values), Spans(*spans)
+    dtype, index = compute_dtype(values), as_spans(spans)
     sizes = (values.shape[0], index.ranges.shape[0], index.span_splits.shape[0] - 1)
     return tuple(values.new_empty(size, dtype=dtype) for size in sizes)
 
@@ -107,8 +108,9 @@ def _(values: Tensor, spans: Sequence[Tensor], backend: str) -> tuple[Tensor, ..
 def _pool_spans(
     hidden: Tensor, weights: Tensor, spans: Sequence[Tensor], rows: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    table, host = unpacked("rows", rows, ("rows", "rows_host"))
     result: tuple[Tensor, Tensor, Tensor] = backends.run(
-        "pool_spans", backend, [hidden, weights], hidden, weights, Spans(*spans), *rows
+        "pool_spans", backend, [hidden, weights], hidden, weights, as_spans(spans), table, host
     )
     return result
 
@@ -117,7 +119,7 @@ def _pool_spans(
 def _(
     hidden: Tensor, weights: Tensor, spans: Sequence[Tensor], rows: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, ...]:
-    dtype, size = compute_dtype(hidden), Spans(*spans).ranges.shape[0]
+    dtype, size = compute_dtype(hidden), as_spans(spans).ranges.shape[0]
     span_weight = hidden.new_empty(size, dtype=torch.float64)
     return hidden.new_empty(size, hidden.shape[1], dtype=dtype), span_weight, hidden.new_empty(size, dtype=dtype)
 
@@ -127,7 +129,7 @@ def _pool_spans_gradient(
     grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Sequence[Tensor], dtype: torch.dtype, backend: str
 ) -> Tensor:
     result: Tensor = backends.run(
-        "pool_spans_gradient", backend, [grad, weights], grad, span_weight, weights, Spans(*spans), dtype
+        "pool_spans_gradient", backend, [grad, weights], grad, span_weight, weights, as_spans(spans), dtype
     )
     return result
 

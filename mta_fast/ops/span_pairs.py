@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mta_fast import backends
+from mta_fast.contract import METHODS, unpacked
 from mta_fast.errors import InputError
 from mta_fast.ops._common import (
     REDUCTIONS,
@@ -20,8 +21,6 @@ from mta_fast.ops._common import (
 )
 from mta_fast.reference import compute_dtype, quotient, reduce_rows, row_norms
 from mta_fast.spans.batch import SpanBatch
-
-METHODS = ("auto", "pairwise", "gram")
 
 
 def span_pair_loss(
@@ -111,7 +110,8 @@ def _span_pairs(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """index: span_rows, span_splits, host -> num [B], den [B], gradient of the summed num ([0, d_S] without)."""
-    _span_rows, span_splits, host = index
+    _span_rows, span_splits, host = unpacked("index", index, ("span_rows", "span_splits", "host"))
+    norms = unpacked("norms", norms, ("student_norm", "teacher_norm"))
     result: tuple[Tensor, Tensor, Tensor] = backends.run(
         "span_pairs",
         backend,

@@ -1,0 +1,393 @@
+"""What a backend may rely on: an op's raw arguments are checked before anything reads them.
+
+One function per op, named and called as in ``mta_fast/reference.py``. Shapes, dtypes and devices are read on the host.
+The values of index tensors are looked at where they lie on the CPU; on a GPU that would synchronise, so there the
+caller answers for them: ``SpanBatch`` and ``Rows`` make them on the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mta_fast.errors import InputError
+from mta_fast.reference import AlignmentGradient, Spans
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+METHODS = ("auto", "pairwise", "gram")
+MOST = 2**31 - 1  # tokens, spans and features: indices are int32
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A backend's function behind the check of its op.
+
+    Raises (when it is called):
+        InputError: an argument is not what the op takes.
+    """
+    check = CHECKS[function.__name__]
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **options: _P.kwargs) -> _R:
+        check(*args, **options)
+        return function(*args, **options)
+
+    return call
+
+
+def check_given(op: str, arguments: Sequence[Any]) -> None:
+    """No tensor is None, which an op's schema lets through, but for the bias that need not be there."""
+    if any(value is None for value in arguments):
+        for name, value in zip(inspect.signature(CHECKS[op]).parameters, arguments, strict=False):
+            if value is None and name != "proj_bias":
+                raise InputError(f"{name}: expected a tensor, got None")
+
+
+def as_spans(tensors: Sequence[Tensor]) -> Spans:
+    """The index tensors of a SpanBatch, which an op takes as a list."""
+    return Spans(*unpacked("spans", tensors, Spans._fields))
+
+
+def unpacked(name: str, tensors: Sequence[Tensor], fields: Sequence[str]) -> Sequence[Tensor]:
+    """A list of tensors that an op takes as one argument, of the right length and without a None."""
+    if len(tensors) != len(fields):
+        raise InputError(f"{name}: expected {len(fields)} tensors ({', '.join(fields)}), got {len(tensors)}")
+    for field, tensor in zip(fields, tensors, strict=True):
+        if tensor is None:
+            raise InputError(f"{name}: expected a tensor as {field}, got None")
+    return tensors
+
+
+# --- the ops -----------------------------------------------------------------------------------------------------
+
+
+def token_importance(
+    hidden: Tensor, rows: Tensor, rows_host: Tensor, seq_len: int, causal: bool, count_padding: bool
+) -> None:
+    """hidden [T, d >= 2], rows and rows_host [B, 2] int32."""
+    _floating("hidden", hidden, (None, None))
+    if hidden.shape[1] < 2:
+        raise InputError(f"hidden: expected a width of at least 2, got {hidden.shape[1]}")
+    _count("seq_len", seq_len)
+    _rows(rows, rows_host, hidden)
+    if count_padding and _readable(rows_host):
+        first = np.arange(len(rows_host), dtype=np.int64) * seq_len
+        start, length = _values(rows_host).T
+        wrong = (start < first) | (start + length > first + seq_len) | (first + seq_len > hidden.shape[0])
+        if wrong.any():
+            b = int(wrong.argmax())
+            raise InputError(
+                f"rows_host, seq_len: expected row {b} within its {seq_len} positions of {hidden.shape[0]}, got "
+                f"{int(length[b])} tokens from {int(start[b])}"
+            )
+
+
+def span_weights(values: Tensor, spans: Spans) -> None:
+    """values [T]."""
+    _floating("values", values, (None,))
+    _spans(spans, values)
+
+
+def pool_spans(hidden: Tensor, weights: Tensor, spans: Spans, rows: Tensor, rows_host: Tensor) -> None:
+    """hidden [T, d], weights [T]."""
+    _floating("hidden", hidden, (None, None))
+    _floating("weights", weights, (hidden.shape[0],), hidden)
+    _spans(spans, hidden)
+    _rows(rows, rows_host, hidden)
+    _same_size("rows", rows, len(spans.span_splits) - 1, "rows, as in spans.span_splits")
+
+
+def pool_spans_gradient(grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Spans, dtype: torch.dtype) -> None:
+    """grad [N, d], span_weight [N], weights [T]."""
+    _floating("weights", weights, (None,))
+    _spans(spans, weights)
+    _floating("grad", grad, (len(spans.ranges), None), weights)
+    _floating("span_weight", span_weight, (len(spans.ranges),), weights)
+    _dtype("dtype", dtype)
+
+
+def span_pairs(
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    student_norm: Tensor,
+    teacher_norm: Tensor,
+    span_splits: Tensor,
+    host: Tensor,
+    method: str,
+    with_gradient: bool = False,
+) -> None:
+    """student [N, d_S], teacher [N, d_T], the others [N]; span_splits [B + 1] int32, host [B + 1, 2]."""
+    _floating("student", student, (None, None))
+    size = student.shape[0]
+    _floating("teacher", teacher, (size, None), student)
+    for name, tensor in (("weights", weights), ("student_norm", student_norm), ("teacher_norm", teacher_norm)):
+        _floating(name, tensor, (size,), student)
+    check_method(method)
+    _index("span_splits", span_splits, (None,), student.device)
+    _splits_of_host(span_splits, host, size)
+
+
+def span_pairs_gradient(gradient: Tensor, grad: Tensor, span_rows: Tensor, dtype: torch.dtype) -> None:
+    """gradient [N, d_S], grad [B], span_rows [N] int32."""
+    _floating("gradient", gradient, (None, None))
+    _floating("grad", grad, (None,), gradient)
+    _index("span_rows", span_rows, (gradient.shape[0],), gradient.device)
+    _within("span_rows", span_rows, grad.shape[0])
+    _dtype("dtype", dtype)
+
+
+def hidden_alignment(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    matmul_dtype: torch.dtype,
+    with_gradient: bool = False,
+) -> None:
+    """student [T, d_S], teacher [T, d_T], tokens and weights [C], proj_weight [d_T, d_S], proj_bias [d_T]."""
+    _floating("student", student, (None, None))
+    _floating("teacher", teacher, (student.shape[0], None), student)
+    if 0 in (student.shape[1], teacher.shape[1]):
+        raise InputError(
+            f"student, teacher: expected widths of at least 1, got {student.shape[1]} and {teacher.shape[1]}"
+        )
+    _tokens(tokens, student.shape[0], student.device)
+    _floating("weights", weights, (tokens.shape[0],), student)
+    _floating("proj_weight", proj_weight, (teacher.shape[1], student.shape[1]), student)
+    if proj_bias is not None:
+        _floating("proj_bias", proj_bias, (teacher.shape[1],), student)
+    _dtype("matmul_dtype", matmul_dtype)
+
+
+def hidden_alignment_gradient(
+    gradient: AlignmentGradient,
+    tokens: Tensor,
+    grad: Tensor,
+    num_tokens: int,
+    student_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> None:
+    """gradient: rows [C, d_S], weight [d_T, d_S], bias [d_T] or [0]; tokens [C]; grad: one value."""
+    rows, weight, bias = gradient
+    _floating("gradient.weight", weight, (None, None))
+    _floating("gradient.student", rows, (None, weight.shape[1]), weight)
+    _floating("gradient.bias", bias, (weight.shape[0] if bias.numel() else 0,), weight)
+    if grad.numel() != 1 or grad.dtype not in FLOATS or grad.device != weight.device:
+        raise InputError(f"grad: expected one floating value on {weight.device}, got {_described(grad)}")
+    _count("num_tokens", num_tokens)
+    _tokens(tokens, num_tokens, weight.device)
+    _same_size("tokens", tokens, rows.shape[0], "tokens, as in gradient.student")
+    _dtype("student_dtype", student_dtype)
+    _dtype("weight_dtype", weight_dtype)
+    _dtype("bias_dtype", bias_dtype)
+
+
+def entropy_weights(logits: Tensor) -> None:
+    """logits [..., V >= 2]."""
+    if logits is None:
+        raise InputError("logits: expected a tensor, got None")
+    if logits.dtype not in FLOATS or logits.ndim == 0 or logits.layout != torch.strided:
+        raise InputError(f"logits: expected a dense floating tensor [..., V], got {_described(logits)}")
+    if logits.shape[-1] < 2:
+        raise InputError(f"logits: expected a vocabulary of at least 2, got {logits.shape[-1]}")
+    _sizes("logits", logits)
+
+
+def check_method(method: str) -> None:
+    """``method`` is one of span_pairs' forms."""
+    if method not in METHODS:
+        raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    check.__name__: check
+    for check in (
+        token_importance,
+        span_weights,
+        pool_spans,
+        pool_spans_gradient,
+        span_pairs,
+        span_pairs_gradient,
+        hidden_alignment,
+        hidden_alignment_gradient,
+    )
+}
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+def _floating(name: str, tensor: Tensor, shape: tuple[int | None, ...], beside: Tensor | None = None) -> None:
+    """A dense floating tensor of this shape (None: any size), on the device of ``beside``."""
+    if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+        raise InputError(
+            f"{name}: expected a dense tensor of float64, float32, bfloat16 or float16, got {tensor.dtype}"
+        )
+    _shape(name, tensor, shape)
+    if beside is not None and tensor.device != beside.device:
+        raise InputError(f"{name}: expected on {beside.device}, got {tensor.device}")
+
+
+def _index(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
+    """An int32 tensor of this shape on ``device``."""
+    if tensor.dtype != torch.int32 or tensor.layout != torch.strided:
+        raise InputError(f"{name}: expected a dense tensor of int32, got {tensor.dtype}; use .int()")
+    _shape(name, tensor, shape)
+    if tensor.device != device:
+        raise InputError(f"{name}: expected on {device}, got {tensor.device}")
+
+
+def _shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+    got = tensor.shape
+    if len(got) != len(shape) or any(n is not None and n != m for n, m in zip(shape, got, strict=True)):
+        expected = ", ".join("any" if n is None else str(n) for n in shape)
+        raise InputError(f"{name}: expected shape [{expected}], got {list(got)}")
+    _sizes(name, tensor)
+
+
+def _sizes(name: str, tensor: Tensor) -> None:
+    if any(n > MOST for n in tensor.shape):
+        raise InputError(f"{name}: expected sizes below 2^31, got {list(tensor.shape)}")
+
+
+def _same_size(name: str, tensor: Tensor, size: int, what: str) -> None:
+    if tensor.shape[0] != size:
+        raise InputError(f"{name}: expected {size} {what}, got {tensor.shape[0]}")
+
+
+def _dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise InputError(f"{name}: expected a floating dtype, got {dtype}")
+
+
+def _count(name: str, value: int) -> None:
+    if not 0 <= value <= MOST:
+        raise InputError(f"{name}: expected a number from 0 to 2^31 - 1, got {value}")
+
+
+# --- values, where they lie on the CPU ---------------------------------------------------------------------------
+
+
+def _readable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _values(tensor: Tensor) -> npt.NDArray[np.int64]:
+    return tensor.numpy().astype(np.int64)
+
+
+def _within(name: str, tensor: Tensor, bound: int) -> None:
+    """Every value is in [0, bound)."""
+    if not _readable(tensor) or not tensor.numel():
+        return
+    low, high = map(int, torch.aminmax(tensor))
+    if low < 0 or high >= bound:
+        raise InputError(f"{name}: expected indices from 0 to {bound - 1}, got {low if low < 0 else high}")
+
+
+def _splits(name: str, tensor: Tensor, total: int) -> None:
+    """Splits [n + 1]: 0 first, never decreasing, ``total`` last."""
+    if not tensor.shape[0]:
+        raise InputError(f"{name}: expected at least 1 value, got none")
+    if not _readable(tensor):
+        return
+    values = _values(tensor)
+    if values[0] != 0 or values[-1] != total or (np.diff(values) < 0).any():
+        raise InputError(f"{name}: expected 0 first, no decrease and {total} last, got {_some(values)}")
+
+
+def _some(values: npt.NDArray[Any]) -> str:
+    return str(values.tolist()) if values.size <= 8 else f"{values[:4].tolist()} ... {values[-4:].tolist()}"
+
+
+def _tokens(tokens: Tensor, bound: int, device: torch.device) -> None:
+    """Distinct int32 or int64 indices [C] below ``bound``."""
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"tokens: expected int32 or int64, got {tokens.dtype}")
+    _shape("tokens", tokens, (None,))
+    if tokens.device != device:
+        raise InputError(f"tokens: expected on {device}, got {tokens.device}")
+    _within("tokens", tokens, bound)
+    if _readable(tokens):
+        values = _values(tokens)
+        if (np.diff(values) <= 0).any() and len(np.unique(values)) < len(values):
+            raise InputError("tokens: expected distinct indices, got one twice")
+
+
+def _rows(rows: Tensor, rows_host: Tensor, hidden: Tensor) -> None:
+    """rows [B, 2] (start, length) and the same on the CPU: ascending, apart, within the tokens."""
+    _index("rows_host", rows_host, (None, 2), rows_host.device)
+    _index("rows", rows, (rows_host.shape[0], 2), hidden.device)
+    if not _readable(rows_host):
+        return
+    values = _values(rows_host)
+    start, length = values[values[:, 1] != 0].T
+    if (start < np.append(0, (start + length)[:-1])[: len(start)]).any() or (values < 0).any():
+        raise InputError(f"rows_host: expected (start, length) that ascend and don't overlap, got {_some(values)}")
+    if (values.sum(1) > hidden.shape[0]).any():
+        raise InputError(f"rows_host: expected rows within the {hidden.shape[0]} tokens, got {_some(values)}")
+    if _readable(rows) and not torch.equal(rows, rows_host):
+        raise InputError(f"rows: expected what rows_host holds, {_some(values)}, got {_some(_values(rows))}")
+
+
+def _splits_of_host(span_splits: Tensor, host: Tensor, size: int, prefix: str = "") -> None:
+    _index(f"{prefix}host", host, (span_splits.shape[0], 2), host.device)
+    _splits(f"{prefix}span_splits", span_splits, size)
+    if _readable(host):
+        _splits(f"{prefix}host", host[:, 0], size)
+        if _readable(span_splits) and not torch.equal(host[:, 0], span_splits):
+            raise InputError(f"{prefix}host: expected span_splits in its first column, got {_some(_values(host[:, 0]))}")
+
+
+def _spans(spans: Spans, tokens: Tensor) -> None:
+    """The index tensors of spans over ``tokens`` [T, ...]."""
+    device, size = tokens.device, tokens.shape[0]
+    _index("spans.ranges", spans.ranges, (None, 2), device)
+    for name in ("span_splits", "covered", "cover_spans"):
+        _index(f"spans.{name}", getattr(spans, name), (None,), device)
+    n, rows, covered = len(spans.ranges), len(spans.span_splits), len(spans.covered)
+    shapes = {"span_rows": n, "covered_rows": covered, "covered_splits": rows}
+    shapes |= {"cover_splits": covered + 1, "token_splits": size + 1}
+    for name, length in shapes.items():
+        _index(f"spans.{name}", getattr(spans, name), (length,), device)
+    _splits_of_host(spans.span_splits, spans.host, n, "spans.")
+    if not _readable(spans.ranges):
+        return
+    start, end = _values(spans.ranges).T
+    _within("spans.ranges", spans.ranges, size + 1)
+    if (start > end).any():
+        u = int((start > end).argmax())
+        raise InputError(f"spans.ranges: expected start <= end, got ({start[u]}, {end[u]}) in row {u}")
+    _within("spans.span_rows", spans.span_rows, rows - 1)
+    _within("spans.covered", spans.covered, size)
+    if (np.diff(_values(spans.covered)) <= 0).any():
+        raise InputError(f"spans.covered: expected ascending indices, got {_some(_values(spans.covered))}")
+    _within("spans.covered_rows", spans.covered_rows, rows - 1)
+    _splits("spans.covered_splits", spans.covered_splits, covered)
+    incidences = len(spans.cover_spans)
+    _splits("spans.cover_splits", spans.cover_splits, incidences)
+    _splits("spans.token_splits", spans.token_splits, incidences)
+    _within("spans.cover_spans", spans.cover_spans, n)
+    totals = np.append(0, np.cumsum(end - start))[_values(spans.span_splits)]
+    if _readable(spans.host) and (_values(spans.host)[:, 1] != totals).any():
+        raise InputError(
+            f"spans.host: expected the running number of tokens in the ranges, {_some(totals)}, in its second column, "
+            f"got {_some(_values(spans.host)[:, 1])}"
+        )
