@@ -51,7 +51,8 @@ def test_a_path_means_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.Mo
     assert user_path("~/a") == user_path(Path("~/a")) == tmp_path / "a"
     assert user_path("~") == tmp_path
     assert user_path("~root/a") == root / "a"
-    assert [str(user_path(name)) for name in ("a/~", "./~/a", "$HOME/a", "/a")] == ["a/~", "~/a", "$HOME/a", "/a"]
+    assert user_path("./~/a") == Path(user_source("./~/a")) == tmp_path / "a"
+    assert [str(user_path(name)) for name in ("a/~", "$HOME/a", "/a/~")] == ["a/~", "$HOME/a", "/a/~"]
     assert [user_source(name) for name in ("org/model", "sample", "package:x", "~/m")] == [
         "org/model",
         "sample",
@@ -387,7 +388,17 @@ def test_two_commands_in_one_folder(
         "ablate": lambda: ["ablate", "run.yaml"],
         "eval": lambda: ["eval", "teacher", "--data", "sample", "--out", "out"],
         "demo": lambda: ["demo", "--out", "out"],
-        "generate": lambda: "generate --student teacher --teacher teacher --data sample --out out".split(),
+        "generate": lambda: [
+            "generate",
+            "--student",
+            "teacher",
+            "--teacher",
+            "teacher",
+            "--data",
+            "sample",
+            "--out",
+            "out",
+        ],
     }
     with lock_folder(folder):
         before = _contents(home)
