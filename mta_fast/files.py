@@ -36,7 +36,8 @@ class CheckpointError(MTAFastError, OSError):
 def user_path(path: str | os.PathLike[str]) -> Path:
     """The path that a user wrote: ``~`` and ``~user`` at its start are home folders, everything else stays.
 
-    Variables such as ``$HOME`` are the shell's and are not replaced; ``./~`` is a folder of that name.
+    Variables such as ``$HOME`` are the shell's and are not replaced. ``./~`` is the home folder too, as Python's paths
+    drop the ``./``; a folder of that name is reached by its whole path.
 
     Raises:
         InputError: an empty path, one with a null character, or the home folder of an unknown user.
@@ -48,7 +49,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise InputError(
-            f"{text}: expected a path, got the home folder of an unknown user; write it out, or ./{text} for that name"
+            f"{text}: expected a path, got the home folder of an unknown user; write it out from / on"
         ) from None
 
 
@@ -58,7 +59,7 @@ def user_source(name: str) -> str:
     Raises:
         InputError: as ``user_path`` does.
     """
-    return str(user_path(name)) if name.startswith("~") else name
+    return str(user_path(name)) if str(Path(name)).startswith("~") else name
 
 
 # --- what a target may replace -----------------------------------------------------------------------------------
