@@ -16,8 +16,8 @@ from mta_fast.distill.interrupt import FinishStep
 from mta_fast.distill.models import load_model, load_tokenizer
 from mta_fast.distill.pairs import load_pairs
 from mta_fast.distill.settings import LoraSettings, TrainSettings
-from mta_fast.errors import InputError, MissingPackageError
-from mta_fast.interrupt import exit_code
+from mta_fast.errors import TERMINATED, InputError, MissingPackageError
+from mta_fast.interrupt import Terminated, exit_code
 from mta_fast.layers import num_layers
 from mta_fast.spans.cache import SpanCache
 from mta_fast.spans.extract import SpanExtractor
@@ -61,20 +61,28 @@ def train(
             f"{out}: expected a new output_dir, it holds {checkpoint.name}; go on with --resume, or move it"
         )
     with FinishStep() as finish:
-        if checkpoint is not None:
-            resuming.check(checkpoint, out, settings, allow_changes=allow_changes)
-        trainer = build_trainer(settings)
-        trainer.run_settings, trainer.verified = settings.to_dict(), checkpoint
-        if trainer.is_world_process_zero():
-            resuming.record(out, settings)
-        finish.watch(trainer)
-        trainer.train(resume_from_checkpoint=checkpoint, allow_changes=allow_changes)
-        if trainer.stopped:
-            _say(trainer, f"stopped after step {trainer.state.global_step}; go on with --resume")
-            trainer.accelerator.wait_for_everyone()
-            trainer.accelerator.end_training()
-            return exit_code(finish.signal)
-        _finish(trainer, out)
+        try:
+            return _train(settings, checkpoint, finish, allow_changes)
+        except Terminated:  # while there was nothing to save
+            return TERMINATED
+
+
+def _train(settings: TrainSettings, checkpoint: Path | None, finish: FinishStep, allow_changes: bool) -> int:
+    out = Path(settings.output_dir)
+    if checkpoint is not None:
+        resuming.check(checkpoint, out, settings, allow_changes=allow_changes)
+    trainer = build_trainer(settings)
+    trainer.run_settings, trainer.verified = settings.to_dict(), checkpoint
+    if trainer.is_world_process_zero():
+        resuming.record(out, settings)
+    finish.watch(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint, allow_changes=allow_changes)
+    if trainer.stopped:
+        _say(trainer, f"stopped after step {trainer.state.global_step}; go on with --resume")
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+        return exit_code(finish.signal)
+    _finish(trainer, out)
     return 0
 
 
