@@ -267,6 +267,110 @@ def test_a_student_of_another_shape_is_refused(tmp_path: Path) -> None:
         checkpoints.load_student(folder, other)
 
 
+_FAMILIES: dict[str, dict[str, Any]] = {
+    name: {"moe_intermediate_size": 16, "num_experts": 2, "num_experts_per_tok": 1, "num_local_experts": 2} | more
+    for name, more in {
+        "GPTNeoX": {},
+        "Mixtral": {},
+        "Qwen2Moe": {"shared_expert_intermediate_size": 16},
+        "Qwen3Moe": {"head_dim": 16},
+        "DeepseekV3": {
+            "n_routed_experts": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+        "Olmoe": {},
+        "GraniteMoe": {},
+        "Gemma3Text": {"head_dim": 16},
+        "Gemma2": {"head_dim": 16},
+        "GPT2": {},
+        "GPTJ": {"rotary_dim": 4},
+        "OPT": {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        "Bloom": {},
+        "Falcon": {},
+        "Phi": {},
+        "Phi3": {},
+        "Qwen3": {"head_dim": 16},
+        "Llama": {"tie_word_embeddings": True},
+    }.items()
+}
+
+
+@pytest.mark.parametrize("name", _FAMILIES)
+def test_students_are_read_whatever_names_their_files_have(tmp_path: Path, name: str) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = getattr(transformers, f"{name}Config")(**sizes | _FAMILIES[name])
+    trained, student = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    trained.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    checkpoints.load_student(tmp_path, student)
+    expected = trained.state_dict()
+    assert student.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in student.state_dict().items())
+    tied = [model.get_output_embeddings().weight is model.get_input_embeddings().weight for model in (trained, student)]
+    assert tied[0] == tied[1]
+
+
+def test_a_student_with_a_weight_too_few_or_of_another_width_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    student = make_model("llama", 2, vocabulary=64)
+    student.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    wrong = {key: value for key, value in state.items() if key != name}
+    for changed in (wrong, state | {"model.layers.7.extra": torch.ones(1)}, state | {name: torch.ones(3, 5)}):
+        save_file(changed, file, metadata={"format": "pt"})
+        with pytest.raises(InputError, match="expected the weights of this student, 1 differ: .*model.layers"):
+            checkpoints.load_student(tmp_path, student)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception("No space left on device (os error 28)"),  # tokenizers
+        RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 448 vs 342"),
+        RuntimeError("basic_ios::clear: file write failed"),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_whatever_fails_to_write_is_said_in_one_line(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(CheckpointError, match="expected to write it whole, got: ") as told:
+        _write_and_raise(tmp_path / "student", error)
+    assert "\n" not in str(told.value)
+    with pytest.raises(ValueError, match="a bug"):
+        _write_and_raise(tmp_path / "student", ValueError("a bug"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_under_torch_save(tmp_path: Path) -> None:
+    """torch reports it as an error of its own, from the end of the file that it could not write."""
+
+    class Full:
+        def write(self, data: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+        def flush(self) -> None:
+            pass
+
+    def save() -> None:
+        with atomic_folder(tmp_path / "student"):
+            torch.save({"a": torch.ones(100000)}, Full())  # type: ignore[arg-type]  # what is tried
+
+    with pytest.raises(CheckpointError, match="expected to write it whole, got: "):
+        save()
+
+
 def test_settings_beside_the_projections_are_readable(tmp_path: Path) -> None:
     make_trainer(tmp_path, max_steps=2, **SAVING).train()
     settings = json.loads((tmp_path / "checkpoint-2/mta/config.json").read_text())

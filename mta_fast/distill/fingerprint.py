@@ -200,7 +200,7 @@ def of_method(name: str, method: BaseMethod | None) -> Fingerprint:
         elif isinstance(value, functools.partial):  # a loss with its options
             options = inspect.signature(value).parameters.values()
             values |= {f"{own}.{each.name}": plain(each.default) for each in options if each.default is not each.empty}
-        elif isinstance(value, (bool, int, float, str, tuple, dict)) and key != "progress":
+        elif isinstance(value, (bool, int, float, str, tuple, dict)) and key not in ("progress", "_name"):
             values[own] = plain(value)
     return values
 

@@ -21,7 +21,7 @@ from mta_fast.distill.models import load_model, load_tokenizer, model_places
 from mta_fast.distill.pairs import load_pairs
 from mta_fast.distill.resuming import CONFIG_FILE
 from mta_fast.distill.settings import LoraSettings, TrainSettings
-from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.errors import TERMINATED, InputError, MissingPackageError
 from mta_fast.files import (
     MARKER,
     Kind,
@@ -34,7 +34,7 @@ from mta_fast.files import (
     write_whole,
 )
 from mta_fast.files import PICTURE as EARLIER_PICTURE
-from mta_fast.interrupt import exit_code
+from mta_fast.interrupt import Terminated, exit_code
 from mta_fast.layers import num_layers
 from mta_fast.locks import lock_folder
 from mta_fast.spans.cache import SpanCache
@@ -74,10 +74,16 @@ def train(
     with ExitStack() as stack:
         if _first_rank():  # alone at work in the folder; the ranks of one run share it
             stack.enter_context(lock_folder(Path(settings.output_dir)))
-        return _train(settings, resume, match_time, allow_changes)
+        finish = stack.enter_context(FinishStep())
+        try:
+            return _train(settings, resume, match_time, allow_changes, finish)
+        except Terminated:  # while there was nothing to save
+            return TERMINATED
 
 
-def _train(settings: TrainSettings, resume: bool, match_time: Path | None, allow_changes: bool) -> int:
+def _train(
+    settings: TrainSettings, resume: bool, match_time: Path | None, allow_changes: bool, finish: FinishStep
+) -> int:
     """What ``train`` does once output_dir is its own."""
     out = Path(settings.output_dir)
     if match_time is not None:
@@ -88,21 +94,20 @@ def _train(settings: TrainSettings, resume: bool, match_time: Path | None, allow
             f"{out}: expected a new output_dir, it holds {checkpoint.name}; go on with --resume, or move it"
         )
     check_run(settings, resume=resume, going_on=checkpoint is not None)
-    with FinishStep() as finish:
-        if checkpoint is not None:
-            resuming.check(checkpoint, out, settings, allow_changes=allow_changes)
-        trainer = build_trainer(settings)
-        trainer.run_settings, trainer.verified = settings.to_dict(), checkpoint
-        if trainer.is_world_process_zero():
-            resuming.record(out, settings)
-        finish.watch(trainer)
-        trainer.train(resume_from_checkpoint=checkpoint, allow_changes=allow_changes)
-        if trainer.stopped:
-            _say(trainer, f"stopped after step {trainer.state.global_step}; go on with --resume")
-            trainer.accelerator.wait_for_everyone()
-            trainer.accelerator.end_training()
-            return exit_code(finish.signal)
-        _finish(trainer, out)
+    if checkpoint is not None:
+        resuming.check(checkpoint, out, settings, allow_changes=allow_changes)
+    trainer = build_trainer(settings)
+    trainer.run_settings, trainer.verified = settings.to_dict(), checkpoint
+    if trainer.is_world_process_zero():
+        resuming.record(out, settings)
+    finish.watch(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint, allow_changes=allow_changes)
+    if trainer.stopped:
+        _say(trainer, f"stopped after step {trainer.state.global_step}; go on with --resume")
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+        return exit_code(finish.signal)
+    _finish(trainer, out)
     return 0
 
 

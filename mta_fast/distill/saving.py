@@ -156,6 +156,12 @@ class WholeCheckpoints(Trainer):
 
     # --- going on ------------------------------------------------------------------------------------------------
 
+    def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
+        """The Trainer's; how often it logs, evaluates and saves is what the arguments say now, not the checkpoint's."""
+        found = super()._init_training_state(max_steps, *args, **options)
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
     @functools.cached_property
     def run_fingerprint(self) -> fingerprint.Fingerprint:
         """What this run is made of; its data is read through once."""
