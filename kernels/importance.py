@@ -97,7 +97,9 @@ def _token_scale(
             b_peak = tl.maximum(b_peak, tl.max(tl.abs(b_h), 1))
         b_power = power_of_two(b_peak)
         squares = _square_deviations(p_t, m_t, stride_d, width, TOKENS, BLOCK_D, ACC, UPCAST, b_power)
-        std = tl.where(m_fits, std, tl.sqrt(squares / (width - 1)) * power_of_two(b_power))  # a token's bits are its own
+        std = tl.where(
+            m_fits, std, tl.sqrt(squares / (width - 1)) * power_of_two(b_power)
+        )  # a token's bits are its own
     scale = tl.sqrt(tl.rsqrt(width.to(ACC)) * LOG2_E) / (std + STD_EPS)
     tl.store(scales + first_query + o_t, scale, mask=m_t)
 
