@@ -32,33 +32,45 @@ def reciprocal(values):
 
 
 @triton.jit
-def powers_of_two(values):
-    """2^-e and 2^e for values >= 0 in [2^e, 2^(e + 1)), as ``reference.power_of_two``: both exact, both normal."""
+def power_of_two(values):
+    """2^-e for values >= 0 in [2^e, 2^(e + 1)), as ``reference.power_of_two``: exact to multiply with."""
     if values.dtype == tl.float64:
-        wide = tl.minimum(tl.maximum(values.to(tl.int64, bitcast=True) >> 52, 1), 2045)
-        return ((2046 - wide) << 52).to(tl.float64, bitcast=True), (wide << 52).to(tl.float64, bitcast=True)
+        exponent = tl.minimum(tl.maximum(values.to(tl.int64, bitcast=True) >> 52, 1), 2045)
+        return ((2046 - exponent) << 52).to(tl.float64, bitcast=True)
     else:
         exponent = tl.minimum(tl.maximum(values.to(tl.int32, bitcast=True) >> 23, 1), 253)
-        return ((254 - exponent) << 23).to(tl.float32, bitcast=True), (exponent << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def unit_factors(norm):
-    """A power of two and a rest in (1/2, 1], 1 / norm together; the rest is 0 for a vector that counts as zero.
-
-    As ``reference.inverse_norms``. Times the power a row is near 1, and its products are within float32.
-    """
-    power, _ = powers_of_two(norm)
-    least = 2.0**-1022 if norm.dtype == tl.float64 else 2.0**-126
-    rest = tl.where(norm < least, 0.0, 1.0 / (norm * power))
-    return power, tl.where(norm == float("inf"), float("nan"), rest)
+        return ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def inverse_norm(norm):
     """``reference.inverse_norms``."""
-    power, rest = unit_factors(norm)
-    return power * rest
+    m_zero = norm < (2.0**-1022 if norm.dtype == tl.float64 else 2.0**-126)
+    inverse = tl.where(m_zero, 0.0, 1.0 / tl.where(m_zero, 1.0, norm))
+    return tl.where(norm == float("inf"), float("nan"), inverse)
+
+
+@triton.jit
+def unit_factors(norm):
+    """A power of two that brings a row near 1, where its products are within float32, and the rest of 1 / norm."""
+    power = power_of_two(norm)
+    return power, inverse_norm(norm) * power_of_two(power)
+
+
+@triton.jit
+def row_power(p, stride, width, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """The power of two that brings the largest value of a row [width] to [1, 2)."""
+    b_peak = tl.zeros((BLOCK_D,), dtype=ACC)
+    for start in range(0, width, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        b_peak = tl.maximum(b_peak, tl.abs(load(p + o_d * stride, o_d < width, ACC, True)))
+    return power_of_two(tl.max(b_peak, 0))
+
+
+@triton.jit
+def squares_fit(least, most):
+    """Whether sums of squares from ``least`` to ``most`` are right: no square that counts was flushed or is infinite."""
+    return (least >= 2.0**-80) & (most <= 2.0**120)
 
 
 @triton.jit

@@ -8,28 +8,19 @@ import triton.language as tl
 from torch import Tensor
 
 from mta_fast.contract import checked
-from mta_fast.kernels._device import inverse_norm, load, powers_of_two
+from mta_fast.kernels._device import inverse_norm, load, power_of_two, row_power, squares_fit
 from mta_fast.kernels._launch import launch, numerics, writable
 from mta_fast.reference import AlignmentGradient, compute_dtype, kept_dtype
 
 TOKEN_CHUNK = 4096  # tokens projected at a time: [4096, d_T], 34 MB of bfloat16 at d_T = 4,096, fits an H100's cache
 
 
-LEAST_SQUARES = tl.constexpr(2.0**-80)  # between them no square that counts was flushed, and none is infinite
-MOST_SQUARES = tl.constexpr(2.0**120)
-
-
 @triton.jit
 def _scaled_cosine(p_projected, p_teacher, stride_d, width, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
     """1 / |p|, 1 / |h| and cos(p, h), of rows whose squares leave the range of ACC."""
-    b_p_peak = tl.zeros((BLOCK_D,), dtype=ACC)
-    b_t_peak = tl.zeros((BLOCK_D,), dtype=ACC)
-    for start in range(0, width, BLOCK_D):
-        o_d = start + tl.arange(0, BLOCK_D)
-        b_p_peak = tl.maximum(b_p_peak, tl.abs(load(p_projected + o_d, o_d < width, ACC, True)))
-        b_t_peak = tl.maximum(b_t_peak, tl.abs(load(p_teacher + o_d * stride_d, o_d < width, ACC, True)))
-    down_p, up_p = powers_of_two(tl.max(b_p_peak, 0))
-    down_t, up_t = powers_of_two(tl.max(b_t_peak, 0))
+    down_p = row_power(p_projected, 1, width, BLOCK_D, ACC)
+    down_t = row_power(p_teacher, stride_d, width, BLOCK_D, ACC)
+    up_p, up_t = power_of_two(down_p), power_of_two(down_t)
     b_pp = tl.zeros((BLOCK_D,), dtype=ACC)
     b_pt = tl.zeros((BLOCK_D,), dtype=ACC)
     b_tt = tl.zeros((BLOCK_D,), dtype=ACC)
@@ -84,8 +75,7 @@ def _align(
     square_p, square_t, product = tl.sum(b_pp, 0), tl.sum(b_tt, 0), tl.sum(b_pt, 0)
     inverse_p, inverse_t = inverse_norm(tl.sqrt(square_p)), inverse_norm(tl.sqrt(square_t))
     cosine = product * inverse_p * inverse_t
-    least, most = tl.minimum(square_p, square_t), tl.maximum(square_p, square_t)
-    if ((least >= LEAST_SQUARES) & (most <= MOST_SQUARES)) == 0:
+    if squares_fit(tl.minimum(square_p, square_t), tl.maximum(square_p, square_t)) == 0:
         inverse_p, inverse_t, cosine = _scaled_cosine(p_projected, p_teacher, stride_d, width, BLOCK_D, ACC)
     tl.store(distances + i_c, weight * (1 - cosine))
     if WITH_GRADIENT:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mta_fast.contract import checked
 from mta_fast import reference
-from mta_fast.kernels._device import load, powers_of_two, products, reciprocal
+from mta_fast.kernels._device import load, power_of_two, products, reciprocal
 from mta_fast.kernels._launch import Numerics, launch, numerics
 from mta_fast.kernels._rows import SHORT_ROW, own_row, programs, slots, super_tile
 
@@ -96,9 +96,11 @@ def _token_scale(
             m_h = m_t[:, None] & (o_d < width)[None, :]
             b_h = load(p_t[:, None] + o_d[None, :] * stride_d, m_h, ACC, UPCAST).to(ACC)
             b_peak = tl.maximum(b_peak, tl.max(tl.abs(b_h), 1))
-        b_down, b_up = powers_of_two(b_peak)
-        squares = _square_deviations(p_t, m_t, stride_d, width, TOKENS, BLOCK_D, ACC, UPCAST, b_down)
-        std = tl.where(m_fits, std, tl.sqrt(squares / (width - 1)) * b_up)  # a token's bits are its own
+        b_power = power_of_two(b_peak)
+        squares = _square_deviations(p_t, m_t, stride_d, width, TOKENS, BLOCK_D, ACC, UPCAST, b_power)
+        std = tl.where(
+            m_fits, std, tl.sqrt(squares / (width - 1)) * power_of_two(b_power)
+        )  # a token's bits are its own
     scale = tl.sqrt(tl.rsqrt(width.to(ACC)) * LOG2_E) / (std + STD_EPS)
     tl.store(scales + first_query + o_t, scale, mask=m_t)
 
@@ -114,12 +116,12 @@ def _scaled_products(
     comes first. Else it would cost the tensor cores their direct way to the shared memory.
     """
     if tl.minimum(tl.min(b_scale_i, 0), tl.min(b_scale_j, 0)) < LEAST_SCALE:
-        b_down_i, b_up_i = powers_of_two(b_scale_i)
-        b_down_j, b_up_j = powers_of_two(b_scale_j)
+        b_inverse_i, b_inverse_j = power_of_two(b_scale_i), power_of_two(b_scale_j)
+        b_power_i, b_power_j = power_of_two(b_inverse_i), power_of_two(b_inverse_j)
         b_scores = products(
-            p_i, p_j, m_i, m_j, stride_d, stride_d, width, M, N, BLOCK_D, ACC, PRECISION, UPCAST, b_up_i, b_up_j
+            p_i, p_j, m_i, m_j, stride_d, stride_d, width, M, N, BLOCK_D, ACC, PRECISION, UPCAST, b_power_i, b_power_j
         )
-        b_scores = b_scores * (b_scale_i * b_down_i)[:, None] * (b_scale_j * b_down_j)[None, :]
+        b_scores = b_scores * (b_scale_i * b_inverse_i)[:, None] * (b_scale_j * b_inverse_j)[None, :]
     else:
         b_scores = products(p_i, p_j, m_i, m_j, stride_d, stride_d, width, M, N, BLOCK_D, ACC, PRECISION, UPCAST)
         b_scores = b_scores * b_scale_i[:, None] * b_scale_j[None, :]

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mta_fast.contract import checked
-from mta_fast.kernels._device import load, powers_of_two, reciprocal
+from mta_fast.kernels._device import load, power_of_two, reciprocal, row_power, squares_fit
 from mta_fast.kernels._launch import launch, numerics, writable
 from mta_fast.reference import Spans
 
@@ -97,27 +97,20 @@ def _share(total, DTYPE: tl.constexpr, ACC: tl.constexpr):
 
     The power brings subnormal weights, and those whose float64 total is beyond float32, near 1 before anything rounds.
     """
-    power, _ = powers_of_two(tl.abs(total).to(DTYPE))
+    power = power_of_two(tl.abs(total).to(DTYPE))
     return power, reciprocal((total * power.to(tl.float64)).to(ACC))
 
 
 @triton.jit
-def _squares(b_values, b_plain, b_small, b_large, ACC: tl.constexpr):
-    """Sums of squares: as they are, and of the values times and over a power of two; ``_norm`` takes one of them."""
-    SHIFT: tl.constexpr = 2.0**600 if ACC == tl.float64 else 2.0**75
-    b_up, b_down = b_values * SHIFT, b_values * (1 / SHIFT)
-    return b_plain + b_values * b_values, b_small + b_up * b_up, b_large + b_down * b_down
-
-
-@triton.jit
-def _norm(b_plain, b_small, b_large, ACC: tl.constexpr):
-    """The root of a sum of squares whose terms may have left the range of ACC: then of the other two that is right."""
-    SHIFT: tl.constexpr = 2.0**600 if ACC == tl.float64 else 2.0**75
-    LEAST: tl.constexpr = 2.0**-900 if ACC == tl.float64 else 2.0**-80
-    MOST: tl.constexpr = 2.0**1000 if ACC == tl.float64 else 2.0**110
-    plain = tl.sum(b_plain, 0)
-    small, large = tl.sqrt(tl.sum(b_small, 0)) * (1 / SHIFT), tl.sqrt(tl.sum(b_large, 0)) * SHIFT
-    return tl.where(plain < LEAST, small, tl.where(plain > MOST, large, tl.sqrt(plain)))
+def _scaled_norm(p, width, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
+    """The length of a row whose squares leave the range of ACC."""
+    power = row_power(p, 1, width, BLOCK_D, ACC)
+    b_square = tl.zeros((BLOCK_D,), dtype=ACC)
+    for start in range(0, width, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        b_value = tl.load(p + o_d, mask=o_d < width, other=0.0) * power
+        b_square += b_value * b_value
+    return tl.sqrt(tl.sum(b_square, 0)) * power_of_two(power)
 
 
 @triton.jit
@@ -145,9 +138,7 @@ def _pool(
         b_total += tl.load(weights + o_j, mask=o_j < end, other=0.0).to(tl.float64)
     total = tl.sum(b_total, 0)
     power, rest = _share(total, weights.dtype.element_ty, ACC)
-    b_plain = tl.zeros((BLOCK_D,), dtype=ACC)
-    b_small = tl.zeros((BLOCK_D,), dtype=ACC)
-    b_large = tl.zeros((BLOCK_D,), dtype=ACC)
+    b_square = tl.zeros((BLOCK_D,), dtype=ACC)
     for start_d in range(0, width, BLOCK_D):
         o_d = start_d + tl.arange(0, BLOCK_D)
         m_d = o_d < width
@@ -160,9 +151,14 @@ def _pool(
             b_share = (tl.load(weights + o_j, mask=m_j, other=0.0) * power).to(ACC) * rest
             b_sum += tl.sum(b_h * b_share[:, None], 0)
         tl.store(pooled + i_u * width + o_d, b_sum, mask=m_d)
-        b_plain, b_small, b_large = _squares(b_sum, b_plain, b_small, b_large, ACC)
+        b_square += b_sum * b_sum
+    square = tl.sum(b_square, 0)
+    length = tl.sqrt(square)
+    if squares_fit(square, square) == 0:
+        tl.debug_barrier()  # below, threads read values that others stored
+        length = _scaled_norm(pooled + i_u * width, width, BLOCK_D, ACC)
     tl.store(span_weight + i_u, total)
-    tl.store(norm + i_u, _norm(b_plain, b_small, b_large, ACC))
+    tl.store(norm + i_u, length)
 
 
 @checked
