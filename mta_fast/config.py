@@ -64,7 +64,8 @@ class MTAConfig:
             weighted); "entropy": the teacher's certainty replaces importance in both, never in pooling.
         normalization: "batch": numerators and denominators summed over the batch (paper); "sample": mean of rows.
         causal: importance attends to earlier tokens only.
-        count_padding: importance counts padded queries (public scripts).
+        count_padding: importance counts padded queries (public scripts), so that it depends on the padded length:
+            MTATrainer then pads to ``max_length``; in a loop of your own give ``SpanCollator(pad_to="max_length")``.
         projection_bias: whether the projections have a bias.
         dsa_method: "auto", "pairwise" or "gram".
         backend: "auto" or a backend's name.
@@ -154,7 +155,8 @@ class MTAConfig:
     def public(cls, pair: str = "gpt2", *, weight: float = 2.0, **changes: Any) -> MTAConfig:
         """What the authors' public scripts compute: weight * mean over layers of (DSA + 0.1 Hid).
 
-        Importance counts padded queries, and the student pools with its own importance.
+        Importance counts padded queries, and the student pools with its own importance. Rows must be padded to
+        ``max_length``, as the scripts do and MTATrainer does with this config.
 
         Args:
             pair: as in ``paper``, for the layers. weight: 2 or 3 in the scripts.

@@ -23,10 +23,11 @@ MAX_LENGTH = 256
 
 def test_sizes() -> None:
     tokenizer, rows = make_tokenizer(), make_rows()[:2]
-    options = {"teacher_tokenizer": make_tokenizer(300), "max_length": 100}
+    options: dict[str, Any] = {"teacher_tokenizer": make_tokenizer(300), "max_length": 100}
     batch = SpanCollator(tokenizer, pad_to="max_length", **options)(rows)
     assert batch["input_ids"].shape == batch["teacher_input_ids"].shape == batch["spans"]["word"].shape == (2, 100)
-    assert SpanCollator(tokenizer, pad_to="max_length", pad_to_multiple_of=64, **options)(rows)["labels"].shape[1] == 128
+    rounded = SpanCollator(tokenizer, pad_to="max_length", pad_to_multiple_of=64, **options)(rows)
+    assert rounded["labels"].shape[1] == 128
     assert SpanCollator(tokenizer, max_length=1000)(rows)["labels"].shape[1] < 300
     with pytest.raises(InputError, match="pad_to: expected one of longest, max_length, got 'max'"):
         SpanCollator(tokenizer, pad_to="max")

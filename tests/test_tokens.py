@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def _chat_tokenizer(before: str = BEGIN, behind: str = "") -> Any:
     made = copy.deepcopy(make_tokenizer())
     made.add_special_tokens({"bos_token": BEGIN, "unk_token": UNKNOWN})
     made.add_tokens([TURN], special_tokens=True)
-    added = [token for token in (*before.split(), *behind.split())]
+    added = f"{before} {behind}".split()
     made.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{before} $A {behind}".strip(),
         special_tokens=[(token, made.convert_tokens_to_ids(token)) for token in dict.fromkeys(added)],
@@ -123,7 +124,7 @@ def _covered(batch: dict[str, Any], spans: SpanBatch, tokenizer: Any) -> list[st
 
 def _lists(spans: SpanBatch) -> list[list[int]]:
     bounds = spans.cover_splits.tolist()
-    return [spans.cover_spans[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [spans.cover_spans[a:b].tolist() for a, b in itertools.pairwise(bounds)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
