@@ -27,7 +27,8 @@ def let_fsdp_run_on_cpus() -> None:
 def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = None) -> None:
     """Train four steps on 16 rows, evaluate, save and export; what each rank saw goes to OUT/rank-N.json.
 
-    ``method`` is a base method; "distillm" writes in every step, "clock" is SRKL that a second ends.
+    ``method`` is a base method; "distillm" writes in every step, "clock" is SRKL that a second ends, "stream" is SRKL
+    on a stream of ten rows in three parts, evaluated on seven.
     """
     if mode == "fsdp":
         let_fsdp_run_on_cpus()
@@ -45,6 +46,8 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
         options["span_extractor"] = SpanExtractor()
     elif method == "clock":
         options |= {"base_loss": "srkl", "max_seconds": 1.0, "max_steps": 1000, "eval_strategy": "no"}
+    elif method == "stream":
+        options["base_loss"] = "srkl"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if mode == "fsdp" else {}
     trainer = make_trainer(
@@ -62,6 +65,11 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
             **options,
         },
     )
+    if method == "stream":
+        import datasets
+
+        trainer.train_dataset = datasets.Dataset.from_list(uneven_rows()[:10]).to_iterable_dataset(num_shards=3)
+        trainer.eval_dataset = uneven_rows()[16:23]
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.export_student(Path(out) / "student")
     told = {

@@ -127,6 +127,15 @@ def test_base_methods_on_two_ranks_equal_one(tmp_path: Path, method: str) -> Non
     _assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
+def test_a_stream_on_two_ranks_equals_one(tmp_path: Path) -> None:
+    """Parts, rows and evaluation rows that two ranks can't share evenly: none is lost, none counts twice."""
+    _run(tmp_path / "one", "ddp", 1, "stream")
+    _run(tmp_path / "two", "ddp", WORLD, "stream")
+    _assert_same_run(tmp_path / "one", tmp_path / "two")
+    _run(tmp_path / "on", "ddp", WORLD, "stream", str(tmp_path / "two/checkpoint-2"))
+    _assert_same_run(tmp_path / "one", tmp_path / "on")
+
+
 def test_two_ranks_write_their_own_responses_and_go_on(tmp_path: Path) -> None:
     _run(tmp_path / "two", "ddp", WORLD, "distillm")
     history = _history(tmp_path / "two" / "checkpoint-4")
