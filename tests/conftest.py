@@ -20,6 +20,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` has a worker a core
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
     torch.set_num_threads(1)
 
+LONGEST = ("test_bench_static", "test_distributed", "test_kernels_contract", "test_kernels_memory")
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -41,6 +43,11 @@ def pytest_configure() -> None:
         return original(function, *args, **kwargs)
 
     InterpretedFunction.__call__ = call
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules first: begun last, one process would be at them long after the others are done."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import statistics
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from models import make_model, make_tokenizer
+from processes import wait_for
 
 pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 
+from mta_fast.__main__ import main
 from mta_fast.distill import ablation
 from mta_fast.distill.ablation import ablate, ablation_rows, interval_margin
 from mta_fast.distill.data import load_sample
@@ -195,14 +201,23 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
     assert ablation._call(["doctor"], tmp_path / "run.log") == 0
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_is_passed_on_and_stops_the_rest(tmp_path: Path) -> None:
-    """The real thing: the parent is interrupted while its child waits."""
-    import os
-    import signal
-    import threading
+    """The real thing: the parent is interrupted while its child is at work."""
+    out, ended = tmp_path / "demo", threading.Event()
 
-    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-    assert ablation._call(["demo", "--out", str(tmp_path / "demo")], tmp_path / "run.log") == 130
+    def interrupt() -> None:
+        wait_for(lambda: out.exists() or ended.is_set())
+        if not ended.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        assert ablation._call(["demo", "--out", str(out)], tmp_path / "run.log") == 130
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_fdd_keeps_its_layers_in_every_row(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,8 +277,15 @@ def test_gains_are_paired_by_seed(tmp_path: Path) -> None:
 # --- for real ----------------------------------------------------------------------------------------------------
 
 
-def test_two_rows_for_real(models: Path) -> None:
+def _in_this_process(command: Sequence[str], log: Path) -> int:
+    """``ablation._call`` without a process of its own, which the tests above start: six would import all anew."""
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        return main(list(command))
+
+
+def test_two_rows_for_real(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rouge_score")
+    monkeypatch.setattr(ablation, "_call", _in_this_process)
     options = ["--seeds", "10", "--max-rows", "2", "--max-prompt-length", "250", "--max-length", "258"]
     settings = _settings(models)
     code = ablate(settings, rows=["base", "full"], match_time=True, eval_data=["sample"], eval_options=options)

@@ -255,18 +255,19 @@ def test_the_gram_form_leaves_no_product_to_torch() -> None:
 
 
 def test_both_of_torchs_precision_settings_are_followed() -> None:
-    code = (
-        "import torch; from mta_fast.kernels._launch import numerics; x = torch.empty(2, 2)\n"
-        "found = [numerics(x).constants['PRECISION']]\n"
-        "{}\n"
-        "print(*found, numerics(x).constants['PRECISION'])"
-    )
-    for setting in (
+    settings = (
         "torch.set_float32_matmul_precision('high')",
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
         "torch.backends.fp32_precision = 'tf32'",
-    ):
-        assert _without_interpreter(code.format(setting)).split() == ["tf32x3", "tf32"], setting
+    )
+    code = (  # each in a process of its own, forked where torch is imported and has not been asked for anything
+        "import os, torch; from mta_fast.kernels._launch import numerics; x = torch.empty(2, 2)\n"
+        f"for setting in {settings!r}:\n"
+        "    if os.fork(): os.wait(); continue\n"
+        "    before = numerics(x).constants['PRECISION']; exec(setting)\n"
+        "    print(before, numerics(x).constants['PRECISION'], flush=True); os._exit(0)\n"
+    )
+    assert _without_interpreter(code).splitlines() == ["tf32x3 tf32"] * len(settings)
 
 
 def test_importance_follows_the_matmul_precision(tensor_cores: list[str]) -> None:

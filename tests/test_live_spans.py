@@ -125,9 +125,7 @@ def test_an_exception_of_the_extractor_is_raised_by_result(pool: SpanPool) -> No
     assert _pids(pool) == before
 
 
-def test_the_time_that_result_waits_is_counted(
-    pool: SpanPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_time_that_result_waits_is_counted(pool: SpanPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text, seconds in (("a", 0), (f"until:{tmp_path / 'go'}", 3)):
         pending = pool.submit([text])
         if not seconds:

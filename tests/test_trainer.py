@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from training import CONFIG, STUDENT_LAYERS, TEACHER_LAYERS, logged, make_rows, 
 
 from mta_fast import MTALoss, SpanCollator, capture_layers
 from mta_fast.config import MTAConfig
+from mta_fast.distill import stopwatch
 from mta_fast.distill.losses import skewed_reverse_kl
 from mta_fast.errors import InputError
 
@@ -121,21 +123,24 @@ def test_gradient_norms_on_request(tmp_path: Path) -> None:
     assert logged(trainer, "grad_norm")[0] > 0
 
 
-def test_share_of_the_step(tmp_path: Path) -> None:
+def test_share_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that shows a second more after the MTA loss, and three more in the rest of each step."""
+    seconds = [0.0]
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
     trainer = make_trainer(tmp_path)
-    slow = trainer.model.mta.forward
+    mta, step = trainer.model.mta.forward, trainer.training_step
 
-    def slower(*args: Any, **kwargs: Any) -> Any:
-        import time
+    def after(pause: float, function: Any) -> Any:
+        def slower(*args: Any, **kwargs: Any) -> Any:
+            seconds[0] += pause
+            return function(*args, **kwargs)
 
-        time.sleep(0.3)
-        return slow(*args, **kwargs)
+        return slower
 
-    trainer.model.mta.forward = slower
+    trainer.model.mta.forward = after(1.0, mta)
+    monkeypatch.setattr(trainer, "training_step", after(3.0, step))
     trainer.train()
-    shares = logged(trainer, "mta_share_of_step")
-    assert len(shares) == 4
-    assert all(0.3 < share < 1 for share in shares)
+    assert logged(trainer, "mta_share_of_step") == [0.25] * 4
 
 
 def test_tensorboard(tmp_path: Path) -> None:
