@@ -69,7 +69,7 @@ def row_power(p, stride, width, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def squares_fit(least, most):
-    """Whether sums of squares from ``least`` to ``most`` are right: no square that counts was flushed or is infinite."""
+    """Whether sums of squares from ``least`` to ``most`` are right: none that counts was flushed or is infinite."""
     return (least >= 2.0**-80) & (most <= 2.0**120)
 
 

@@ -115,7 +115,10 @@ def _scaled_products(
     Where states are so large that a product could overflow though its score does not, a power of two of each scale
     comes first. Else it would cost the tensor cores their direct way to the shared memory.
     """
-    if tl.minimum(tl.min(b_scale_i, 0), tl.min(b_scale_j, 0)) < LEAST_SCALE:
+    if p_i.dtype.element_ty == tl.float16:  # has no states so large
+        b_scores = products(p_i, p_j, m_i, m_j, stride_d, stride_d, width, M, N, BLOCK_D, ACC, PRECISION, UPCAST)
+        b_scores = b_scores * b_scale_i[:, None] * b_scale_j[None, :]
+    elif tl.minimum(tl.min(b_scale_i, 0), tl.min(b_scale_j, 0)) < LEAST_SCALE:
         b_inverse_i, b_inverse_j = power_of_two(b_scale_i), power_of_two(b_scale_j)
         b_power_i, b_power_j = power_of_two(b_inverse_i), power_of_two(b_inverse_j)
         b_scores = products(

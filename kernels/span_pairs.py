@@ -53,7 +53,9 @@ def _pairs(
     """terms_i = W_i sum_j W_j e_ij^2 with e = cos^S - cos^T, and d(sum of terms) / d(student_i), of TILE spans i.
 
     Rows are multiplied with a power of two as they are loaded, and the rest of 1 / |v| comes after the products: their
-    sums stay within float32. With u = v / |v|: g_i = 4 W_i sum_j W_j e_ij u_j, of which only the part orthogonal to u_i counts; its part along
+    sums stay within float32.
+
+    With u = v / |v|: g_i = 4 W_i sum_j W_j e_ij u_j, of which only the part orthogonal to u_i counts; its part along
     u_i is 4 W_i sum_j W_j e_ij cos^S_ij. The gradient grows in memory, which this program alone writes: the barriers
     order its stores before its own loads of what other threads stored.
     """

@@ -1,4 +1,4 @@
-"""Weights and states of any size: what a square or a sum in float32 can't hold has the value of float64 all the same."""
+"""Weights and states of any size: where float32 can't hold a square or a sum, results are still those of float64."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_values_whose_sum_is_subnormal(backend: str) -> None:
 
 @pytest.mark.parametrize("gap", [60, 86, 90, 100, 110, 1e6])
 def test_softmax_terms_that_vanish(gap: float, backend: str) -> None:
-    """One key is far below the other for two of three queries: its importance is exp(-gap) where float32 has it, else 0."""
+    """One key is far below the other for two of three queries: exp(-gap) of importance where float32 has it, else 0."""
     width = 64
     hidden = torch.ones(3, width)
     hidden[:, 1::2] = -1
