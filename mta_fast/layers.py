@@ -186,8 +186,8 @@ def _places_in_tuple(model: nn.Module, wanted: list[int], depth: int) -> dict[in
         return {layer: layer for layer in wanted}
     if 0 in wanted:
         raise InputError(
-            f"layers: expected 1 to {depth} of a compiled {kind} model, whose hidden_states lack the embeddings, got 0; "
-            f"capture before compiling"
+            f"layers: expected 1 to {depth} of a compiled {kind} model, whose hidden_states lack the embeddings, "
+            f"got 0; capture before compiling"
         )
     return {layer: layer if layer == depth else layer - 1 for layer in wanted}
 
@@ -209,8 +209,8 @@ def _ask_for_states(model: nn.Module, places: dict[int, int], captured: Captured
         states = getattr(output, "hidden_states", None)
         if states is None or any(states[place] is None for place in places.values()):
             raise InputError(
-                f"capture_layers: expected an output with the hidden states {list(places)}, got {type(output).__name__} "
-                f"without them; call the model with return_dict=True"
+                f"capture_layers: expected an output with the hidden states {list(places)}, got "
+                f"{type(output).__name__} without them; call the model with return_dict=True"
             )
         captured.update({layer: states[place] for layer, place in places.items()})
 

@@ -257,8 +257,8 @@ def outcome(name: str, arguments: Arguments) -> bool:
         for tensor in tensors(operator(name)(**arguments)):
             tensor.detach().double().sum()  # what it holds can be read
     except (RuntimeError, ValueError, TypeError) as error:
-        words = set(re.findall(r"\w+", str(error)))
-        assert words & names_in(name), f"{type(error).__name__} names no argument of {name}: {error}"
+        if not set(re.findall(r"\w+", str(error))) & names_in(name):
+            raise AssertionError(f"{type(error).__name__} names no argument of {name}: {error}") from error
         return False
     return True
 
@@ -267,10 +267,10 @@ def described(value: Any) -> str:
     """An argument in a line of the log."""
     if not isinstance(value, Tensor):
         return f"[{', '.join(map(described, value))}]" if isinstance(value, list) else str(value)
-    small = (
-        0 < value.numel() <= 40 and not value.is_floating_point() and value.device.type == "cpu" and not value.is_sparse
-    )
-    return f"{value.dtype}{list(value.shape)} {value.stride() if not value.is_sparse else value.layout} {value.tolist() if small else ''}"
+    if value.is_sparse:
+        return f"{value.dtype}{list(value.shape)} sparse"
+    small = 0 < value.numel() <= 40 and not value.is_floating_point() and value.device.type == "cpu"
+    return f"{value.dtype}{list(value.shape)} {value.stride()} {value.tolist() if small else value.device}"
 
 
 def run(seed: int, cases: int, log: int) -> dict[str, list[int]]:
