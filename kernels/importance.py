@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_fast.contract import checked
 from mta_fast import reference
+from mta_fast.contract import checked
 from mta_fast.kernels._device import load, power_of_two, products, reciprocal
 from mta_fast.kernels._launch import Numerics, launch, numerics
 from mta_fast.kernels._rows import SHORT_ROW, own_row, programs, slots, super_tile

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_fast.contract import checked
 from mta_fast import reference
+from mta_fast.contract import checked
 from mta_fast.kernels import gram
 from mta_fast.kernels._device import find_span_row, load, products, scaled, unit_factors
 from mta_fast.kernels._launch import launch, numerics

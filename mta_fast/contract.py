@@ -353,7 +353,9 @@ def _splits_of_host(span_splits: Tensor, host: Tensor, size: int, prefix: str = 
     if _readable(host):
         _splits(f"{prefix}host", host[:, 0], size)
         if _readable(span_splits) and not torch.equal(host[:, 0], span_splits):
-            raise InputError(f"{prefix}host: expected span_splits in its first column, got {_some(_values(host[:, 0]))}")
+            raise InputError(
+                f"{prefix}host: expected span_splits in its first column, got {_some(_values(host[:, 0]))}"
+            )
 
 
 def _spans(spans: Spans, tokens: Tensor) -> None:

@@ -1,7 +1,9 @@
 """Which layers to align, and how to get exactly those hidden states out of a model.
 
 Indices follow the ``hidden_states`` of transformers: 0 is the embeddings, k the residual stream after block k,
-and N that stream after the final norm.
+and N that stream after the final norm. That holds for every model, also for those whose own tuple begins after block 1
+(Mamba, Mamba-2, Falcon-Mamba and RWKV: its entry k - 1 is layer k, and the embeddings are not in it): capture their
+layers, and don't hand their tuple to ``MTALoss``.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mta_fast.errors import InputError
+
+# model types without the embeddings in their hidden_states: N states after blocks, then the one after the final norm
+_TUPLE_FROM_BLOCK_1 = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv"})
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ def capture_layers(model: nn.Module, layers: Sequence[int]) -> Iterator[Captured
 
     ``with capture_layers(model, [6, 9, 12]) as hidden: model(**batch)`` fills ``hidden[6]`` and so on; a second
     call overwrites them. Where transformers can select hidden states itself, it is asked to (this also works
-    under torch.compile and gradient checkpointing); elsewhere forward hooks read the blocks.
+    under torch.compile and gradient checkpointing); elsewhere forward hooks read the blocks. Layer k is the state after
+    block k whatever the model's own tuple begins with (module docstring).
 
     Args:
         model: a transformers model, or one wrapped by PEFT, torch.compile, DDP or FSDP2.
@@ -83,15 +89,17 @@ def capture_layers(model: nn.Module, layers: Sequence[int]) -> Iterator[Captured
 
     Raises:
         InputError: an index out of range, reentrant gradient checkpointing (its first pass keeps no graph), or
-            a model whose output or blocks can't be read.
+            a model whose output or blocks can't be read, layer 0 of a compiled model whose tuple lacks it.
     """
     depth = num_layers(model)
     wanted = sorted(set(_indices(layers, depth)))
     _refuse_reentrant_checkpointing(model)
     captured = CapturedStates()
     with ExitStack() as hooks:
-        if selects_hidden_states(model) or _is_compiled(model):  # hooks on compiled blocks don't fire
-            _ask_for_states(model, wanted, captured, hooks)
+        if selects_hidden_states(model):
+            _ask_for_states(model, {layer: layer for layer in wanted}, captured, hooks)
+        elif _is_compiled(model):  # hooks on compiled blocks don't fire
+            _ask_for_states(model, _places_in_tuple(model, wanted, depth), captured, hooks)
         else:
             _hook_blocks(model, wanted, depth, captured, hooks)
         yield captured
@@ -171,7 +179,22 @@ def hidden_widths(model: nn.Module, layers: Sequence[int]) -> dict[int, int]:
     return {layer: hidden[layer].shape[-1] for layer in layers}
 
 
-def _ask_for_states(model: nn.Module, wanted: list[int], captured: CapturedStates, hooks: ExitStack) -> None:
+def _places_in_tuple(model: nn.Module, wanted: list[int], depth: int) -> dict[int, int]:
+    """{layer: where it stands in the model's own hidden_states}."""
+    kind = getattr(unwrap(model).config, "model_type", None)
+    if kind not in _TUPLE_FROM_BLOCK_1:
+        return {layer: layer for layer in wanted}
+    if 0 in wanted:
+        raise InputError(
+            f"layers: expected 1 to {depth} of a compiled {kind} model, whose hidden_states lack the embeddings, "
+            f"got 0; capture before compiling"
+        )
+    return {layer: layer if layer == depth else layer - 1 for layer in wanted}
+
+
+def _ask_for_states(model: nn.Module, places: dict[int, int], captured: CapturedStates, hooks: ExitStack) -> None:
+    """``places``: {layer: where it stands in the output's hidden_states}."""
+
     def ask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         # a caller that asked for all states gets them, one that asked for some (a nested capture) gets those too
         asked = kwargs.get("output_hidden_states")
@@ -180,18 +203,18 @@ def _ask_for_states(model: nn.Module, wanted: list[int], captured: CapturedState
         if asked is True:
             return args, kwargs
         others = [asked] if isinstance(asked, int) and asked is not False else asked or []
-        return args, kwargs | {"output_hidden_states": sorted({*wanted, *others})}
+        return args, kwargs | {"output_hidden_states": sorted({*places.values(), *others})}
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         states = getattr(output, "hidden_states", None)
-        if states is None or any(states[layer] is None for layer in wanted):
+        if states is None or any(states[place] is None for place in places.values()):
             raise InputError(
-                f"capture_layers: expected an output with the hidden states {wanted}, got {type(output).__name__} "
-                f"without them; call the model with return_dict=True"
+                f"capture_layers: expected an output with the hidden states {list(places)}, got "
+                f"{type(output).__name__} without them; call the model with return_dict=True"
             )
-        captured.update({layer: states[layer] for layer in wanted})
+        captured.update({layer: states[place] for layer, place in places.items()})
 
-    if not wanted:
+    if not places:
         return
     hooks.enter_context(_removing(model.register_forward_pre_hook(ask, with_kwargs=True)))
     hooks.enter_context(_removing(model.register_forward_hook(keep)))

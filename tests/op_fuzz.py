@@ -158,9 +158,18 @@ def change(rng: random.Random, value: Any) -> Any:
 def _resized(rng: random.Random, x: Tensor) -> Tensor:
     """Another shape."""
     last = x.shape[-1] if x.ndim else 0
-    made = [x.flatten(), x[None], x[..., None], x[:0], x[..., :0], x[..., :1], torch.cat([x, x])] if x.ndim else [x[None]]
+    made = (
+        [x.flatten(), x[None], x[..., None], x[:0], x[..., :0], x[..., :1], torch.cat([x, x])] if x.ndim else [x[None]]
+    )
     if x.ndim:
-        made += [x[:-1], x[1:], x[: len(x) // 2], torch.cat([x, x[-1:]]), torch.cat([x, x], -1), x.mT if x.ndim > 1 else x]
+        made += [
+            x[:-1],
+            x[1:],
+            x[: len(x) // 2],
+            torch.cat([x, x[-1:]]),
+            torch.cat([x, x], -1),
+            x.mT if x.ndim > 1 else x,
+        ]
         made += [x.sum().to(x.dtype), x[..., : last - 1], x.new_empty(0, 2**40), x.new_empty(2**62, 0)]
     return rng.choice(made)
 
@@ -170,7 +179,13 @@ def _restrided(rng: random.Random, x: Tensor) -> Tensor:
     if not x.ndim or not x.numel():
         return x
     spread = torch.stack([x, x], -1)[..., 0]
-    made = [spread, torch.cat([x, x])[::2], x[:1].expand(x.shape), x.flatten()[0].expand(x.shape), x[:1].expand(2**40, *x.shape[1:])]
+    made = [
+        spread,
+        torch.cat([x, x])[::2],
+        x[:1].expand(x.shape),
+        x.flatten()[0].expand(x.shape),
+        x[:1].expand(2**40, *x.shape[1:]),
+    ]
     made += [x.flatten()[0].expand(2**31, *x.shape[1:]), x.mT.contiguous().mT if x.ndim > 1 else x[::2]]
     return rng.choice(made)
 
@@ -242,8 +257,8 @@ def outcome(name: str, arguments: Arguments) -> bool:
         for tensor in tensors(operator(name)(**arguments)):
             tensor.detach().double().sum()  # what it holds can be read
     except (RuntimeError, ValueError, TypeError) as error:
-        words = set(re.findall(r"\w+", str(error)))
-        assert words & names_in(name), f"{type(error).__name__} names no argument of {name}: {error}"
+        if not set(re.findall(r"\w+", str(error))) & names_in(name):
+            raise AssertionError(f"{type(error).__name__} names no argument of {name}: {error}") from error
         return False
     return True
 
@@ -252,8 +267,10 @@ def described(value: Any) -> str:
     """An argument in a line of the log."""
     if not isinstance(value, Tensor):
         return f"[{', '.join(map(described, value))}]" if isinstance(value, list) else str(value)
-    small = 0 < value.numel() <= 40 and not value.is_floating_point() and value.device.type == "cpu" and not value.is_sparse
-    return f"{value.dtype}{list(value.shape)} {value.stride() if not value.is_sparse else value.layout} {value.tolist() if small else ''}"
+    if value.is_sparse:
+        return f"{value.dtype}{list(value.shape)} sparse"
+    small = 0 < value.numel() <= 40 and not value.is_floating_point() and value.device.type == "cpu"
+    return f"{value.dtype}{list(value.shape)} {value.stride()} {value.tolist() if small else value.device}"
 
 
 def run(seed: int, cases: int, log: int) -> dict[str, list[int]]:
@@ -283,4 +300,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if not (info := _extension.build_info()) or not info.sanitizers:  # those reserve terabytes
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30,) * 2)  # what is too large is refused here, not swapped
-    print(json.dumps(run(int(sys.argv[1]), int(sys.argv[2]), os.open(sys.argv[3], os.O_WRONLY | os.O_CREAT | os.O_TRUNC))))
+    print(
+        json.dumps(run(int(sys.argv[1]), int(sys.argv[2]), os.open(sys.argv[3], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)))
+    )

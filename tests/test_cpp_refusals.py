@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,6 +75,38 @@ BAD: list[tuple[str, Callable[[], Any]]] = [
      lambda: OPS.hidden_alignment_gradient(H[:1], H, W, _index(4), W[0], 4, *[torch.float32] * 3)),
     ("dtype: expected a floating dtype, got Int",
      lambda: OPS.hidden_alignment_gradient(H[:1], H, W, _index(0), W[0], 4, INT, torch.float32, torch.float32)),
+    ("ranges: expected 2 columns, got 1", lambda: OPS.pool_spans(H, W, _index(0, 1).view(2, 1))),
+    ("ranges: expected 2 columns, got 0", lambda: OPS.pool_spans(H, W, torch.zeros(3, 0, dtype=INT))),
+    ("ranges: expected start <= end in every row, got (2, 1) in row 0",
+     lambda: OPS.pool_spans(H, W, _index(2, 1).view(1, 2))),
+    ("ranges: expected 2 columns, got 1",
+     lambda: OPS.span_weights(W, _index(0).view(1, 1), _index(0, 1), _index(0), _index(0, 1), _index(0, 1))),
+    ("cover_splits: expected no decrease, got -5",
+     lambda: OPS.span_weights(W, _index(0, 1).view(1, 2), _index(0, 1), _index(0), _index(0, 1), _index(0, -5))),
+    ("span_splits: expected at least 1 value, got none",
+     lambda: OPS.span_weights(W, _index(0, 1).view(1, 2), _index(), _index(0), _index(0, 1), _index(0, 1))),
+    ("seq_len: expected positions of a row, 0 to 2^31 - 1, got 4611686018427387904",
+     lambda: OPS.token_importance(H, _index(0, 2, 2, 2).view(2, 2), 2**62, False, True)),
+    ("gram_from: expected a number of spans, or -1 for none, got -2",
+     lambda: OPS.span_pairs(H, H, W, W, W, _index(0, 4), -2, True)),
+    ("tokens: expected distinct indices, got 0 twice",
+     lambda: OPS.hidden_alignment(H, H, _index(0, 1, 0), W[:3], torch.ones(3, 3), None, torch.float32, True)),
+    *[(f"num_tokens: expected a number of tokens from 0 to 2^31 - 1, got {number}",
+       lambda number=number: OPS.hidden_alignment_gradient(
+           H[:0], H, W, _index(), W[0], number, *[torch.float32] * 3)) for number in (-1, 2**31, 2**62)],
+    ("rows: expected 3 columns, as in weight, got 2",
+     lambda: OPS.hidden_alignment_gradient(H[:1, :2], H, W, _index(0), W[0], 4, *[torch.float32] * 3)),
+    ("bias: expected no values or 4, as weight has rows, got 3",
+     lambda: OPS.hidden_alignment_gradient(H[:1], H, W[:3], _index(0), W[0], 4, *[torch.float32] * 3)),
+    ("hidden: expected a tensor, got None", lambda: OPS.pool_spans(None, W, _index(0, 1).view(1, 2))),
+    ("weights: expected a tensor on the CPU, got one elsewhere",
+     lambda: OPS.pool_spans(H, W.to("meta"), _index(0, 1).view(1, 2))),
+    ("hidden: expected a dense tensor (torch.strided), got one of another layout",
+     lambda: OPS.pool_spans(H.to_sparse(), W, _index(0, 1).view(1, 2))),
+    ("hidden: expected sizes below 2^31, got 4294967296",
+     lambda: OPS.pool_spans(H[:1].expand(2**32, 3), W, _index(0, 1).view(1, 2))),
+    ("char_spans: expected 0 <= start <= end, got (3, 1) in row 0",
+     lambda: OPS.token_ranges(*(torch.tensor(x) for x in ([[0, 4]], [[0, 1]], [0], [[3, 1]])), None, None, None)),
 ]  # fmt: skip
 
 
@@ -92,3 +128,40 @@ def test_an_index_beyond_int32_is_refused_not_wrapped() -> None:
     tokens = torch.tensor([2**32 + 1])
     with pytest.raises(InputError, match=r"tokens: expected indices below 2\^31, got 4294967297 to 4294967297"):
         cpp.hidden_alignment(H, H, tokens, W[:1], torch.ones(3, 3), None, torch.float32)
+
+
+# the same refusals stand before the other backends, which would read the wrong memory or none
+SPANS = [[[0, 1]], [0], [0, 1], [0], [0], [0, 1], [0, 1], [0], [0, 1, 1, 1, 1], [[0, 0], [1, 1]]]
+WRONG_SPANS: list[tuple[str, int, Any]] = [
+    ("spans.ranges: expected shape [any, 2], got [1, 1]", 0, [[0]]),
+    ("spans.ranges: expected indices from 0 to 4, got 5", 0, [[3, 5]]),
+    ("spans.ranges: expected start <= end, got (1, 0)", 0, [[1, 0]]),
+    ("spans.span_splits: expected 0 first, no decrease and 1 last, got [0, 2]", 2, [0, 2]),
+    ("spans.covered: expected indices from 0 to 3, got -1", 3, [-1]),
+    ("spans.cover_spans: expected indices from 0 to 0, got 1", 7, [1]),
+    ("spans.token_splits: expected shape [5], got [2]", 8, [0, 1]),
+    ("spans.host: expected the running number of tokens", 9, [[0, 0], [1, 7]]),
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(("message", "at", "values"), WRONG_SPANS, ids=[message for message, _, _ in WRONG_SPANS])
+def test_the_other_backends_refuse_wrong_spans(message: str, at: int, values: Any, backend: str) -> None:
+    from mta_fast.ops import pooling  # noqa: F401  # registers the op
+
+    if reasons := backends.BACKENDS[backend].reasons_against("span_weights", [W]):
+        pytest.skip(reasons[0])
+    spans = [torch.tensor(values if i == at else right, dtype=INT) for i, right in enumerate(SPANS)]
+    with pytest.raises(InputError) as error:
+        torch.ops.mta_fast.span_weights(W, spans, backend)
+    assert message in str(error.value)
+
+
+def test_every_op_survives_random_wrong_calls(tmp_path: Path) -> None:
+    here, log = Path(__file__).parent, tmp_path / "cases"
+    command = [sys.executable, str(here / "op_fuzz.py"), "0", "1500", str(log)]
+    made = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, f"{log.read_text().splitlines()[-1:]}: {made.stderr[-2000:]}"
+    counts = json.loads(made.stdout)
+    assert len(counts) >= 19
+    assert all(returned and refused for returned, refused in counts.values()), counts

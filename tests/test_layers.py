@@ -184,6 +184,57 @@ def test_capture_after_compiling_in_place() -> None:
         torch.testing.assert_close(hidden[layer], expected[layer])
 
 
+RECURRENT = ("Mamba", "Mamba2", "FalconMamba", "Rwkv")  # their own hidden_states begin after block 1
+
+
+def _recurrent(family: str) -> Any:
+    import transformers as tf
+
+    sizes: dict[str, int] = {"hidden_size": 16, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
+    if family == "Rwkv":
+        sizes |= {"attention_hidden_size": 16, "intermediate_size": 32, "context_length": 16}
+    else:
+        sizes |= {"state_size": 4} | ({"head_dim": 8, "num_heads": 4, "n_groups": 1} if family == "Mamba2" else {})
+    config = getattr(tf, f"{family}Config")(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    return getattr(tf, f"{family}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_layer_k_is_the_state_after_block_k_whatever_the_models_tuple(family: str) -> None:
+    model, tokens = _recurrent(family), torch.randint(1, VOCABULARY, (2, 5))
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == LAYERS)
+    by_hand: dict[int, Tensor] = {}
+
+    def keep(k: int, output: Any) -> None:
+        by_hand[k] = output if isinstance(output, Tensor) else output[0]
+
+    hooks = [block.register_forward_hook(lambda *a, k=k: keep(k, a[-1])) for k, block in enumerate(blocks, 1)]
+    with torch.no_grad(), capture_layers(model, range(LAYERS + 1)) as hidden:
+        own = model(input_ids=tokens, output_hidden_states=True, use_cache=False).hidden_states
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(hidden[0], model.get_input_embeddings()(tokens))
+    assert all(torch.equal(hidden[k], by_hand[k]) for k in range(1, LAYERS))
+    assert all(torch.equal(hidden[k], own[k - 1]) for k in range(1, LAYERS))  # the reason for the convention
+    assert torch.equal(hidden[LAYERS], own[-1])
+    assert not torch.equal(hidden[LAYERS], by_hand[LAYERS])  # the final norm is in it
+
+
+def test_a_compiled_model_keeps_the_convention() -> None:
+    model, tokens = _recurrent("Mamba"), torch.randint(1, VOCABULARY, (2, 5))
+    layers = (1, 2, LAYERS)
+    with torch.no_grad(), capture_layers(model, layers) as expected:
+        model(input_ids=tokens, use_cache=False)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad(), capture_layers(compiled, layers) as hidden:
+        compiled(input_ids=tokens, use_cache=False)
+    for layer in layers:
+        torch.testing.assert_close(hidden[layer], expected[layer])
+    with pytest.raises(InputError, match="layers: expected 1 to 4 of a compiled mamba model.*got 0; capture before"):
+        with capture_layers(compiled, [0, 1]):
+            pass
+
+
 def test_capture_errors() -> None:
     model = make_model("gpt2")
     with pytest.raises(InputError, match="expected hidden-state indices 0 to 4 .*got 5"):

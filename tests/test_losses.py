@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -27,9 +29,21 @@ def test_srkl_is_zero_at_the_teacher_and_skips_what_does_not_count() -> None:
     other[0, 2:] = torch.nan  # predicts labels that do not count
     other[1, :2] = torch.nan
     assert skewed_reverse_kl(other, logits, labels).abs() < 1e-12
-    nothing = skewed_reverse_kl(logits.requires_grad_(), logits, torch.full((2, 4), -100))
-    nothing.backward()
-    assert nothing.item() == 0
+
+
+@pytest.mark.parametrize("name", sorted(BASE_LOSSES))
+def test_labels_that_are_all_masked_are_named(name: str) -> None:
+    logits, labels = torch.randn(2, 4, 5).double().requires_grad_(), torch.full((2, 4), -100)
+    labels[0, 0] = 3  # the first token's: no position predicts it
+    for reduction in ("mean", "sum"):
+        with pytest.warns(UserWarning, match="labels: expected one that counts in the batch, got -100 everywhere"):
+            nothing = base_loss(name)(logits, logits, labels, reduction=reduction)
+        nothing.backward()
+        assert nothing.item() == 0
+    labels[1, 3] = 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        base_loss(name)(logits, logits, labels)
 
 
 def test_srkl_gradient_goes_through_the_mixture() -> None:

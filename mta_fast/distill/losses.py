@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
@@ -30,7 +31,7 @@ class BaseLoss(Protocol):
     def __call__(
         self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, *, reduction: Reduction = "mean"
     ) -> Tensor:
-        """A scalar; 0 with a graph when no position counts. A sequence-level loss reads no teacher."""
+        """A scalar; 0 with a graph and a warning when no position counts. A sequence-level loss reads no teacher."""
         ...
 
 
@@ -45,7 +46,7 @@ def forward_kl(
         reduction: "mean" over the counted positions, or "sum".
 
     Returns:
-        A scalar; 0 with a graph when no position counts.
+        A scalar; 0 with a graph, and a warning, when no position counts.
 
     Raises:
         InputError: shapes that don't match, an unknown reduction.
@@ -135,6 +136,7 @@ def cross_entropy(
     _check_labels(student_logits, labels)
     counted = counted_positions(labels)
     log_q = F.log_softmax(student_logits[:, :-1][counted].to(compute_dtype(student_logits)), -1)
+    _warn_where_nothing_counts(log_q)
     return _reduced(-log_q.gather(-1, labels[:, 1:][counted][:, None]).squeeze(-1), reduction)
 
 
@@ -194,6 +196,7 @@ def log_probabilities(student_logits: Tensor, teacher_logits: Tensor, labels: Te
     counted = counted_positions(labels)
     dtype = compute_dtype(student_logits, teacher_logits)
     log_q = F.log_softmax(student_logits[:, :-1][counted].to(dtype), -1)
+    _warn_where_nothing_counts(log_q)
     log_p = F.log_softmax(teacher_logits[:, :-1][counted].detach().to(dtype), -1)
     return LogProbabilities(log_p, log_q)
 
@@ -206,6 +209,16 @@ def skl_values(log: LogProbabilities, alpha: float | Tensor, *, detach_mixture: 
 def srkl_values(log: LogProbabilities, alpha: float | Tensor, *, detach_mixture: bool = False) -> Tensor:
     """SRKL of each counted position, [M]; ``alpha`` a number or [M, 1]."""
     return _kl(log.q, _mixture(log.q.detach() if detach_mixture else log.q, log.p, alpha))
+
+
+def _warn_where_nothing_counts(counted: Tensor) -> None:
+    """In words, once a place: a loss of 0 looks like a good one. Choosing the positions has synchronised already."""
+    if not torch.compiler.is_compiling() and not len(counted):
+        warnings.warn(
+            f"labels: expected one that counts in the batch, got {IGNORED_LABEL} everywhere (the first token's is not "
+            f"predicted), so its base loss is 0; are the responses empty, or cut off by max_length?",
+            stacklevel=4,
+        )
 
 
 def _check_labels(student_logits: Tensor, labels: Tensor) -> None:
