@@ -66,7 +66,6 @@ FOLLOWED: dict[str, str] = {
     **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), "accelerate's DDP"),
     "ddp_static_graph": "accelerate's DDP",
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed"), "test_distributed, the cluster examples"),
-    "debug": "Trainer's callbacks and DebugUnderflowOverflow over the wrapped module",
     "skip_memory_metrics": "Trainer",
     **dict.fromkeys(FOR_SCRIPTS, "for scripts that hold the arguments; refused in YAML, below"),
 }
@@ -84,6 +83,7 @@ OTHER_VALUES: dict[str, Any] = {
     "liger_kernel_config": {"rope": True},
     "include_for_metrics": ["loss"],
     "label_names": ["labels"],
+    "debug": "underflow_overflow",
     "parallelism_config": object(),
     "resume_from_checkpoint": "runs/x/checkpoint-2",
 }
@@ -191,7 +191,6 @@ def test_many_options_in_one_run(tmp_path: Path) -> None:
         eval_accumulation_steps=1,
         per_device_eval_batch_size=4,
         dataloader_drop_last=True,
-        debug="underflow_overflow",
         save_strategy="best",
         metric_for_best_model="dsa",
         greater_is_better=False,
