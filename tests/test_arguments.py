@@ -58,7 +58,7 @@ FOLLOWED: dict[str, str] = {
     **dict.fromkeys(("use_cpu", "ddp_backend", "ddp_timeout"), "TrainingArguments' own set-up"),
     "accelerator_config": "accelerate; two of its fields are refused below",
     "dataloader_drop_last": "of training; evaluation is always whole, below",
-    **dict.fromkeys(("dataloader_num_workers", "dataloader_prefetch_factor"), "Trainer's loaders; below"),
+    **dict.fromkeys(("dataloader_num_workers", "dataloader_prefetch_factor"), "Trainer's loaders; test_collate"),
     **dict.fromkeys(("dataloader_persistent_workers", "dataloader_multiprocessing_context"), "Trainer's loaders"),
     **dict.fromkeys(("dataloader_pin_memory", "dataloader_in_order"), "Trainer's loaders"),
     "remove_unused_columns": "always false: the collator reads texts and spans",
@@ -66,7 +66,6 @@ FOLLOWED: dict[str, str] = {
     **dict.fromkeys(("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"), "accelerate's DDP"),
     "ddp_static_graph": "accelerate's DDP",
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed"), "test_distributed, the cluster examples"),
-    "debug": "Trainer's callbacks and DebugUnderflowOverflow over the wrapped module",
     "skip_memory_metrics": "Trainer",
     **dict.fromkeys(FOR_SCRIPTS, "for scripts that hold the arguments; refused in YAML, below"),
 }
@@ -84,6 +83,7 @@ OTHER_VALUES: dict[str, Any] = {
     "liger_kernel_config": {"rope": True},
     "include_for_metrics": ["loss"],
     "label_names": ["labels"],
+    "debug": "underflow_overflow",
     "parallelism_config": object(),
     "resume_from_checkpoint": "runs/x/checkpoint-2",
 }
@@ -158,7 +158,7 @@ def test_noise_on_the_embeddings_reaches_the_student_and_not_its_evaluation(tmp_
     assert noisy.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
     plain.train()
     noisy.train()
-    assert logged(noisy, "base")[0] > 1.01 * logged(plain, "base")[0]
+    assert logged(noisy, "base")[0] != pytest.approx(logged(plain, "base")[0], rel=1e-3)
     embeddings = noisy.model.student.get_input_embeddings()
     assert not embeddings._forward_hooks
 
@@ -191,9 +191,6 @@ def test_many_options_in_one_run(tmp_path: Path) -> None:
         eval_accumulation_steps=1,
         per_device_eval_batch_size=4,
         dataloader_drop_last=True,
-        dataloader_num_workers=1,
-        dataloader_prefetch_factor=2,
-        debug="underflow_overflow",
         save_strategy="best",
         metric_for_best_model="dsa",
         greater_is_better=False,

@@ -36,6 +36,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "batch_eval_metrics": (False, _NO_PREDICTIONS),
     "eval_do_concat_batches": (True, _NO_PREDICTIONS),
     "eval_use_gather_object": (False, _NO_PREDICTIONS),
+    "debug": ([], "its hooks stop at a model's masks; torch.autograd.set_detect_anomaly(True) finds what becomes NaN"),
     "label_names": (None, "the collator names the labels; give data_collator=..."),
     "parallelism_config": (None, "spans lie on whole sequences and whole models; shard with FSDP or DeepSpeed"),
     "resume_from_checkpoint": (
