@@ -26,6 +26,7 @@ from mta_fast.distill.generation import (
     choose_device,
     claim,
     digest_of,
+    encode_for,
     encode_prompts,
     generate_batches,
     weights_digest,
@@ -291,7 +292,7 @@ def run_evaluation(
         InputError: as ``load_references``, ``load_model`` and ``evaluate`` do. MissingPackageError: a package is
             missing. OSError: no room for the results.
     """
-    from mta_fast.distill.models import load_model, load_tokenizer
+    from mta_fast.distill.models import load_config, load_model, load_tokenizer
 
     _scorer()
     place = choose_device(device)
@@ -304,6 +305,9 @@ def run_evaluation(
         loaded = [drop_long_rows(rows, tokenizer, **limits) for rows in loaded]
     for source, rows in zip(data, loaded, strict=True):
         print(f"{source}: {describe_rows(rows)}")
+    config = load_config(model)
+    for rows in loaded:
+        encode_for(config, tokenizer, [row["prompt"] for row in rows.rows], settings.generation)
     network: Any = load_model(model, dtype=dtype)
     network.to(place)
     out = Path("eval") / (re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model") if out is None else out

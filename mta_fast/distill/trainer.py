@@ -23,6 +23,7 @@ from mta_fast.distill import checkpoints
 from mta_fast.distill.arguments import MTATrainingArguments
 from mta_fast.distill.distillm import DistiLLM
 from mta_fast.distill.distillm2 import DistiLLM2, PairCollator
+from mta_fast.distill.fit import check_room
 from mta_fast.distill.losses import SEQUENCE_LEVEL_LOSSES
 from mta_fast.distill.methods import BaseMethod, base_method
 from mta_fast.distill.models import common_vocabulary, same_vocabulary
@@ -91,6 +92,10 @@ class MTATrainer(WholeCheckpoints):
             assert teacher is not None
             mta = MTALoss.for_models(student, teacher, mta)
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        for side, network in (("student", student), ("teacher", teacher)):
+            if network is not None:
+                own = teacher_tokenizer if side == "teacher" and teacher_tokenizer is not None else processing_class
+                check_room(side, network, own, args.max_length)
         model = _distillation_model(student, teacher, mta, method, processing_class, teacher_tokenizer)
         kinds = sorted(set(mta.config.granularity)) if mta is not None else ()
         collator: Any = SpanCollator(processing_class, teacher_tokenizer, granularity=kinds, max_length=args.max_length)
