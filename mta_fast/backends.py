@@ -167,7 +167,7 @@ def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> Choice:
     check_name(backend)
     refused: dict[str, list[str]] = {}
     for name in BACKENDS if backend == "auto" else (backend,):
-        reasons = BACKENDS[name].reasons_against(op, tensors)
+        reasons = BACKENDS[name].reasons_against(op, tensors) or _reasons_in_module(op, BACKENDS[name].module)
         if reasons and backend == "auto" and tensors[0].device.type == "cuda":
             _warn_of_slower(name, reasons[0])
         if not reasons and backend == "auto":
@@ -179,6 +179,15 @@ def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> Choice:
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
     mend = "use backend='auto'" if backend != "auto" else "see `mta-fast doctor`"
     raise BackendUnavailableError(f"{op} ({inputs}): expected a backend that can run it, got {why}; {mend}")
+
+
+def _reasons_in_module(op: str, module: str) -> list[str]:
+    """Why a backend's module can't give the op: it can't be imported, or has no such function."""
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        return [f"its module {module} can't be imported ({error})"]
+    return [] if callable(getattr(found, op, None)) else [f"its module {module} has no function {op}"]
 
 
 @cache

@@ -132,8 +132,21 @@ def num_layers(model: nn.Module) -> int:
     config = getattr(unwrap(model), "config", None)
     if config is None:
         raise InputError(f"model: expected a transformers model with a config, got {type(model).__name__}")
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(text.num_hidden_layers)
+    return depth_of(config)
+
+
+def depth_of(config: Any) -> int:
+    """The number of blocks of a model with this config; of an encoder and a decoder, the decoder's."""
+    if depth_field(config) == "num_hidden_layers" and hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    return int(getattr(config, depth_field(config)))
+
+
+def depth_field(config: Any) -> str:
+    """The field of a text model's config that holds its depth."""
+    return next(
+        (name for name in ("num_decoder_layers", "decoder_layers") if hasattr(config, name)), "num_hidden_layers"
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -165,18 +178,41 @@ def selects_hidden_states(model: nn.Module) -> bool:
 
 
 def hidden_widths(model: nn.Module, layers: Sequence[int]) -> dict[int, int]:
-    """{layer: width} of hidden states, measured with a forward pass over two tokens (OPT-350m's last differs)."""
-    device = next(model.parameters()).device
+    """{layer: width} of hidden states, measured with a forward pass over two tokens (OPT-350m's last differs).
+
+    Raises:
+        InputError: a model that can't run on token ids alone, or whose hidden states are not [B, S, d] (Gemma-3n).
+    """
+    device, kind = next(model.parameters()).device, type(unwrap(model)).__name__
+    with evaluating(model), torch.no_grad(), capture_layers(model, layers) as hidden:
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+        try:
+            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"model: expected a causal language model that runs on token ids alone, {kind} raised {error}"
+            ) from None
+    for layer in layers:
+        if hidden[layer].ndim != 3:
+            raise InputError(
+                f"model: expected hidden states [B, S, d], those of {kind} are {list(hidden[layer].shape)} at layer "
+                f"{layer}; it has no single stream of states to align"
+            )
+    return {layer: hidden[layer].shape[-1] for layer in layers}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the block; afterwards every module has its own mode again."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(), capture_layers(model, layers) as hidden:
-            tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
-            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        yield
     finally:
         for module, mode in training.items():
             module.training = mode
-    return {layer: hidden[layer].shape[-1] for layer in layers}
 
 
 def _places_in_tuple(model: nn.Module, wanted: list[int], depth: int) -> dict[int, int]:

@@ -57,6 +57,23 @@ def test_an_explicit_choice_never_falls_back(spy: list[str]) -> None:
     assert spy == []
 
 
+def test_a_module_without_an_op_refuses_that_op(spy: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(sys.modules["spy_backend"], "token_importance")
+    hidden = torch.randn(1, 3, 4)
+    reason = "its module spy_backend has no function token_importance"
+    with pytest.raises(BackendUnavailableError, match=f"got spy: {reason}; use backend='auto'"):
+        token_importance(hidden, backend="spy")
+    assert torch.equal(token_importance(hidden), token_importance(hidden, backend=_next(hidden)))
+    assert backends.choose("token_importance", [hidden]).refused["spy"] == [reason]
+    backends.register(backends.Backend("gone", "no_such_module_of_ops", lambda op, tensors: []))
+    with pytest.raises(BackendUnavailableError, match="got gone: its module no_such_module_of_ops can't be imported"):
+        token_importance(hidden, backend="gone")
+
+
+def _next(hidden: Tensor) -> str:
+    return backends.choose("token_importance", [hidden]).name
+
+
 @pytest.mark.parametrize("name", ["triton", "cpp", "reference"])
 def test_every_backend_has_every_op_with_the_reference_signature(name: str) -> None:
     module = importlib.import_module(backends.BACKENDS[name].module)

@@ -1,9 +1,14 @@
-"""Every Python example of the documentation runs."""
+"""Every Python example of the documentation runs, and what pages, help and messages name exists."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+import tomllib
+import typing
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +17,11 @@ import torch
 from models import make_model, make_tokenizer
 
 from bench import docs
+from mta_fast import MTAConfig
 from mta_fast.backends import BACKENDS
+from mta_fast.distill.arguments import MTATrainingArguments
 from mta_fast.distill.data import load_sample
+from mta_fast.distill.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
@@ -80,11 +88,9 @@ def test_the_import_swap_runs() -> None:
 
 def test_settings_on_the_pages_are_valid(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
-    from dataclasses import MISSING, fields, is_dataclass
+    from dataclasses import MISSING
 
-    from mta_fast import MTAConfig, _yaml
-    from mta_fast.distill.arguments import MTATrainingArguments
-    from mta_fast.distill.settings import TrainSettings
+    from mta_fast import _yaml
 
     def keys(kind: Any, values: dict[str, Any], where: str = "") -> None:
         assert list(values) == [f.name for f in fields(kind)] or set(values) == {f.name for f in fields(kind)}, where
@@ -176,3 +182,107 @@ def test_options_named_in_the_docs_exist() -> None:
         assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= set(targets)
         for path in re.findall(r"`((?:mta_fast|bench|tests|examples)/[\w./]*)`", text):
             assert (ROOT / path).exists() or "NAME" in path, path
+
+
+# --- what help, messages and pages name ---------------------------------------------------------------------------
+
+
+def _commands(group: Any, words: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Every command by its words; a group too."""
+    found = {words: group}
+    for name, command in getattr(group, "commands", {}).items():
+        found |= _commands(command, (*words, name))
+    return found
+
+
+def _messages(path: Path) -> list[str]:
+    """The strings of a module that are no docstrings; an f-string's values as {}."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped: set[int] = set()
+    texts = []
+    for node in ast.walk(tree):  # an f-string before its parts
+        if isinstance(node, ast.Expr):
+            skipped.add(id(node.value))
+        elif isinstance(node, ast.JoinedStr):
+            parts = node.values
+            skipped |= {id(part) for part in parts}
+            texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
+            texts.append(node.value)
+    return texts
+
+
+def _prose(page: str) -> str:
+    """A page without its Python, which runs."""
+    text = re.sub(r"^```python\n.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return text.replace("`", " ")
+
+
+def _faults(text: str, commands: dict[tuple[str, ...], Any], extras: set[str]) -> Iterator[str]:
+    """What a text names and there is not: files, commands, options, extras, keys of the YAML."""
+    for path in re.findall(
+        r"(?<![\w./~-])(?<!--json )(?:docs|examples|tests|bench|mta_fast|kernels|csrc)/[\w./-]*[\w/]", text
+    ):
+        if not (ROOT / path).exists() and "NAME" not in path:
+            yield path
+    for first, second in re.findall(r"mta-fast ([a-z][a-z-]*)(?: ([a-z][a-z-]*))?", text):
+        is_group = hasattr(commands.get((first,)), "commands")
+        if (first,) not in commands or (is_group and second and (first, second) not in commands):
+            yield f"mta-fast {first} {second}"
+    others = r"pip|torchrun|accelerate|git|pytest|docker|spacy|ray|spark|nohup"  # commands with options of their own
+    options = {name for command in commands.values() for param in command.params for name in param.opts} | {"--help"}
+    for line in text.splitlines():
+        own = re.split(r"mta-fast|mta_fast ", line)[-1] if "mta" in line else line
+        if not re.search(rf"\b(?:{others})\b", own):
+            yield from (name for name in re.findall(r"(?<![\w(-])--[a-z][a-z-]+(?![\w:])", own) if name not in options)
+    for names in re.findall(r"\.\[([\w,]+)\]", text):
+        yield from (f".[{name}]" for name in names.split(",") if name not in extras)
+    parts = "|".join(f.name for f in fields(TrainSettings))
+    for key in re.findall(rf"(?<![\w./`{{-])(?:{parts})(?:\.[a-z_]+)+(?![\w(./])", text):
+        if not _is_key(key.split(".")) and not key.endswith(".png"):
+            yield key
+
+
+def _is_key(names: list[str], kind: Any = None) -> bool:
+    """Whether dotted names are a key of the YAML; below a free mapping every name is one."""
+    hints = typing.get_type_hints(kind or TrainSettings)
+    first, *rest = names
+    if kind is None and first in ("mta", "training") and rest:
+        known = {"preset"} if first == "mta" else set()
+        return rest[0] in known | {f.name for f in fields(MTAConfig if known else MTATrainingArguments)}
+    if first not in hints or not rest:
+        return first in hints
+    kinds = [option for option in (typing.get_args(hints[first]) or [hints[first]]) if is_dataclass(option)]
+    return any(_is_key(rest, option) for option in kinds) or typing.get_origin(hints[first]) is dict
+
+
+def test_what_help_messages_and_pages_name_exists() -> None:
+    typer = pytest.importorskip("typer")
+    from mta_fast.cli import app
+
+    commands = _commands(typer.main.get_command(app))
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    texts = {page: [_prose(page)] for page in PAGES}
+    texts |= {str(path.relative_to(ROOT)): _messages(path) for path in (ROOT / "mta_fast").rglob("*.py")}
+    for words, command in commands.items():
+        helps = [command.help, *(getattr(param, "help", None) for param in command.params)]
+        texts["mta-fast " + " ".join(words)] = [text for text in helps if text]
+    found = {where: list(_faults("\n".join(lines), commands, extras)) for where, lines in texts.items()}
+    assert {where: faults for where, faults in found.items() if faults} == {}
+
+
+def test_what_does_not_exist_is_found() -> None:
+    typer = pytest.importorskip("typer")
+    from mta_fast.cli import app
+
+    text = (
+        "see docs/training.md and examples/none.yaml; `mta-fast trian`, mta-fast spans mend; --resum goes on; "
+        "pip install '.[trian]'; training.learning_rat: expected, student.lora.rank, data.evil"
+    )
+    names = ["docs/training.md", "examples/none.yaml", "mta-fast trian ", "mta-fast spans mend", ".[trian]"]
+    names += ["training.learning_rat", "student.lora.rank", "data.evil"]
+    commands = _commands(typer.main.get_command(app))
+    assert list(_faults(text, commands, {"train"})) == names
+    assert list(_faults("--resum goes on, as does --resume", commands, set())) == ["--resum"]
+    right = "docs/faq.md, mta-fast spans make, --resume, '.[train]', training.learning_rate, student.lora.r, mta.preset"
+    assert list(_faults(right, commands, {"train"})) == []

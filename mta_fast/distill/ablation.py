@@ -147,7 +147,7 @@ def ablate(
     """
     if settings.teacher is None:
         raise InputError("teacher: expected a model, as the rows compare two, got none")
-    depths = [model_depth(side.path, **_config_options(side.options)) for side in (settings.student, settings.teacher)]
+    depths = [model_depth(side.path, **side.options) for side in (settings.student, settings.teacher)]
     known = ablation_rows(settings, *depths)
     chosen = list(known) if rows is None else list(dict.fromkeys(rows))
     for row in chosen:
@@ -213,10 +213,6 @@ def _with_own_layers(settings: TrainSettings, student_layers: int, teacher_layer
     assert config is not None
     options = {**base.options, "layer_pairs": config.to_dict()["layer_pairs"]}
     return replace(settings, base=replace(base, options=options))
-
-
-def _config_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("revision", "trust_remote_code", "token") if name in options}
 
 
 def _folder(out: Path, row: str, seed: int) -> Path:

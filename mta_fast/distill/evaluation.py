@@ -35,6 +35,7 @@ from mta_fast.distill.generation import (
     choose_device,
     claim,
     digest_of,
+    encode_for,
     encode_prompts,
     generate_batches,
     weights_digest,
@@ -341,7 +342,7 @@ def _evaluate_all(
     reading: Mapping[str, Any],
 ) -> int:
     """What ``run_evaluation`` does, ``data`` by name, once ``out`` is its own."""
-    from mta_fast.distill.models import load_model, load_tokenizer
+    from mta_fast.distill.models import load_config, load_model, load_tokenizer
 
     tokenizer = load_tokenizer(model)
     loaded = [load_references(source, tokenizer=tokenizer, **reading) for source in data.values()]
@@ -351,6 +352,9 @@ def _evaluate_all(
         loaded = [drop_long_rows(rows, tokenizer, **limits) for rows in loaded]
     for source, rows in zip(data.values(), loaded, strict=True):
         print(f"{source}: {describe_rows(rows)}")
+    config = load_config(model)
+    for rows in loaded:
+        encode_for(config, tokenizer, [row["prompt"] for row in rows.rows], settings.generation)
     network: Any = load_model(model, dtype=dtype)
     network.to(place)
     done: list[Evaluation] = []

@@ -131,11 +131,27 @@ def encode_prompts(
     """The token ids of every prompt, without an end token that the tokenizer may add.
 
     Raises:
-        InputError: a prompt without a token, or so long that the model has no room for ``settings.max_new_tokens``
-            (names the row), or no room for these alone; prompts of different lengths, ``settings.batch_size`` at a
-            time, for a model that reads padding as text.
+        InputError: as ``encode_for`` does; prompts of different lengths, ``settings.batch_size`` at a time, for a model
+            that reads padding as text.
     """
     config: Any = unwrap(model).config
+    encoded = encode_for(config, tokenizer, prompts, settings)
+    if settings.batch_size > 1:
+        _check_padding(model, tokenizer, encoded)
+    return encoded
+
+
+def encode_for(config: Any, tokenizer: Any, prompts: Sequence[str], settings: GenerationSettings) -> list[list[int]]:
+    """``encode_prompts`` for the model of a config, before it is loaded.
+
+    Raises:
+        InputError: a stop text that the tokenizer can't write; a prompt without a token, with a token that the model
+            has no embedding of, or so long that the model has no room for ``settings.max_new_tokens`` (names the row);
+            or no room for these alone.
+    """
+    if settings.stop is not None:
+        _stop_criterion(tokenizer, settings.stop)
+    size = getattr(config.get_text_config(), "vocab_size", math.inf)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     room = math.inf if positions is None else positions - settings.max_new_tokens
     if room < 1:
@@ -148,14 +164,17 @@ def encode_prompts(
             ids = ids[:-1]
         if not ids:
             raise InputError(f"prompt of row {i}: expected at least one token, got none; leave the row out")
+        if max(ids) >= size:
+            raise InputError(
+                f"prompt of row {i}: expected tokens below {size} (the model's vocabulary), got {max(ids)}; take the "
+                f"model's own tokenizer"
+            )
         if len(ids) > room:
             raise InputError(
                 f"prompt of row {i}: expected at most {room} tokens (the model's {positions} positions less "
                 f"max_new_tokens = {settings.max_new_tokens}), got {len(ids)}; shorten it, or lower max_new_tokens"
             )
         encoded.append(ids)
-    if settings.batch_size > 1:
-        _check_padding(model, tokenizer, encoded)
     return encoded
 
 
@@ -190,14 +209,24 @@ def _pad_left(encoded: Sequence[Sequence[int]], pad: int, device: torch.device) 
 
 def _stop_in_response(tokenizer: Any, stop: str, prompt_size: int) -> Callable[..., Tensor]:
     """Per row: whether the last token completes the stop text, which a prompt that ends in "##" must not begin."""
-    from transformers import StopStringCriteria
-
-    criterion = StopStringCriteria(tokenizer, stop)
+    criterion = _stop_criterion(tokenizer, stop)
 
     def stopped(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return criterion(input_ids[:, prompt_size:], scores)
 
     return stopped
+
+
+def _stop_criterion(tokenizer: Any, stop: str) -> Any:
+    from transformers import StopStringCriteria
+
+    try:
+        return StopStringCriteria(tokenizer, stop)
+    except (ValueError, IndexError, KeyError, RuntimeError, TypeError):  # of an empty table: no token ends in the text
+        raise InputError(
+            f"stop: expected a text that the tokenizer can write, got {stop!r}; give another, or none to go on to the "
+            f"end token"
+        ) from None
 
 
 @contextmanager

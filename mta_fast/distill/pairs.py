@@ -34,11 +34,12 @@ from mta_fast.distill.generation import (
     choose_device,
     claim,
     digest_of,
+    encode_for,
     encode_prompts,
     generate_batches,
     weights_digest,
 )
-from mta_fast.distill.models import load_model, load_tokenizer, model_places
+from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_places
 from mta_fast.errors import InputError
 from mta_fast.files import Kind, check_target, user_path, write_whole
 from mta_fast.locks import lock_folder
@@ -160,6 +161,8 @@ def generate_pairs(
         tokenizers = {side: load_tokenizer(name) for side, name in sides.items()}
         loaded = _rows(data, tokenizers, settings, max_prompt_length, reading)
         prompts = [row["prompt"] for row in loaded.rows]
+        for side, name in sides.items():
+            encode_for(load_config(name), tokenizers[side], prompts, settings)
         responses = {"data": [row["output"] for row in loaded.rows]}
         for side, name in sides.items():
             model: Any = load_model(name, dtype=dtype)

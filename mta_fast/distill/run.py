@@ -14,13 +14,15 @@ from mta_fast import _yaml
 from mta_fast.config import nearest
 from mta_fast.distill import resuming
 from mta_fast.distill.checkpoints import EXPORT, RESULTS_FILE, last_checkpoint
-from mta_fast.distill.data import data_places, describe_rows, drop_long_rows, load_rows
+from mta_fast.distill.data import LoadedRows, data_places, describe_rows, drop_long_rows, load_rows
 from mta_fast.distill.distillm2 import RESPONSES
+from mta_fast.distill.fit import check_evaluation, check_layers, check_room, check_values, rehearse, unsharded
 from mta_fast.distill.interrupt import FinishStep
-from mta_fast.distill.models import load_model, load_tokenizer, model_places
+from mta_fast.distill.methods import base_method
+from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_places, same_vocabulary
 from mta_fast.distill.pairs import load_pairs
 from mta_fast.distill.resuming import CONFIG_FILE
-from mta_fast.distill.settings import LoraSettings, TrainSettings
+from mta_fast.distill.settings import LoraSettings, ModelSettings, TrainSettings
 from mta_fast.errors import TERMINATED, InputError, MissingPackageError
 from mta_fast.files import (
     MARKER,
@@ -35,7 +37,7 @@ from mta_fast.files import (
 )
 from mta_fast.files import PICTURE as EARLIER_PICTURE
 from mta_fast.interrupt import Terminated, exit_code
-from mta_fast.layers import num_layers
+from mta_fast.layers import depth_of
 from mta_fast.locks import lock_folder
 from mta_fast.spans.cache import SpanCache
 from mta_fast.spans.extract import SpanExtractor
@@ -217,30 +219,34 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
 
     from mta_fast.distill.trainer import MTATrainer
 
-    # models first: a DeepSpeed config in the arguments would make from_pretrained shard the teacher too
-    teacher: Any = None
-    if settings.teacher is not None:
-        teacher = load_model(settings.teacher.path, dtype=settings.teacher.dtype, **settings.teacher.options)
-    student: Any = load_model(settings.student.path, dtype=settings.student.dtype, **settings.student.options)
-    tokenizer = load_tokenizer(settings.student.tokenizer or settings.student.path)
-    teacher_tokenizer = None
-    if settings.teacher is not None:
-        teacher_tokenizer = load_tokenizer(settings.teacher.tokenizer or settings.teacher.path)
-    config = settings.mta_config(num_layers(student), None if teacher is None else num_layers(teacher))
     arguments = training_arguments(settings)
+    method = None if settings.base.loss == "none" else base_method(settings.base.loss, **settings.base.options)
+    sides: dict[str, ModelSettings] = {"student": settings.student}
+    sides |= {} if settings.teacher is None else {"teacher": settings.teacher}
+    tokenizers = {side: load_tokenizer(model.tokenizer or model.path) for side, model in sides.items()}
+    configs = {side: load_config(model.path, **model.options) for side, model in sides.items()}
+    depths = {side: depth_of(config) for side, config in configs.items()}
+    config = settings.mta_config(depths["student"], depths.get("teacher"))
+    if config is not None:
+        check_layers(config, depths)
+    tokenizer = tokenizers["student"]
+    shared = "teacher" not in tokenizers or same_vocabulary(tokenizer, tokenizers["teacher"])
+    for side in sides:
+        check_room(side, configs[side], tokenizer if shared else tokenizers[side], arguments.max_length)
     kinds = sorted(set(config.granularity)) if config is not None else []
     extractor = None
     if kinds:
         extractor = SpanExtractor(settings.spans.model, granularity=kinds, n_process=settings.spans.n_process)
+    sources = {"train": (settings.data.train, settings.data.train_split)}
+    if settings.data.eval is not None:
+        sources["eval"] = settings.data.eval, settings.data.eval_split
+    with arguments.main_process_first(desc="reading"):
+        read = {name: _read(settings, *source, tokenizer, arguments) for name, source in sources.items()}
+    with unsharded(arguments):
+        models = {side: load_model(sides[side].path, dtype=sides[side].dtype, **sides[side].options) for side in sides}
+    student: Any = models["student"]
     with arguments.main_process_first(desc="span extraction"):  # the other ranks then find the spans in the cache
-        rows = {
-            name: _rows(settings, source, split, tokenizer, extractor, arguments)
-            for name, source, split in (
-                ("train", settings.data.train, settings.data.train_split),
-                ("eval", settings.data.eval, settings.data.eval_split),
-            )
-            if source is not None
-        }
+        rows = {name: _with_spans(settings, loaded, extractor) for name, loaded in read.items()}
     if settings.student.lora is not None:
         set_seed(arguments.seed)
         student = _with_lora(student, settings.student.lora)
@@ -248,13 +254,12 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
         student.compile()
     return MTATrainer(
         student,
-        teacher,
+        models.get("teacher"),
         config,
         arguments,
         processing_class=tokenizer,
-        teacher_tokenizer=teacher_tokenizer,
-        base_loss=None if settings.base.loss == "none" else settings.base.loss,
-        base_loss_options=settings.base.options,
+        teacher_tokenizer=tokenizers.get("teacher"),
+        base_loss=method,
         span_extractor=extractor,
         train_dataset=rows["train"],
         eval_dataset=rows.get("eval"),
@@ -271,32 +276,35 @@ def training_arguments(settings: TrainSettings) -> MTATrainingArguments:
 
     known = [f.name for f in fields(MTATrainingArguments) if f.init]
     for key in settings.training:
-        if key not in known or key == "output_dir":
+        if key == "output_dir":
             raise InputError(
-                f"training.{key}: expected a field of MTATrainingArguments, there is no such one{nearest(key, known)}"
+                "training.output_dir: expected output_dir at the top level of the file, got it in training"
+            )
+        if key not in known:
+            raise InputError(
+                f"training.{key}: expected a field of MTATrainingArguments, there is no such one"
+                f"{nearest(key, [name for name in known if name != 'output_dir'])}"
             )
         if key in FOR_SCRIPTS:
             raise InputError(f"training.{key}: expected nothing, as it has no effect here; leave it out")
     values: dict[str, Any] = {"report_to": "none", "logging_steps": 10} | settings.training
-    if settings.data.eval is not None:
+    evaluated = settings.data.eval is not None
+    if evaluated:
         values.setdefault("eval_strategy", "epoch")
+    check_values(values)
     try:
-        return MTATrainingArguments(output_dir=settings.output_dir, **values)
+        arguments = MTATrainingArguments(output_dir=settings.output_dir, **values)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"training: {error}") from None
+    check_evaluation(arguments, evaluated=evaluated)
+    rehearse(arguments, evaluated=evaluated)
+    return arguments
 
 
-def _rows(
-    settings: TrainSettings,
-    source: str,
-    split: str,
-    tokenizer: Any,
-    extractor: SpanExtractor | None,
-    arguments: MTATrainingArguments,
-) -> Any:
-    """A ``datasets.Dataset`` of prompts, responses and spans; the spans come from the cache where they are."""
-    import datasets
-
+def _read(
+    settings: TrainSettings, source: str, split: str, tokenizer: Any, arguments: MTATrainingArguments
+) -> LoadedRows[Any]:
+    """The rows of a source that fit, printed in a line."""
     data, paired = settings.data, settings.base.loss == "distillm2"
     loaded: Any = (load_pairs if paired else load_rows)(
         source,
@@ -312,6 +320,14 @@ def _rows(
     )
     if arguments.process_index == 0:
         print(f"{source}: {describe_rows(loaded)}")
+    return loaded
+
+
+def _with_spans(settings: TrainSettings, loaded: LoadedRows[Any], extractor: SpanExtractor | None) -> Any:
+    """A ``datasets.Dataset`` of prompts, responses and spans; the spans come from the cache where they are."""
+    import datasets
+
+    paired = settings.base.loss == "distillm2"
     responses = RESPONSES if paired else ("output",)
     columns: dict[str, Any] = {name: [row[name] for row in loaded.rows] for name in ("prompt", *responses)}
     if extractor is not None:

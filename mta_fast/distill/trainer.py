@@ -24,6 +24,7 @@ from mta_fast.distill.arguments import MTATrainingArguments, check_options
 from mta_fast.distill.distillm import DistiLLM
 from mta_fast.distill.distillm2 import DistiLLM2, PairCollator
 from mta_fast.distill.feeding import FILLER, RowFeeding, WithoutFillers, check_stream
+from mta_fast.distill.fit import check_room
 from mta_fast.distill.fitness import GradientsArrive, check_models, check_optimizer
 from mta_fast.distill.losses import SEQUENCE_LEVEL_LOSSES
 from mta_fast.distill.methods import BaseMethod, base_method
@@ -95,6 +96,10 @@ class MTATrainer(RowFeeding):
         if isinstance(mta, MTAConfig):
             assert teacher is not None
             mta = MTALoss.for_models(student, teacher, mta)
+        for side, network in (("student", student), ("teacher", teacher)):
+            if network is not None:
+                own = teacher_tokenizer if side == "teacher" and teacher_tokenizer is not None else processing_class
+                check_room(side, network, own, args.max_length)
         model = _distillation_model(student, teacher, mta, method, processing_class, teacher_tokenizer)
         kinds = sorted(set(mta.config.granularity)) if mta is not None else ()
         by_columns = mta is not None and mta.config.count_padding
