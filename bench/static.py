@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,11 @@ def faults(code: Code, target: Target) -> list[str]:
     return found
 
 
-def main(targets: list[str] | None, out: Path | None) -> int:
+def main(targets: list[str] | None, out: Path | None, reuse: Path | None = None) -> int:
     """Compile every variant for the targets (None: all), print the report, and write OUT.json and OUT.md.
+
+    Args:
+        reuse: an earlier report; what it holds of the same code, options and Triton is not compiled again.
 
     Returns:
         1 if a variant does not compile, spills, does not fit the shared memory, or leaves tensor cores unused; else 0.
@@ -73,8 +76,11 @@ def main(targets: list[str] | None, out: Path | None) -> int:
         )
     import triton
 
+    made = {} if reuse is None else _earlier(reuse, triton.__version__)
     found = [variant for name in names for variant in variants(name)]
-    rows = [_row(variant, code) for variant, code in zip(found, compile_all(found), strict=True)]
+    new = [variant for variant in found if variant.digest not in made]
+    made |= {variant.digest: code for variant, code in zip(new, compile_all(new), strict=True)}
+    rows = [_row(variant, made[variant.digest]) for variant in found]
     versions = {
         "triton": triton.__version__,
         "torch": torch.__version__,
@@ -87,6 +93,17 @@ def main(targets: list[str] | None, out: Path | None) -> int:
     if out is not None:
         write_report(check_report(out), json.dumps(report, indent=1) + "\n", text + "\n")
     return 1 if any(row["faults"] for row in rows) else 0
+
+
+def _earlier(report: Path, triton: str) -> dict[str, Code]:
+    """By the digest of its variant, the code of an earlier report from the same Triton."""
+    try:
+        read = json.loads(report.read_text(encoding="utf-8"))
+        rows = read["rows"] if read["versions"]["triton"] == triton else []
+        codes = {row["digest"]: {item.name: row[item.name] for item in fields(Code)} for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--reuse: expected a report of bench static in {report}, got {error!r}") from None
+    return {digest: Code(**code | {"products": tuple(code["products"])}) for digest, code in codes.items()}
 
 
 def _row(variant: Variant, code: Code) -> dict[str, Any]:

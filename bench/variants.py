@@ -6,6 +6,7 @@ own JIT code.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -44,6 +45,7 @@ class Variant:
         blocks, num_warps, num_stages: the row.
         source: (module, function, signature, constants, attributes), of which Triton makes the program.
         settings: Triton's compile options.
+        digest: of everything the compiler gets: the code of the kernel and of what it calls, types, constants, options.
     """
 
     target: str
@@ -56,6 +58,7 @@ class Variant:
     num_stages: int
     source: tuple[str, str, dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
+    digest: str = ""
 
 
 def variants(target: str) -> list[Variant]:
@@ -93,6 +96,7 @@ def _variant(launch: Launch, target: str) -> Variant:
         backend, dict(launch.options), bound, specialization, launch.options
     )
     odd = any(name.endswith("width") and not attributes.get((i,)) for i, name in enumerate(signature))
+    given = (kernel.cache_key, target, signature, constants, attributes, sorted(launch.options.items()))
     words = {"CAUSAL": "causal", "COUNT_PADDING": "count_padding", "WITH_GRADIENT": "gradient"}
     options = [word for name, word in words.items() if launch.arguments.get(name)]
     return Variant(
@@ -106,6 +110,7 @@ def _variant(launch: Launch, target: str) -> Variant:
         num_stages=launch.options["num_stages"],
         source=(kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes),
         settings=launch.options,
+        digest=hashlib.sha256(repr(given).encode()).hexdigest()[:32],
     )
 
 

@@ -417,9 +417,12 @@ def bench_all(
 def bench_static(
     out: _Report = None,
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; else all.")] = None,
+    reuse: Annotated[
+        Path | None, typer.Option(help="An earlier report: what it has of the same code and Triton isn't compiled.")
+    ] = None,
 ) -> None:
     """What Triton's compilers make of every kernel, without a GPU; exit code 1 if one spills or does not fit."""
-    raise typer.Exit(_bench("static", out).main(target, out))
+    raise typer.Exit(_bench("static", out).main(target, out, reuse))
 
 
 @bench_app.command("model")

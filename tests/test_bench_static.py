@@ -14,7 +14,7 @@ import pytest
 
 from mta_fast import backends
 from mta_fast.__main__ import main
-from mta_fast.errors import MissingPackageError
+from mta_fast.errors import InputError, MissingPackageError
 
 pytest.importorskip("triton")
 pytest.importorskip("typer")
@@ -49,9 +49,31 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ran(out: Path) -> subprocess.CompletedProcess[str]:
+def earlier(out: Path) -> Path:
+    """The committed report without a row of each kernel, on one target or the other: those are compiled anew.
+
+    The others are too where the kernel, what it calls, its options or Triton are not the report's.
+    """
+    left_out = {
+        kernel: COMPILED[i % len(COMPILED)] for i, kernel in enumerate(dict.fromkeys(name for name, _ in TABLE))
+    }
+    kept = []
+    for row in COMMITTED["rows"]:
+        if left_out.get(row["kernel"]) == row["target"]:
+            del left_out[row["kernel"]]
+        else:
+            kept.append(row)
+    assert not left_out
+    path = out.with_name("earlier.json")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(COMMITTED | {"rows": kept}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ran(out: Path, earlier: Path) -> subprocess.CompletedProcess[str]:
     chosen = [word for target in COMPILED for word in ("--target", target)]
-    return _run("-m", "mta_fast", "bench", "static", *chosen, "--json", str(out))
+    return _run("-m", "mta_fast", "bench", "static", *chosen, "--json", str(out), "--reuse", str(earlier))
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +160,44 @@ def test_committed_report_is_up_to_date(rows: Rows) -> None:
     assert {row["target"] for row in COMMITTED["rows"]} == set(TARGETS)
     if COMMITTED["versions"]["triton"] != triton.__version__:
         pytest.skip(f"it is from triton {COMMITTED['versions']['triton']}")
-    made = [row for row in COMMITTED["rows"] if row["target"] in COMPILED]
-    assert made == rows, "mta-fast bench static --json bench/results/static"
+    committed, made = (
+        [row | {"digest": None} for row in found if row["target"] in COMPILED] for found in (COMMITTED["rows"], rows)
+    )
+    assert committed == made, "mta-fast bench static --json bench/results/static"
+
+
+def test_what_has_changed_is_compiled_again() -> None:
+    if COMMITTED["versions"]["triton"] != triton.__version__:
+        pytest.skip(f"the report is from triton {COMMITTED['versions']['triton']}")
+    code = """if True:
+        import os, sys
+        from pathlib import Path
+        from bench import static
+        from bench.machine_code import Code
+        from mta_fast.kernels import _device
+        def compile_all(found):
+            print(*sorted({variant.kernel for variant in found}), file=sys.stderr, flush=True)
+            return [Code()] * len(found)
+        static.compile_all = compile_all
+        for change in ("", "\\n    # changed"):
+            if os.fork():
+                os.wait()
+                continue
+            _device.load._unsafe_update_src(_device.load.src + change)
+            static.main(["sm_80"], None, Path("bench/results/static.json"))
+            os._exit(0)
+        """
+    same, changed = _run("-c", code).stderr.splitlines()
+    assert same == ""
+    assert {"pool", "token_scale"} <= set(changed.split())  # they load by it
+
+
+def test_a_file_that_is_no_report_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_interpreted", lambda: False)
+    (tmp_path / "other.json").write_text("[]")
+    for name in ("other.json", "none.json"):
+        with pytest.raises(InputError, match=f"--reuse: expected a report of bench static in .*{name}"):
+            static.main(["sm_80"], None, tmp_path / name)
 
 
 # --- what is a fault ---------------------------------------------------------------------------------------------
