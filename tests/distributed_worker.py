@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,22 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
     """Train four steps on 16 rows, evaluate, save and export; what each rank saw goes to OUT/rank-N.json.
 
     ``method`` is a base method; "distillm" writes in every step, "clock" is SRKL that a second ends, "stream" is SRKL
-    on a stream of ten rows in three parts, evaluated on seven.
+    on a stream of ten rows in three parts, evaluated on seven, "stop" SRKL where the last rank alone gets SIGTERM in
+    step 3.
     """
     if mode == "fsdp":
         let_fsdp_run_on_cpus()
     from training import make_pairs, make_trainer, uneven_rows
+    from transformers import TrainerCallback
 
     from mta_fast import SpanExtractor
     from mta_fast.distill.distillm import DistiLLM
+    from mta_fast.distill.interrupt import FinishStep
+
+    class Killed(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     options: dict[str, Any] = {"base_loss": method, "rows": uneven_rows()}
     if method == "distillm2":
@@ -46,7 +55,7 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
         options["span_extractor"] = SpanExtractor()
     elif method == "clock":
         options |= {"base_loss": "srkl", "max_seconds": 1.0, "max_steps": 1000, "eval_strategy": "no"}
-    elif method == "stream":
+    elif method in ("stream", "stop"):
         options["base_loss"] = "srkl"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if mode == "fsdp" else {}
@@ -70,7 +79,11 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
 
         trainer.train_dataset = datasets.Dataset.from_list(uneven_rows()[:10]).to_iterable_dataset(num_shards=3)
         trainer.eval_dataset = uneven_rows()[16:23]
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with FinishStep() as finish:
+        finish.watch(trainer)
+        if method == "stop" and trainer.args.process_index == world - 1:
+            trainer.add_callback(Killed())
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.export_student(Path(out) / "student")
     told = {
         "wrapper": type(trainer.model_wrapped).__name__,

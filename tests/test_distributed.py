@@ -18,6 +18,8 @@ from processes import LIMIT
 from safetensors.torch import load_file
 
 from mta_fast import MTAConfig, MTALoss
+from mta_fast.distill import manifest
+from mta_fast.errors import InputError
 
 WORLD = 2
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -152,3 +154,17 @@ def test_one_clock_ends_both_ranks(tmp_path: Path) -> None:
     """Ranks that stopped by clocks of their own would wait for each other for ever, with other learning rates."""
     first, second = _run(tmp_path, "ddp", WORLD, "clock")
     assert first == second
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path: Path) -> None:
+    _run(tmp_path, "ddp", WORLD, "stop")
+    (last,) = (path for path in tmp_path.glob("checkpoint-*") if path.name != "checkpoint-2")
+    assert last.name == "checkpoint-3"  # of neither a save step nor the last one
+    assert manifest.verify(last)
+    names = {path.name for path in last.iterdir()}
+    assert {
+        f"{kind}_{rank}.{end}" for kind, end in (("rng_state", "pth"), ("progress", "json")) for rank in (0, 1)
+    } < names
+    (last / "rng_state_1.pth").unlink()
+    with pytest.raises(InputError, match=r"1 differs: rng_state_1.pth \(missing\); checkpoint-2 beside it is whole"):
+        manifest.verify(last)
