@@ -153,7 +153,7 @@ def test_lora_cut_and_export(run_folder: Path, capsys: pytest.CaptureFixture[str
     ("changes", "message"),
     [
         (["training.learning_rat=1"], "training.learning_rat: expected a field of MTATrainingArguments"),
-        (["training.output_dir=x"], "training.output_dir: expected a field of MTATrainingArguments"),
+        (["training.output_dir=x"], "training.output_dir: expected output_dir at the top level of the file"),
         (["training.eval_strategy=weekly"], "training: "),
         (["data.train=nowhere.jsonl"], "nowhere.jsonl: expected a JSONL file, there is none"),
         (["training.max_length=2"], "expected prompts of at most 1 tokens, all 12 are longer"),

@@ -223,8 +223,8 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
     method = None if settings.base.loss == "none" else base_method(settings.base.loss, **settings.base.options)
     sides: dict[str, ModelSettings] = {"student": settings.student}
     sides |= {} if settings.teacher is None else {"teacher": settings.teacher}
-    tokenizers = {side: load_tokenizer(model.tokenizer or model.path) for side, model in sides.items()}
     configs = {side: load_config(model.path, **model.options) for side, model in sides.items()}
+    tokenizers = {side: load_tokenizer(model.tokenizer or model.path) for side, model in sides.items()}
     depths = {side: depth_of(config) for side, config in configs.items()}
     config = settings.mta_config(depths["student"], depths.get("teacher"))
     if config is not None:
