@@ -49,6 +49,11 @@ class MTATrainingArguments(TrainingArguments):
                     f"warmup_steps: expected a ratio below 1 beside max_seconds, got {self.warmup_steps}; the learning "
                     f"rate follows the clock, not the steps"
                 )
+        if self.enable_jit_checkpoint:
+            raise InputError(
+                "enable_jit_checkpoint: expected false, got true; it saves in the middle of a step and leaves half a "
+                "checkpoint where it is killed. mta-fast train saves on SIGTERM, at the end of the step"
+            )
         if self.torch_compile:
             raise InputError(
                 "torch_compile: expected false, got true; the step captures hidden states with hooks. Compile the "
