@@ -27,7 +27,7 @@ from mta_fast.errors import InputError
 FOLLOWED: dict[str, str] = {
     **dict.fromkeys(("output_dir", "save_strategy", "save_steps", "save_total_limit"), "test_checkpoints"),
     **dict.fromkeys(("load_best_model_at_end", "metric_for_best_model", "greater_is_better"), "test_checkpoints"),
-    **dict.fromkeys(("save_only_model", "enable_jit_checkpoint"), "Trainer's, around saving._save_checkpoint"),
+    "save_only_model": "Trainer's, around saving._save_checkpoint",
     "save_on_each_node": "saving._save_checkpoint",
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"), "test_trainer"),
     **dict.fromkeys(("num_train_epochs", "learning_rate", "warmup_steps"), "test_trainer, test_run"),

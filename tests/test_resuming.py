@@ -335,6 +335,7 @@ def test_how_long_a_run_is_matters_where_its_schedule_falls() -> None:
     constant = falling | {"training.lr_scheduler_type": "constant"}
     longer = {"training.max_steps": 8, "training.num_train_epochs": 5}
     assert [each.key for each in compare(falling, falling | longer) if each.matters] == ["training.max_steps"]
+    assert not any(each.matters for each in compare(falling, falling | longer, finished=True))
     assert not any(each.matters for each in compare(constant, constant | longer))
     follows = constant | {"follows_progress": True}
     assert any(each.matters for each in compare(follows, follows | longer))

@@ -25,6 +25,11 @@ _COMPILED = (
 # fields of TrainingArguments that the Trainer of a distillation can't follow: the value they keep, and why
 REFUSED: dict[str, tuple[Any, str]] = {
     "torch_compile": (False, _COMPILED),
+    "enable_jit_checkpoint": (
+        False,
+        "it saves in the middle of a step and leaves half a checkpoint where it is killed. mta-fast train saves on "
+        "SIGTERM, at the end of the step",
+    ),
     "label_smoothing_factor": (0.0, "the base loss compares the models' own distributions; give a base loss"),
     "average_tokens_across_devices": (True, "losses are always those of the whole step, over all ranks"),
     "use_liger_kernel": (False, "its fused loss hides the logits; apply liger's other kernels to the student yourself"),

@@ -22,7 +22,7 @@ from torch import nn
 
 from mta_fast.distill.distillm import DistiLLM
 from mta_fast.distill.fdd import FDD
-from mta_fast.distill.manifest import FINGERPRINT_FILE
+from mta_fast.distill.manifest import FINGERPRINT_FILE, STATE_FILE
 from mta_fast.distill.methods import BaseMethod, TokenMethod
 from mta_fast.errors import InputError
 from mta_fast.layers import unwrap
@@ -73,10 +73,15 @@ class Difference(NamedTuple):
         return f"{self.key}: {_short(self.old)} -> {_short(self.new)}"
 
 
-def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """The keys of both whose values differ; a key that only one has belongs to another version."""
+def compare(old: Mapping[str, Any], new: Mapping[str, Any], *, finished: bool = False) -> list[Difference]:
+    """The keys of both whose values differ; a key that only one has belongs to another version.
+
+    ``finished``: the old run has come to its end, and may be made longer.
+    """
     differing = [key for key in old if key in new and old[key] != new[key]]
     free = free_keys(old, new)
+    if finished:
+        return [Difference(key, old[key], new[key], key not in LENGTH and not free(key)) for key in differing]
     return [Difference(key, old[key], new[key], not free(key)) for key in differing]
 
 
@@ -144,6 +149,15 @@ def load(folder: Path) -> tuple[Fingerprint | None, dict[str, Any] | None]:
         return found["run"], found["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: expected the fingerprint of a run, it can't be read ({error})") from None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a checkpoint is of the last step of its run."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return bool(state["global_step"] >= state["max_steps"])
+    except (OSError, ValueError, KeyError, TypeError):  # refused where the state is read
+        return False
 
 
 # --- of the parts ------------------------------------------------------------------------------------------------

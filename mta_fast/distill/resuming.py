@@ -40,7 +40,7 @@ def check(checkpoint: Path, out: Path, settings: TrainSettings, *, allow_changes
             f"{out}: holds no {CONFIG_FILE}: whether the settings are the same can't be checked", stacklevel=3
         )
         return
-    differing = differences(started, settings.to_dict())
+    differing = differences(started, settings.to_dict(), finished=fingerprint.is_finished(checkpoint))
     # an MTA that alone differs is refused beside the projections, which say more of it
     if not allow_changes and any(each.matters and not each.key.startswith("mta") for each in differing):
         fingerprint.refuse(checkpoint, differing)
@@ -49,7 +49,7 @@ def check(checkpoint: Path, out: Path, settings: TrainSettings, *, allow_changes
         print(f"{checkpoint.name} goes on with other settings that leave the training as it is: {'; '.join(free)}")
 
 
-def differences(started: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Difference]:
+def differences(started: Mapping[str, Any], settings: Mapping[str, Any], *, finished: bool = False) -> list[Difference]:
     """The dotted keys whose values differ, those that only one has against their default."""
     old, new = _flat(started), _flat(settings)
     defaults = _training_defaults()
@@ -59,7 +59,7 @@ def differences(started: Mapping[str, Any], settings: Mapping[str, Any]) -> list
         each |= {key: value for key, value in defaults.items() if key not in each}
         each["follows_evaluation"] = each.get("base.loss") == "distillm"
         each["follows_progress"] = each.get("base.loss") in FOLLOWING_PROGRESS or ":" in str(each.get("base.loss"))
-    found = fingerprint.compare(old, new)
+    found = fingerprint.compare(old, new, finished=finished)
     return [each for each in found if not _same_place(each)]
 
 

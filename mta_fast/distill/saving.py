@@ -204,7 +204,7 @@ class WholeCheckpoints(Trainer):
         made_by, _ = fingerprint.load(folder)
         if made_by is None:
             made_by = {"world_size": manifest.ranks_of(folder)}
-        differing = fingerprint.compare(made_by, self.run_fingerprint)
+        differing = fingerprint.compare(made_by, self.run_fingerprint, finished=fingerprint.is_finished(folder))
         if not allow_changes:
             fingerprint.refuse(folder, differing)
         if self.args.process_index:
@@ -215,7 +215,7 @@ class WholeCheckpoints(Trainer):
                 f"files are whole and the data the same can't be checked",
                 stacklevel=4,
             )
-        changed = [str(each) for each in differing if each.matters]
+        changed = [str(each) for each in differing if each.matters or each.key in fingerprint.LENGTH]
         if changed:
             warnings.warn(f"{folder}: the run goes on with other values: {'; '.join(changed)}", stacklevel=4)
 
