@@ -73,10 +73,11 @@ OVERRIDES: dict[tuple[str, str, str], Row] = {
     # mma.sync takes both factors of a split product from registers
     ("statistics", SINGLE, "sm_80"): _row(4, 2, TILE=64, BLOCK_D=16),
     ("sums", SINGLE, "sm_80"): _row(4, 1, TILE=64, BLOCK_D=16),
-    ("pairs", SINGLE, "sm_80"): _row(8, 2, TILE=32, BLOCK_D=32, BLOCK_G=32),
+    ("pairs", SINGLE, "sm_80"): _row(8, 2, TILE=32, BLOCK_D=16, BLOCK_G=32),
     ("pairs", HALF, "sm_80"): _row(8, 2, TILE=32, BLOCK_D=32, BLOCK_G=64),
     ("statistics", HALF, "gfx942"): _row(8, 3, TILE=64, BLOCK_D=64),
     ("sums", HALF, "gfx942"): _row(8, 3, TILE=64, BLOCK_D=64),
+    ("pairs", SINGLE, "gfx942"): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=16),
     # 64 KB of shared memory
     ("strips", HALF, "gfx942"): _row(8, 2, STRIP=64, BLOCK_D=64),
     ("strips", SINGLE, "gfx942"): _row(8, 2, STRIP=32, BLOCK_D=32),
@@ -91,7 +92,7 @@ UNALIGNED: dict[tuple[str, str], Row] = {
     ("sums", HALF): _row(8, 3, TILE=64, BLOCK_D=32),
     ("sums", SINGLE): _row(8, 2, TILE=64, BLOCK_D=16),
     ("pairs", HALF): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=32),
-    ("pairs", SINGLE): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=32),
+    ("pairs", SINGLE): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=16),
     ("gram_products", SINGLE): _row(8, 2, TILE=64, BLOCK_U=16, BLOCK_V=8, BLOCK_D=256),
     ("gram_gradient", SINGLE): _row(8, 2, TILE=64, BLOCK_D=16),
 }
