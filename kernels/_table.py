@@ -40,6 +40,7 @@ for _kind in (HALF, SINGLE, DOUBLE):
     TABLE.update({(name, _kind): row for name, row in _MEMORY_BOUND.items()})
 TABLE.update(
     {
+        ("pool", DOUBLE): _row(4, 1, BLOCK_J=4, BLOCK_D=512),
         ("strips", HALF): _row(8, 3, STRIP=64, BLOCK_D=64),
         ("strips", SINGLE): _row(8, 3, STRIP=32, BLOCK_D=32),
         ("strips", DOUBLE): _row(8, 1, STRIP=16, BLOCK_D=16),
@@ -50,7 +51,7 @@ TABLE.update(
         ("sums", SINGLE): _row(8, 3, TILE=64, BLOCK_D=32),
         ("sums", DOUBLE): _row(8, 1, TILE=32, BLOCK_D=16),
         ("pairs", HALF): _row(8, 1, TILE=64, BLOCK_D=16, BLOCK_G=32),
-        ("pairs", SINGLE): _row(8, 2, TILE=64, BLOCK_D=16, BLOCK_G=64),
+        ("pairs", SINGLE): _row(8, 2, TILE=64, BLOCK_D=16, BLOCK_G=32),
         ("pairs", DOUBLE): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=32),
         ("gram_products", SINGLE): _row(8, 2, TILE=64, BLOCK_U=32, BLOCK_V=16, BLOCK_D=256),
         ("gram_products", DOUBLE): _row(8, 1, TILE=32, BLOCK_U=16, BLOCK_V=16, BLOCK_D=256),
@@ -63,19 +64,27 @@ OVERRIDES: dict[tuple[str, str, str], Row] = {
     # a thread of sm_100 holds 64 columns of a 128 x 128 tile, and with them 64 values of each column vector: it spills
     ("statistics", HALF, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=64),
     ("statistics", SINGLE, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=32),
-    ("sums", HALF, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=64),
+    ("sums", HALF, "sm_100"): _row(8, 3, TILE=64, BLOCK_D=64),
     ("sums", SINGLE, "sm_100"): _row(4, 3, TILE=64, BLOCK_D=32),
+    ("align", SINGLE, "sm_100"): _row(8, 1, BLOCK_D=512),
+    ("statistics", HALF, "sm_80"): _row(8, 3, TILE=128, BLOCK_D=32),
+    ("sums", HALF, "sm_80"): _row(8, 3, TILE=128, BLOCK_D=32),
+    ("sums", DOUBLE, "sm_80"): _row(8, 1, TILE=16, BLOCK_D=16),
     # mma.sync takes both factors of a split product from registers
     ("statistics", SINGLE, "sm_80"): _row(4, 2, TILE=64, BLOCK_D=16),
     ("sums", SINGLE, "sm_80"): _row(4, 1, TILE=64, BLOCK_D=16),
-    ("pairs", SINGLE, "sm_80"): _row(8, 2, TILE=32, BLOCK_D=32, BLOCK_G=64),
+    ("pairs", SINGLE, "sm_80"): _row(8, 2, TILE=32, BLOCK_D=16, BLOCK_G=32),
     ("pairs", HALF, "sm_80"): _row(8, 2, TILE=32, BLOCK_D=32, BLOCK_G=64),
+    ("statistics", HALF, "gfx942"): _row(8, 3, TILE=64, BLOCK_D=64),
+    ("sums", HALF, "gfx942"): _row(8, 3, TILE=64, BLOCK_D=64),
+    ("pairs", SINGLE, "gfx942"): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=16),
     # 64 KB of shared memory
     ("strips", HALF, "gfx942"): _row(8, 2, STRIP=64, BLOCK_D=64),
     ("strips", SINGLE, "gfx942"): _row(8, 2, STRIP=32, BLOCK_D=32),
 }
 # Rows of widths that are no multiple of 16, on every architecture: each element then has a pointer of its own
 UNALIGNED: dict[tuple[str, str], Row] = {
+    ("token_scale", HALF): _row(4, 1, TOKENS=8, BLOCK_D=256),
     ("strips", HALF): _row(8, 3, STRIP=64, BLOCK_D=32),
     ("strips", SINGLE): _row(8, 2, STRIP=32, BLOCK_D=16),
     ("statistics", HALF): _row(8, 3, TILE=64, BLOCK_D=32),
@@ -83,7 +92,7 @@ UNALIGNED: dict[tuple[str, str], Row] = {
     ("sums", HALF): _row(8, 3, TILE=64, BLOCK_D=32),
     ("sums", SINGLE): _row(8, 2, TILE=64, BLOCK_D=16),
     ("pairs", HALF): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=32),
-    ("pairs", SINGLE): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=32),
+    ("pairs", SINGLE): _row(8, 1, TILE=32, BLOCK_D=16, BLOCK_G=16),
     ("gram_products", SINGLE): _row(8, 2, TILE=64, BLOCK_U=16, BLOCK_V=8, BLOCK_D=256),
     ("gram_gradient", SINGLE): _row(8, 2, TILE=64, BLOCK_D=16),
 }

@@ -121,8 +121,8 @@ def _scaled_products(
     elif tl.minimum(tl.min(b_scale_i, 0), tl.min(b_scale_j, 0)) < LEAST_SCALE:
         b_inverse_i, b_inverse_j = power_of_two(b_scale_i), power_of_two(b_scale_j)
         b_power_i, b_power_j = power_of_two(b_inverse_i), power_of_two(b_inverse_j)
-        b_scores = products(
-            p_i, p_j, m_i, m_j, stride_d, stride_d, width, M, N, BLOCK_D, ACC, PRECISION, UPCAST, b_power_i, b_power_j
+        b_scores = products(  # in blocks so small that the common case keeps its registers
+            p_i, p_j, m_i, m_j, stride_d, stride_d, width, M, N, 16, ACC, PRECISION, UPCAST, b_power_i, b_power_j
         )
         b_scores = b_scores * (b_scale_i * b_inverse_i)[:, None] * (b_scale_j * b_inverse_j)[None, :]
     else:

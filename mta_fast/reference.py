@@ -42,6 +42,10 @@ def power_of_two(values: Tensor) -> Tensor:
 
 def row_norms(vectors: Tensor) -> Tensor:
     """|v| of every row [N, d] -> [N] in the dtype of ``vectors``; no square leaves its range."""
+    if vectors.is_cpu and not torch.compiler.is_compiling():  # where a look at the values holds nothing up
+        norm = torch.linalg.vector_norm(vectors, dim=-1)
+        if bool(((norm > 2.0**-40) & (norm < 2.0**60)).all()):  # no square that counts has left its range
+            return norm
     scale = power_of_two(vectors.detach().abs().amax(-1, keepdim=True))
     return torch.linalg.vector_norm(vectors * scale, dim=-1) / scale.squeeze(-1)
 
