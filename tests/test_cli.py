@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import LIMIT, children, ignore_interrupts, wait_for, wait_until_gone
 
 import mta_fast
 from mta_fast.__main__ import main
@@ -122,3 +124,25 @@ def test_import_is_light() -> None:
         "assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_command_whose_ctrl_c_is_ignored_ends_on_sigterm(tmp_path: Path) -> None:
+    """As ``nohup mta-fast spans make ... &`` starts it; with its processes, which would otherwise be left behind."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "", "output": f"Row {i}. " * 50}) + "\n" for i in range(5000)))
+    words = ["spans", "make", str(data), "--cache", str(tmp_path / "cache"), "--n-process", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mta_fast", *words],
+        preexec_fn=ignore_interrupts,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    wait_for(lambda: len(children(process.pid)) >= 2 or process.poll() is not None)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=LIMIT)
+    assert process.returncode == 143, told  # 130 after a Ctrl-C
+    assert "mta-fast: terminated" in told
+    wait_until_gone(workers)
