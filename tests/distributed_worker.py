@@ -84,7 +84,7 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
         if method == "stop" and trainer.args.process_index == world - 1:
             trainer.add_callback(Killed())
         trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.export_student(Path(out) / "student")
+    trainer.export_student(Path(out) / "student", overwrite=True)
     told = {
         "wrapper": type(trainer.model_wrapped).__name__,
         "steps": trainer.state.global_step,

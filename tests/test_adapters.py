@@ -140,12 +140,14 @@ def test_a_run_over_a_tied_head_exports_what_it_trained(tmp_path: Path) -> None:
 
 def test_an_adapter_without_a_base_is_refused(tmp_path: Path) -> None:
     student = peft.get_peft_model(_tied(), peft.LoraConfig(r=2, task_type="CAUSAL_LM"))
-    adapters.save_adapter(student, tmp_path)
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    adapters.save_adapter(student, checkpoint)
     student.unload()
-    config = tmp_path / "adapter_config.json"
+    config = checkpoint / "adapter_config.json"
     assert not json.loads(config.read_text())["base_model_name_or_path"]
     with pytest.raises(InputError, match="adapter_config.json: expected base_model_name_or_path, it names none"):
-        checkpoints.export_checkpoint(tmp_path, tmp_path / "out")
+        checkpoints.export_checkpoint(checkpoint, tmp_path / "out")
 
 
 # --- quantised bases ---------------------------------------------------------------------------------------------

@@ -241,9 +241,9 @@ def test_a_row_that_asks_for_too_much_is_found(tmp_path: Path) -> None:
         from pathlib import Path
         from unittest import mock
         from bench import static, variants as found_by
-        from mta_fast.kernels._table import TABLE, Row
+        from mta_fast.kernels._table import OVERRIDES, Row
         from bench.machine_code import compile_variant
-        TABLE["statistics", "half"] = Row({"TILE": 256, "BLOCK_D": 64}, 4, 3)
+        OVERRIDES["statistics", "half", "sm_80"] = Row({"TILE": 256, "BLOCK_D": 64}, 4, 3)
         call = ("bfloat16", "highest", lambda: found_by._importance(static.torch.bfloat16))
         variants = lambda target: [v for v in made(target) if v.kernel == "statistics"]
         made, static.compile_all = static.variants, lambda found: [compile_variant(v) for v in found]
@@ -258,7 +258,7 @@ def test_a_row_that_asks_for_too_much_is_found(tmp_path: Path) -> None:
     assert row["blocks"] == {"TILE": 256, "BLOCK_D": 64}
     assert row["faults"][0] == f"spills {row['spilled']} bytes a thread: take smaller blocks or more warps"
     assert f"- sm_80 statistics bfloat16: {row['faults'][0]}" in ran.stdout
-    assert "(kernels/_table.py, TABLE[statistics, half])" in ran.stdout
+    assert "(kernels/_table.py, OVERRIDES[statistics, half, sm_80])" in ran.stdout
 
 
 def test_a_compiler_that_fails_or_dies_fails_its_own_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

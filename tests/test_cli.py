@@ -41,7 +41,7 @@ def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["demo", "--stepz", "3"], "No such option: --stepz"),
         (["demo", "--steps", "0"], "Invalid value for '--steps'"),
-        (["demo", "--out", "/dev/null/x"], "Not a directory"),
+        (["demo", "--out", "/dev/null/x"], "expected a path in a folder, got one below the file /dev/null"),
         (["trian"], "No such command 'trian'"),
         ([], "Missing command"),
     ],

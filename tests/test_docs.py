@@ -22,6 +22,7 @@ from mta_fast.backends import BACKENDS
 from mta_fast.distill.arguments import MTATrainingArguments
 from mta_fast.distill.data import load_sample
 from mta_fast.distill.settings import TrainSettings
+from mta_fast.reference import Spans
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
@@ -218,6 +219,10 @@ def _prose(page: str) -> str:
     return text.replace("`", " ")
 
 
+# what the messages of an op call the tensors of its argument ``spans``, and a checkpoint's fingerprint parts of a model
+NO_KEYS = {f"spans.{name}" for name in Spans._fields} | {"student.adapters", "student.base"}
+
+
 def _faults(text: str, commands: dict[tuple[str, ...], Any], extras: set[str]) -> Iterator[str]:
     """What a text names and there is not: files, commands, options, extras, keys of the YAML."""
     for path in re.findall(
@@ -238,8 +243,8 @@ def _faults(text: str, commands: dict[tuple[str, ...], Any], extras: set[str]) -
     for names in re.findall(r"\.\[([\w,]+)\]", text):
         yield from (f".[{name}]" for name in names.split(",") if name not in extras)
     parts = "|".join(f.name for f in fields(TrainSettings))
-    for key in re.findall(rf"(?<![\w./`{{-])(?:{parts})(?:\.[a-z_]+)+(?![\w(./])", text):
-        if not _is_key(key.split(".")) and not key.endswith(".png"):
+    for key in re.findall(rf"(?<![\w./`{{-])(?:{parts})(?:\.[a-z_]+)+(?![\w(./*])", text):
+        if not _is_key(key.split(".")) and not key.endswith((".png", ".json")) and key not in NO_KEYS:
             yield key
 
 

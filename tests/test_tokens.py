@@ -88,7 +88,8 @@ def test_a_chat_template_and_its_tokenizer_begin_once_everywhere() -> None:
     ids = batch["input_ids"][0].tolist()
     assert ids.count(begin) == 1
     assert tokenizer.decode(ids) == f"{prompt}The Danube{tokenizer.eos_token}"
-    (encoded,) = encode_prompts(make_model("gpt2"), tokenizer, [prompt], GenerationSettings(max_new_tokens=4))
+    student = make_model("gpt2", vocabulary=len(tokenizer))
+    (encoded,) = encode_prompts(student, tokenizer, [prompt], GenerationSettings(max_new_tokens=4))
     assert encoded == ids[: len(encoded)]
     rows = LoadedRows([{"prompt": prompt, "output": "x"}])
     assert drop_long_rows(rows, tokenizer, max_length=len(encoded) + 1).rows == rows.rows

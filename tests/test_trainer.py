@@ -244,7 +244,7 @@ def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
     size = len(make_tokenizer())
     teacher = make_model("llama", TEACHER_LAYERS, width=48, vocabulary=size - 1)
     with pytest.raises(
-        InputError, match=f"teacher: expected logits for the tokenizer's {size} tokens, it has {size - 1}"
+        InputError, match=f"teacher: expected embeddings for the tokenizer's {size} tokens, it has {size - 1}"
     ):
         make_trainer(tmp_path, teacher=teacher)
 

@@ -16,7 +16,7 @@ from mta_fast.spans.collate import PAD_TO
 PATHS = ("output_dir", "logging_dir", "deepspeed", "fsdp_config", "accelerator_config")
 ACCUMULATION = ("keep", "recompute", "micro_batch")
 
-_NO_PREDICTIONS = "evaluation keeps losses, not predictions; mta-fast evaluate scores what a student writes"
+_NO_PREDICTIONS = "evaluation keeps losses, not predictions; mta-fast eval scores what a student writes"
 _HALF = "evaluation would leave the student in half precision; bf16 and fp16 hold in evaluation too"
 _COMPILED = (
     "the step captures hidden states with hooks. Compile the student itself: student.compile(), or student: "
