@@ -139,9 +139,10 @@ MTA_INLINE void cosine_of(const T* a, const T* b, int64_t n, T* out) {
 
 template <typename T>
 MTA_INLINE T distance_from_mean(const T* a, int64_t n) {
-  T sum[kLanes] = {}, squares[kLanes] = {};
+  double sum[kLanes] = {};  // a mean that is off by a rounding would be what the 1e-5 of the importance is
+  T squares[kLanes] = {};
   by_lanes(n, [&](int lane, int64_t i) MTA_INLINE_LAMBDA { sum[lane] += a[i]; });
-  const T mean = folded(sum) / static_cast<T>(n);
+  const T mean = static_cast<T>(folded(sum) / static_cast<double>(n));
   by_lanes(n, [&](int lane, int64_t i) MTA_INLINE_LAMBDA { squares[lane] += (a[i] - mean) * (a[i] - mean); });
   const T plain = folded(squares);
   if (plain <= static_cast<T>(kMostSquares)) return std::sqrt(plain);  // what vanishes below counts for nothing

@@ -44,8 +44,7 @@ def _square_deviations(
 ):  # fmt: skip
     """Sum of (h - mean)^2 of TOKENS tokens, which may be multiplied with a power of two.
 
-    Mean and squared deviation are merged block by block, never as a difference of large sums.
-    """
+    Merged block by block, not a difference of large sums; off by a rounding, a block's mean would be as STD_EPS is."""
     mean = tl.zeros((TOKENS,), dtype=ACC)
     squares = tl.zeros((TOKENS,), dtype=ACC)
     for start in range(0, width, BLOCK_D):
@@ -56,10 +55,11 @@ def _square_deviations(
             b_h *= b_power[:, None]
         count = tl.minimum(width - start, BLOCK_D).to(ACC)
         b_mean = tl.sum(b_h, 1) / count
+        b_mean += tl.sum(tl.where(m_d[None, :], b_h - b_mean[:, None], 0.0), 1) / count
         deviation = tl.where(m_d[None, :], b_h - b_mean[:, None], 0.0)
         shift = b_mean - mean
         share = count / (start + count)
-        mean += shift * share
+        mean = tl.where(start == 0, b_mean, mean + shift * share)
         squares += tl.sum(deviation * deviation, 1) + shift * shift * (start * share)
     return squares
 

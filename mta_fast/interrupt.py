@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM: both end a command with what it has made kept and its children ended.
 
-Where SIGINT is ignored when a process starts (``nohup``, a job in the background of a script), Ctrl-C stays ignored;
+Where SIGINT is ignored when a process starts (a job in the background of a script, cron), Ctrl-C stays ignored;
 SIGTERM still ends it. Schedulers send SIGTERM, some of them to every process of a job.
 """
 

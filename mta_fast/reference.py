@@ -42,7 +42,10 @@ def power_of_two(values: Tensor) -> Tensor:
 
 def row_norms(vectors: Tensor) -> Tensor:
     """|v| of every row [N, d] -> [N] in the dtype of ``vectors``; no square leaves its range."""
-    if vectors.is_cpu and not torch.compiler.is_compiling():  # where a look at the values holds nothing up
+    if not vectors.shape[-1]:
+        return vectors.new_zeros(vectors.shape[:-1])
+    real = type(vectors) is Tensor and vectors.is_cpu and not torch.compiler.is_compiling()
+    if real:  # where a look at the values holds nothing up
         norm = torch.linalg.vector_norm(vectors, dim=-1)
         if bool(((norm > 2.0**-40) & (norm < 2.0**60)).all()):  # no square that counts has left its range
             return norm
@@ -108,7 +111,8 @@ def _row_importance(hidden: Tensor, keys: slice, causal: bool) -> Tensor:
     queries, width = h.shape
     if keys.stop - keys.start == 1:
         return h.new_ones(1)
-    std = row_norms(h - h.mean(-1, keepdim=True))[:, None] / (width - 1) ** 0.5
+    mean = h.mean(-1, keepdim=True, dtype=torch.float64).to(h.dtype)  # off by a rounding, it would be what STD_EPS is
+    std = row_norms(h - mean)[:, None] / (width - 1) ** 0.5
     z = h / ((std + STD_EPS) * width**0.25)
     total = h.new_zeros(keys.stop - keys.start)
     for block in _chunks(queries, QUERY_BLOCK):
@@ -174,7 +178,7 @@ def pool_spans(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean hidden state of each span: v_u = sum_j w_j h_j / sum_j w_j; 0 where the weights sum to 0.
 
-    The scale of the weights does not matter: subnormal ones, and sums beyond their dtype, give the same means.
+    The scale of the weights does not matter: subnormal ones, and sums beyond float32, give the same means.
 
     Args:
         hidden: [T, d]; weights: [T]; rows, rows_host: [B, 2] (start, length) on the device and the host.

@@ -8,8 +8,18 @@ import pytest
 import torch
 from batches import make_batch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mta_fast import MTAConfig, MTALoss, _extension, pool_spans, reference, token_importance
+from mta_fast import (
+    MTAConfig,
+    MTALoss,
+    _extension,
+    hidden_alignment_loss,
+    pool_spans,
+    reference,
+    span_pair_loss,
+    token_importance,
+)
 from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
 from mta_fast.ops.pooling import normalize_weights, pooled_spans
 from mta_fast.ops.span_pairs import span_pair_terms
@@ -159,6 +169,16 @@ def test_softmax_terms_that_vanish(gap: float, backend: str) -> None:
     assert gap < 105 or ours[2] == 0
 
 
+@pytest.mark.parametrize("width", [3, 64, 100, 1600])
+def test_importance_of_tokens_of_one_value(width: int, backend: str) -> None:
+    """Their deviation is 0: a mean that is off by one rounding would be as large as the 1e-5 beside it."""
+    for size in (1.0, 300.0, 1e4):
+        hidden = (size * torch.randn(6, 1)).expand(6, width).contiguous()
+        found = token_importance(hidden[None], backend=backend)
+        expected = token_importance(hidden[None].double(), backend="reference")
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("weighting", ["uniform", "importance"])
 def test_tokens_of_importance_zero_pool_to_the_zero_vector(weighting: str, backend: str) -> None:
     """Features that are all alike have no deviation: scores of 1e10, and a softmax of ones and zeros."""
@@ -204,3 +224,27 @@ def test_a_norm_beyond_float32_is_no_zero_vector() -> None:
     assert made[:2].tolist() == [0, 0]
     torch.testing.assert_close(made[2:4], 1 / norm[2:4])
     assert made[4:].isnan().all()
+
+
+@pytest.mark.parametrize("factor", [1e-44, 1e-25, 1e20, 1e37])
+def test_the_scale_of_weights_cancels_in_the_losses(factor: float, backend: str) -> None:
+    student, teacher, weights = torch.randn(len(SPANS), 5), torch.randn(len(SPANS), 7), torch.rand(len(SPANS)) + 0.5
+    for method in ("pairwise", "gram"):
+        for reduction in ("mean", "sample"):
+            options = {"reduction": reduction, "method": method, "backend": backend}
+            found = span_pair_loss(student, teacher, weights * factor, BATCH.spans, **options)
+            scaled = (weights * factor).double()
+            expected = span_pair_loss(student.double(), teacher.double(), scaled, BATCH.spans, **options)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+    hidden, target, tokens = torch.randn(1, TOKENS, 5), torch.randn(1, TOKENS, 7), torch.rand(1, TOKENS) * factor
+    projection = torch.randn(7, 5)
+    found = hidden_alignment_loss(hidden, target, tokens, projection, backend=backend)
+    expected = hidden_alignment_loss(*(x.double() for x in (hidden, target, tokens, projection)), backend="reference")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_no_features_and_no_values() -> None:
+    """A width of 0, and tensors whose values can't be looked at."""
+    assert reference.row_norms(torch.zeros(3, 0)).tolist() == [0, 0, 0]
+    with FakeTensorMode():
+        assert reference.row_norms(torch.empty(3, 4)).shape == (3,)

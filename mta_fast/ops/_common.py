@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mta_fast.contract import FLOATS
 from mta_fast.errors import DoubleBackwardError, InputError
+from mta_fast.reference import compute_dtype, power_of_two
 from mta_fast.rows import Rows, as_tensor
 from mta_fast.spans.batch import SpanBatch
 
@@ -80,7 +82,14 @@ def make_rows(hidden: Tensor, attention_mask: Any, cu_seqlens: Any, rows: Rows |
 
 def flat(tensor: Tensor) -> Tensor:
     """[B, S, d] or [T, d] as [T, d]."""
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor.flatten(0, -2)
+
+
+def without_scale(name: str, weights: Tensor) -> Tensor:
+    """Weights times the power of two that brings their largest near 1: no product or sum of them leaves its range."""
+    check_float(name, weights, (1, 2))
+    weights = weights.detach().to(compute_dtype(weights))
+    return weights * power_of_two(F.pad(weights.abs().flatten(), (0, 1)).amax())
 
 
 def refuse_double_backward(op: str) -> None:

@@ -19,6 +19,7 @@ from mta_fast.ops._common import (
     check_spans,
     flat,
     refuse_double_backward,
+    without_scale,
 )
 from mta_fast.ops.pooling import normalize_weights
 from mta_fast.reference import AlignmentGradient, compute_dtype, kept_dtype, quotient
@@ -75,6 +76,8 @@ def hidden_alignment_loss(
     if reduction == "sample":
         weights, denominator = _row_mean_weights(token_weights.detach(), tokens, spans, backend)
     else:
+        if reduction == "mean":  # in which their scale cancels
+            token_weights = without_scale("token_weights", token_weights)
         weights = token_weights.detach().reshape(-1)[tokens]
         denominator = weights.sum()
     numerator = hidden_alignment_numerator(

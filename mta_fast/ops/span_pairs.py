@@ -18,6 +18,7 @@ from mta_fast.ops._common import (
     check_option,
     check_shape,
     refuse_double_backward,
+    without_scale,
 )
 from mta_fast.reference import compute_dtype, quotient, reduce_rows, row_norms
 from mta_fast.spans.batch import SpanBatch
@@ -56,6 +57,8 @@ def span_pair_loss(
         InputError: shape, dtype, device or option. DoubleBackwardError: a second derivative.
     """
     check_option("reduction", reduction, REDUCTIONS)
+    if reduction != "none":  # where their scale cancels
+        span_weights = without_scale("span_weights", span_weights)
     numerator, denominator = span_pair_terms(
         student_spans, teacher_spans, span_weights, spans, reduction=reduction, method=method, backend=backend
     )
