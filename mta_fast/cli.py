@@ -140,8 +140,9 @@ def cut(
 
     sources = model_places(teacher)
     check_export(out, kind=CUT, sources=sources, overwrite=overwrite)
-    student = cut_layers(load_model(teacher, dtype=dtype), parse_layers(layers))
-    export_student(student, load_tokenizer(teacher), out, kind=CUT, sources=sources, overwrite=overwrite)
+    kept, tokenizer = parse_layers(layers), load_tokenizer(teacher)
+    student = cut_layers(load_model(teacher, dtype=dtype), kept)
+    export_student(student, tokenizer, out, kind=CUT, sources=sources, overwrite=overwrite)
     size = sum(parameter.numel() for parameter in student.parameters()) / 1e6
     typer.echo(f"{out}: {student.config.num_hidden_layers} blocks, {size:.1f} million parameters")
 

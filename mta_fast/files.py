@@ -104,7 +104,8 @@ def check_target(
     place = _resolved(target)
     for source in sources:
         _refuse_source(target, place, _resolved(source))
-    _refuse_parent(target, place)
+    if not (kind.folder and not kind.overwrite and place.is_dir()):  # its files are written into it
+        _refuse_parent(target, place)
     if not os.path.lexists(place):
         return place
     if place.is_dir() != kind.folder or not (place.is_dir() or place.is_file()):

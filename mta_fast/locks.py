@@ -79,7 +79,7 @@ def lock_file(file: Path, owned: Path) -> Iterator[int]:
     _held.add(descriptor)
     try:
         os.truncate(descriptor, 0)
-        os.write(descriptor, _holder().encode())
+        os.write(descriptor, _holder().encode(errors="replace"))
         yield descriptor
     finally:
         if os.getpid() == owner and descriptor in _held:

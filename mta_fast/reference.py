@@ -44,12 +44,8 @@ def row_norms(vectors: Tensor) -> Tensor:
     """|v| of every row [N, d] -> [N] in the dtype of ``vectors``; no square leaves its range."""
     if not vectors.shape[-1]:
         return vectors.new_zeros(vectors.shape[:-1])
-    real = type(vectors) is Tensor and vectors.is_cpu and not torch.compiler.is_compiling()
-    if real:  # where a look at the values holds nothing up
-        norm = torch.linalg.vector_norm(vectors, dim=-1)
-        if bool(((norm > 2.0**-40) & (norm < 2.0**60)).all()):  # no square that counts has left its range
-            return norm
-    scale = power_of_two(vectors.detach().abs().amax(-1, keepdim=True))
+    v = vectors.detach()
+    scale = power_of_two(torch.maximum(v.amax(-1, keepdim=True), -v.amin(-1, keepdim=True)))
     return torch.linalg.vector_norm(vectors * scale, dim=-1) / scale.squeeze(-1)
 
 

@@ -298,3 +298,11 @@ def test_two_rows_for_real(models: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     table = (models / "out" / "ablation.md").read_text()
     assert table.count("1 of 1") == 3
     assert "ROUGE-L sample" in table
+
+
+def test_a_report_of_failed_rows_is_its_own(tmp_path: Path) -> None:
+    ablation.report(tmp_path, ["base"], [42])  # no run has any figure
+    ablation._check_reports(tmp_path)
+    (tmp_path / "ablation.json").write_text('{"mine": 1}')
+    with pytest.raises(InputError, match="expected a free name or an earlier ablation"):
+        ablation._check_reports(tmp_path)

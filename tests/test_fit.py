@@ -148,3 +148,12 @@ def test_prompts_and_stop_texts_that_a_model_has_no_tokens_for() -> None:
     assert encode_for(GPT2Config(vocab_size=2), tokenizer, ["one two"], settings) == [[0, 1]]
     with pytest.raises(InputError, match=r"prompt of row 1: expected tokens below 1 \(the model's vocabulary\), got 1"):
         encode_for(GPT2Config(vocab_size=1), tokenizer, ["one", "two"], settings)
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_the_rehearsal_needs_no_lengths(folder: Path, strategy: str) -> None:
+    from mta_fast import _yaml
+
+    (folder / "run.yaml").write_text(_yaml.dumps(_settings(folder, {"train_sampling_strategy": strategy})))
+    arguments = run.training_arguments(TrainSettings.from_yaml(folder / "run.yaml"))
+    assert arguments.train_sampling_strategy == strategy

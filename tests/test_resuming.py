@@ -379,3 +379,25 @@ def test_resuming_gives_the_weights_of_a_run_that_was_not(saved: Path) -> None:
     resumed.train(resume_from_checkpoint=saved / "checkpoint-1")
     stored = load_file(saved / "checkpoint-2/model.safetensors")
     assert all(torch.equal(value, weights(resumed)[f"student.{name}"]) for name, value in stored.items())
+
+
+def test_several_evaluation_sets_are_digested_each() -> None:
+    rows = make_rows()[:2]
+    assert of_rows("eval", {"a": rows, "b": rows})["eval.a.rows"] == 2
+
+
+def test_a_stop_is_saved_before_an_evaluation_and_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler may not wait for the evaluation; and none follows for an epoch that was cut short."""
+    trainer = _trainer(tmp_path, max_steps=4, save_strategy="no", eval_strategy="steps", eval_steps=2)
+    trainer.stop_wanted = lambda: trainer.state.global_step >= 2
+    found: list[bool] = []
+    evaluate = trainer.evaluate
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *a, **o: (found.append((tmp_path / "checkpoint-2").is_dir()), evaluate(*a, **o))[1]
+    )
+    trainer.train()
+    assert found == [True]
+    assert trainer.stopped
+    assert manifest.verify(tmp_path / "checkpoint-2")
+    state = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())
+    assert any("eval_loss" in entry for entry in state["log_history"])  # saved once more after it

@@ -27,7 +27,7 @@ from mta_fast.distill.resuming import CONFIG_FILE
 from mta_fast.distill.run import STUDENT_FOLDER, read_results
 from mta_fast.distill.settings import TrainSettings
 from mta_fast.errors import INTERRUPTED, TERMINATED, InputError, MissingPackageError
-from mta_fast.files import Kind, atomic_file, check_target, marked, save_figure, write_whole
+from mta_fast.files import Kind, atomic_file, check_target, save_figure, write_whole
 from mta_fast.interrupt import Terminated, exit_code
 from mta_fast.layers import LayerMap
 from mta_fast.locks import LOCK_VARIABLE, lock_folder
@@ -35,7 +35,19 @@ from mta_fast.locks import LOCK_VARIABLE, lock_folder
 BASE, FULL, MATCHED = "base", "full", "base, time of full"
 LAYER_COUNTS = (1, 2, 3, 4, 5)
 LOG_FILE, EVAL_FOLDER, REPORT, REPORT_ENDINGS = "run.log", "eval", "ablation", ("md", "csv", "png")
-REPORT_DATA = Kind("an earlier ablation", marked(b'"train_seconds"'))
+
+
+def _is_report(file: Path) -> bool:
+    """Whether a file is the data of a report: figures by seed by row, none where a run failed."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    rows = list(found.values()) if isinstance(found, dict) else []
+    return bool(rows) and all(isinstance(row, dict) and all(isinstance(x, dict) for x in row.values()) for row in rows)
+
+
+REPORT_DATA = Kind("an earlier ablation", _is_report)
 NO_REPORT = Kind("an earlier ablation", lambda file: False)
 SHOWN_LINES = 12  # of the log of a run that failed
 CONFIDENCE = 0.95
@@ -300,8 +312,8 @@ def report(out: Path, rows: Sequence[str], seeds: Sequence[int]) -> None:
     found = {row: {seed: _figures(_folder(out, row, seed)) for seed in seeds} for row in rows}
     names = list(dict.fromkeys(name for by_seed in found.values() for each in by_seed.values() for name in each))
     table = {row: {name: _figure(found, row, name) for name in names} for row in rows}
+    write_whole(out / f"{REPORT}.json", json.dumps(found, indent=2) + "\n")  # first: it tells whose the others are
     write_whole(out / f"{REPORT}.md", _markdown(table, names, seeds))
-    write_whole(out / f"{REPORT}.json", json.dumps(found, indent=2) + "\n")
     _write_csv(out / f"{REPORT}.csv", found)
     _draw(table, [name for name in names if name == "eval_base" or name.startswith("ROUGE-L")], out / f"{REPORT}.png")
 

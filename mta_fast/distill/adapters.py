@@ -62,6 +62,7 @@ def load_adapted(checkpoint: Path) -> PreTrainedModel:
     from peft import PeftModel
     from transformers.quantizers.auto import AutoQuantizationConfig
 
+    from mta_fast.distill import fingerprint
     from mta_fast.distill.models import DTYPES, load_model
 
     name = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -77,7 +78,16 @@ def load_adapted(checkpoint: Path) -> PreTrainedModel:
             options["dtype"] = loaded_as["dtype"]
         if loaded_as["quantization_config"] is not None:
             options["quantization_config"] = AutoQuantizationConfig.from_dict(loaded_as["quantization_config"])
-    return PeftModel.from_pretrained(load_model(name, **options), checkpoint)
+    student = PeftModel.from_pretrained(load_model(name, **options), checkpoint, is_trainable=True)
+    run, _ = fingerprint.load(checkpoint)
+    trained_on = None if run is None or "quantization_config" in options else run.get("student.base")
+    if trained_on not in (None, fingerprint.of_weights(student, trained=False)):
+        raise InputError(
+            f"{checkpoint}: expected the base model that its adapter was trained on, {name} has other weights now; put "
+            f"the former ones there, or merge into the right ones: PeftModel.from_pretrained(base, checkpoint)"
+            f".merge_and_unload()"
+        )
+    return student
 
 
 # --- merged into the weights -------------------------------------------------------------------------------------

@@ -97,6 +97,8 @@ def free_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> Callable[[str],
             return True
         if follows and any(fnmatch(key, pattern) for pattern in EVALUATION):
             return False
+        if key == "training.dataloader_num_workers" and "streamed" in (run.get("train_dataset.rows") for run in runs):
+            return False  # each worker reads its own part
         if key == "training.accumulation":  # two ways to the same numbers
             return {old[key], new[key]} == {"keep", "recompute"}
         return any(fnmatch(key, pattern) for pattern in FREE)
@@ -244,6 +246,8 @@ def of_rows(name: str, rows: Any) -> Fingerprint:
 
     Streamed rows have none: reading them would use them up.
     """
+    if isinstance(rows, Mapping):
+        return {key: of for part in rows for key, of in of_rows(f"{name}.{part}", rows[part]).items()}
     if rows is None or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         return {f"{name}.rows": None if rows is None else "streamed"}
     digests: dict[str, Any] = {}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mta_fast.config import MTAConfig
-from mta_fast.distill.models import UNFIT
+from mta_fast.distill.models import UNFIT, tokens_in_use
 from mta_fast.errors import InputError
 from mta_fast.layers import unwrap
 
@@ -101,10 +101,10 @@ def rehearse(arguments: MTATrainingArguments, *, evaluated: bool) -> None:
         return  # would shard it
     from transformers import Trainer
 
-    rows = [{"labels": 0}]
+    rows = [{"labels": 0, "input_ids": [0]}]
     with tempfile.TemporaryDirectory() as folder:
         trial = copy.copy(arguments)
-        trial.output_dir, trial.push_to_hub = folder, False
+        trial.output_dir, trial.push_to_hub, trial.train_sampling_strategy = folder, False, "random"
         try:
             trainer = Trainer(nn.Linear(1, 1), trial, train_dataset=rows, eval_dataset=rows if evaluated else None)
             trainer.get_train_dataloader()
@@ -149,7 +149,7 @@ def check_room(side: str, model: Any, tokenizer: Any, max_length: int) -> None:
     if network is None:
         return
     embeddings = network.get_input_embeddings()
-    size, needed = getattr(embeddings, "num_embeddings", None), len(tokenizer)
+    size, needed = getattr(embeddings, "num_embeddings", None), tokens_in_use(tokenizer)
     if size is not None and size < needed:
         raise InputError(
             f"{side}: expected embeddings for the tokenizer's {needed} tokens, it has {size}; give it its own "
@@ -199,6 +199,6 @@ def _without_weights(config: Any) -> Any:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (*UNFIT, ImportError, OSError):
         return None

@@ -66,6 +66,10 @@ class FinishStep:
         trainer.add_callback(Begin())
         trainer.stop_wanted = wanted
 
+    def unwatch(self) -> None:
+        """The training is over: the next signal stops at once, and what is left to do is done by a resumed run."""
+        self._training = False
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         first = self._request.note(number)
         if first is None or (not first and self._relayed and number == signal.SIGTERM):

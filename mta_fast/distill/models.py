@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mta_fast.distill.manifest import MANIFEST_FILE, verify
+from mta_fast.distill.manifest import FINGERPRINT_FILE, STATE_FILE, verify
 from mta_fast.errors import InputError, MissingPackageError
 from mta_fast.files import user_source
 from mta_fast.layers import block_list, depth_field, depth_of, evaluating, num_layers, unwrap
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 PACKAGE = "package:"
 CONFIG_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")
 LEADING_BLOCKS = {"first_k_dense_replace", "num_dense_layers", "max_window_layers"}  # so many blocks are of one kind
-CONFIG_OPTIONS = {"revision", "trust_remote_code", "token", "subfolder"}
+CONFIG_OPTIONS = {
+    *("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only", "force_download"),
+    *("proxies", "code_revision", "gguf_file"),
+}
 PROBE_TOKENS = 8
 UNFIT = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)  # what a model raises that can't be
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,14 +53,14 @@ def load_model(name: str, *, dtype: str = "float32", **options: Any) -> PreTrain
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     load_config(name, **options)
     place, gguf = _resolve(name)
-    options = {key: user_source(value) if isinstance(value, str) else value for key, value in options.items()}
-    if (Path(place) / MANIFEST_FILE).is_file():  # a checkpoint
+    options = gguf | {key: user_source(value) if isinstance(value, str) else value for key, value in options.items()}
+    if any((Path(place) / file).is_file() for file in (FINGERPRINT_FILE, STATE_FILE)):  # a checkpoint
         verify(Path(place), student_only=True)
     try:
-        model = tf.AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **gguf, **options)
+        model = tf.AutoModelForCausalLM.from_pretrained(place, dtype=DTYPES[dtype], **options)
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r}: expected a causal language model: {error}") from None
-    if gguf:  # the weights are plain numbers now, but a model that is marked as quantised is never saved
+    if "gguf_file" in options:  # weights are plain numbers now, but a model that is marked as quantised is never saved
         model.hf_quantizer.remove_quantization_config(model)
     return model
 
@@ -89,23 +92,25 @@ def load_config(name: str, **options: Any) -> Any:
     tf = _transformers()
     place, gguf = _resolve(name)
     options = {key: options[key] for key in CONFIG_OPTIONS & options.keys()}
+    options = gguf | {key: user_source(value) if isinstance(value, str) else value for key, value in options.items()}
     try:
-        config = tf.AutoConfig.from_pretrained(place, **gguf, **options)
+        config = tf.AutoConfig.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
         where = {key: options[key] for key in ("revision", "token", "subfolder") if key in options}
         adapter = tf.utils.find_adapter_config_file(place, **where)
         if adapter is None:
             raise InputError(f"model {name!r}: expected a causal language model: {error}") from None
-        base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not base:
+            raise InputError(f"{adapter}: expected base_model_name_or_path, it names none; write it there") from None
         return load_config(base, **{key: options[key] for key in ("trust_remote_code", "token") if key in options})
     kind = type(config).__name__
-    if config.is_encoder_decoder:
-        raise InputError(f"model {name!r}: expected a causal language model, got an encoder-decoder ({kind})")
     known = type(config) in tf.MODEL_FOR_CAUSAL_LM_MAPPING
     if not known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        what = "an encoder-decoder" if config.is_encoder_decoder else "one of another kind"
         raise InputError(
-            f"model {name!r}: expected a causal language model, got one of another kind ({kind}); transformers has "
-            f"no AutoModelForCausalLM for it"
+            f"model {name!r}: expected a causal language model, got {what} ({kind}); transformers has no "
+            f"AutoModelForCausalLM for it"
         )
     return config
 
@@ -197,7 +202,7 @@ def common_vocabulary(student: nn.Module, teacher: nn.Module, tokenizer: Any) ->
         InputError: a model with fewer ids than the tokenizer has tokens: the rest can't be padding.
     """
     sizes = {"student": _vocabulary(student), "teacher": _vocabulary(teacher)}
-    needed = len(tokenizer)
+    needed = tokens_in_use(tokenizer)
     for side, size in sizes.items():
         if size < needed:
             raise InputError(
@@ -205,6 +210,16 @@ def common_vocabulary(student: nn.Module, teacher: nn.Module, tokenizer: Any) ->
                 f"distribution: give both sides their own tokenizer, or resize with model.resize_token_embeddings"
             )
     return min(sizes.values())
+
+
+def tokens_in_use(tokenizer: Any) -> int:
+    """How many ids a model must know: those of text, and the special ones that begin, end or pad it.
+
+    Some tokenizers have more, which no text holds: that of an image in Gemma 3.
+    """
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+    special = [each for name in names if (each := getattr(tokenizer, name, None)) is not None]
+    return 1 + max(tokenizer.vocab_size - 1, *special, 0)
 
 
 def _vocabulary(model: nn.Module) -> int:

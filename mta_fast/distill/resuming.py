@@ -14,6 +14,7 @@ from mta_fast import _yaml
 from mta_fast.distill import fingerprint, manifest
 from mta_fast.distill.fingerprint import Difference
 from mta_fast.distill.settings import TrainSettings
+from mta_fast.files import write_whole
 
 CONFIG_FILE, LATER_CONFIG_FILE = "config.yaml", "config-{number}.yaml"
 PATHS = ("data.train", "data.eval", "*.path", "*.tokenizer")
@@ -71,7 +72,7 @@ def record(out: Path, settings: TrainSettings) -> None:
         number += 1
         file = out / LATER_CONFIG_FILE.format(number=number)
     if not file.is_file():
-        file.write_text(text, encoding="utf-8")
+        write_whole(file, text)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -109,13 +109,16 @@ def _train(
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
         return exit_code(finish.signal)
+    finish.unwatch()
     _finish(trainer, out)
     return 0
 
 
 def _finish(trainer: MTATrainer, out: Path) -> None:
     """Export the student, measure and draw what it has become."""
-    _adopt_student(out)
+    if trainer.is_world_process_zero():
+        _adopt_student(out)
+    trainer.accelerator.wait_for_everyone()
     trainer.export_student(out / STUDENT_FOLDER, overwrite=True)
     losses = trainer.final_losses()
     if trainer.is_world_process_zero():
@@ -203,6 +206,8 @@ def read_results(run: Path) -> dict[str, float]:
     if not file.is_file():
         raise InputError(f"{run}: expected the output_dir of a finished run, it holds no {RESULTS_FILE}")
     results: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+    if "train_seconds" not in results:
+        raise InputError(f"{run}: expected the output_dir of a training, {RESULTS_FILE} there names no train_seconds")
     return results
 
 

@@ -129,6 +129,11 @@ class WholeCheckpoints(Trainer):
         self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, *args: Any, **kw: Any
     ) -> None:
         """After a step: where a stop is wanted, its checkpoint too, whatever the save strategy."""
+        if self.stopped and self.state.epoch % 1:  # the end of an epoch that was cut short
+            return
+        if not self.stopped and self.control.should_evaluate and self.stop_wanted is not None and self.stop_wanted():
+            self._save_checkpoint(model, None)  # before the evaluation, which may outlast what a scheduler waits
+            self._saved_step = None  # once more with what it finds
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, *args, **kw)
         if self.stopped or self.stop_wanted is None or not self.stop_wanted():
             return

@@ -34,6 +34,7 @@ from mta_fast.distill.on_policy import OnPolicyBatches, RowCollator, with_spans
 from mta_fast.distill.placing import place_teacher
 from mta_fast.distill.training_log import TERMS, EvaluationSums, StepEnd, TrainingLog
 from mta_fast.errors import InputError
+from mta_fast.files import user_path
 from mta_fast.inputs import check_left_padding, model_inputs
 from mta_fast.layers import capture_layers
 from mta_fast.loss import MTALoss
@@ -109,6 +110,7 @@ class MTATrainer(RowFeeding):
             granularity=kinds,
             max_length=args.max_length,
             pad_to=args.pad_to or ("max_length" if by_columns else "longest"),
+            num_embeddings=_num_embeddings(student, teacher if teacher_tokenizer is None else None),
         )
         _check_padding_side(student, teacher, processing_class, teacher_tokenizer)
         self._on_policy: OnPolicyBatches | None = None
@@ -405,7 +407,7 @@ class MTATrainer(RowFeeding):
                 raise InputError(f"{self.args.output_dir}: expected a checkpoint to resume from, there is none")
         self.stopped = False
         if resume_from_checkpoint:
-            resume_from_checkpoint = str(resume_from_checkpoint)
+            resume_from_checkpoint = str(user_path(resume_from_checkpoint))
             self.check_checkpoint(Path(resume_from_checkpoint), allow_changes=allow_changes)
             self._load_progress(Path(resume_from_checkpoint))
             if self._is_finished(Path(resume_from_checkpoint)):  # the Trainer would take one more step
@@ -473,6 +475,12 @@ def _check_padding_side(student: nn.Module, teacher: nn.Module | None, tokenizer
         if model is not None and own.padding_side == "left":
             pad = own.eos_token_id if own.pad_token_id is None else own.pad_token_id
             check_left_padding(model, pad, name, "set padding_side = 'right' of its tokenizer")
+
+
+def _num_embeddings(*models: nn.Module | None) -> int | None:
+    """The tokens that all of these models know; None where their embeddings don't say."""
+    tables: list[Any] = [model.get_input_embeddings() for model in models if model is not None]  # type: ignore[operator]  # transformers' method
+    return min((int(table.num_embeddings) for table in tables if hasattr(table, "num_embeddings")), default=None)
 
 
 def _distillation_model(

@@ -147,6 +147,7 @@ class SpanCache:
         missing, damaged = set(digests), 0
         kinds = self.extractor.granularity
         with _open(self.path) as connection:
+            connection.execute("BEGIN")  # layout and records as they are at one time
             checked = _application_id(connection) == APPLICATION_ID
             for digest, *records in _select(connection, ", ".join(kinds), digests):
                 found = [opened(kind, digest, each, checked) for kind, each in zip(kinds, records, strict=True)]
@@ -296,6 +297,7 @@ def look_up(path: str | Path, text: str) -> dict[str, list[list[int]]] | None:
     """
     path = user_path(path)
     with _open(path) as connection:
+        connection.execute("BEGIN")
         _identity(connection, path)
         checked = _application_id(connection) == APPLICATION_ID
         rows = list(_select(connection, ", ".join(GRANULARITIES), [_digest(text)]))

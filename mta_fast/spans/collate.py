@@ -66,6 +66,7 @@ class SpanCollator:
             importance depends on S (``MTAConfig.count_padding``).
         pad_to_multiple_of: round S up to a multiple.
         backend: of the span alignment, as in ``SpanBatch.from_char_spans``.
+        num_embeddings: tokens that the models of ``tokenizer`` know, where it has more; rows with others are refused.
 
     Raises:
         InputError: a tokenizer without offsets, or a row without its columns.
@@ -79,6 +80,7 @@ class SpanCollator:
     pad_to: str = "longest"
     pad_to_multiple_of: int | None = None
     backend: str = "auto"
+    num_embeddings: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.granularity, str):
@@ -175,6 +177,13 @@ class SpanCollator:
         if pad is None:
             raise InputError(f"tokenizer: expected a pad or an end token, {type(tokenizer).__name__} has neither")
         encoded = encode(tokenizer, texts, self.max_length)
+        if self.num_embeddings is not None and tokenizer is self.tokenizer:
+            for i, row in enumerate(encoded):
+                if (most := max(row.ids, default=0)) >= self.num_embeddings:
+                    raise InputError(
+                        f"row {i} of a batch: expected tokens below {self.num_embeddings} (the model's embeddings), "
+                        f"got {most}, {tokenizer.convert_ids_to_tokens(most)!r}; leave it out of the text"
+                    )
         parts = [self._row(row, len(prompt), end) for row, prompt in zip(encoded, prompts, strict=True)]
         size = self.max_length if self.pad_to == "max_length" else max(len(row.ids) for row, _ in parts)
         if self.pad_to_multiple_of:
