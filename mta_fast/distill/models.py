@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +96,9 @@ def load_config(name: str, **options: Any) -> Any:
     try:
         config = tf.AutoConfig.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
-        where = {key: options[key] for key in ("revision", "token", "subfolder") if key in options}
-        adapter = tf.utils.find_adapter_config_file(place, **where)
+        where, adapter = {key: options[key] for key in ("revision", "token", "subfolder") if key in options}, None
+        with suppress(OSError, ValueError):  # no place for a model at all
+            adapter = tf.utils.find_adapter_config_file(place, **where)
         if adapter is None:
             raise InputError(f"model {name!r}: expected a causal language model: {error}") from None
         base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
