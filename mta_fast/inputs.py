@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mta_fast.errors import InputError
-from mta_fast.layers import unwrap
+from mta_fast.layers import evaluating, unwrap
 
 PROBE_TOKENS, PROBE_PADDING = 3, 5
 # relative difference of the probe's logits: rounding stays below, padding that is read as text is far above
@@ -102,16 +102,10 @@ def _probe(model: nn.Module, pad: int) -> bool:
     device = next(model.parameters()).device
     ids = torch.tensor([[pad] * PROBE_PADDING + tokens], device=device)
     mask = torch.tensor([[0] * PROBE_PADDING + [1] * PROBE_TOKENS], device=device)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, PROBE_PADDING:]
-            real = ids[:, PROBE_PADDING:]
-            alone = model(input_ids=real, attention_mask=torch.ones_like(real), use_cache=False).logits
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, PROBE_PADDING:]
+        real = ids[:, PROBE_PADDING:]
+        alone = model(input_ids=real, attention_mask=torch.ones_like(real), use_cache=False).logits
     tolerance = PROBE_TOLERANCE.get(alone.dtype, HALF_PRECISION_TOLERANCE)
     padded, alone = padded.float(), alone.float()
     spread = (alone - alone.mean(-1, keepdim=True)).norm()

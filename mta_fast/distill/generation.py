@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mta_fast.errors import InputError
 from mta_fast.files import write_whole
 from mta_fast.inputs import check_left_padding, takes_positions
-from mta_fast.layers import unwrap
+from mta_fast.layers import evaluating, unwrap
 from mta_fast.tokens import encode
 
 SETTINGS_FILE = "settings.json"
@@ -233,15 +233,13 @@ def _stop_criterion(tokenizer: Any, stop: str) -> Any:
 def _generating(model: nn.Module, config: Any) -> Iterator[None]:
     """Eval mode, and ``config`` in the place of the model's own, from which transformers fills in what is not set."""
     inner: Any = unwrap(model)
-    own, training = inner.generation_config, {module: module.training for module in model.modules()}
-    model.eval()
+    own = inner.generation_config
     inner.generation_config = config
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         inner.generation_config = own
-        for module, mode in training.items():
-            module.training = mode
 
 
 @contextmanager
