@@ -136,6 +136,11 @@ def test_a_run_over_a_tied_head_exports_what_it_trained(tmp_path: Path) -> None:
     change = student.eval()(TOKENS).logits.float() - start
     error = live(TOKENS).logits.float() - start - change
     assert error.norm() < 0.1 * change.norm()  # bfloat16
+    changed = _tied()
+    changed.model.layers[0].mlp.up_proj.weight.data += 1  # the tied head comes with the adapter
+    changed.save_pretrained(base)  # what lies there now is another model
+    with pytest.raises(InputError, match="the base model that its adapter was trained on, .* has other weights now"):
+        checkpoints.export_checkpoint(tmp_path / "run/checkpoint-2", tmp_path / "other")
 
 
 def test_an_adapter_without_a_base_is_refused(tmp_path: Path) -> None:
