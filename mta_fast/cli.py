@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from mta_fast.errors import InputError, MissingPackageError
 
 if TYPE_CHECKING:
-    from mta_fast.distill.generation import GenerationSettings
+    from mta_fast.distill.responses.generation import GenerationSettings
 
 app = typer.Typer(
     help="Multi-Granular Trajectory Alignment: a span-level distillation loss.",
@@ -91,8 +91,8 @@ def train(
     ] = False,
 ) -> None:
     """Distil a student as a YAML file says; also under torchrun and accelerate launch."""
-    from mta_fast.distill.run import train as run
-    from mta_fast.distill.settings import TrainSettings
+    from mta_fast.distill.training.run import train as run
+    from mta_fast.distill.training.settings import TrainSettings
 
     changes = [*(override or []), *(["data.skip_bad_rows=true"] if skip_bad_rows else [])]
     settings = TrainSettings.from_yaml(config, changes)
@@ -113,7 +113,7 @@ def ablate(
 ) -> None:
     """The paper's rows, each trained with each seed, into one table and picture; goes on where it was interrupted."""
     from mta_fast.distill.ablation import ablate as run
-    from mta_fast.distill.settings import TrainSettings
+    from mta_fast.distill.training.settings import TrainSettings
 
     code = run(
         TrainSettings.from_yaml(config, override or []),
@@ -135,8 +135,8 @@ def cut(
     overwrite: _Overwrite = False,
 ) -> None:
     """Make a student from some of a teacher's blocks."""
-    from mta_fast.distill.checkpoints import CUT, check_export, export_student
     from mta_fast.distill.models import cut_layers, load_model, load_tokenizer, model_places, parse_layers
+    from mta_fast.distill.training.checkpoints import CUT, check_export, export_student
 
     sources = model_places(teacher)
     check_export(out, kind=CUT, sources=sources, overwrite=overwrite)
@@ -193,7 +193,7 @@ def generate(
     skip_bad_rows: _SkipBadRows = False,
 ) -> None:
     """Pairs of a teacher's and a student's response, for DistiLLM-2; goes on where it was interrupted."""
-    from mta_fast.distill.pairs import generate_pairs
+    from mta_fast.distill.responses.pairs import generate_pairs
 
     counts = generate_pairs(
         data,
@@ -240,7 +240,7 @@ def evaluate(
     skip_bad_rows: _SkipBadRows = False,
 ) -> None:
     """ROUGE-L of a model's responses, mean and deviation over seeds; goes on where it was interrupted."""
-    from mta_fast.distill.evaluation import EvaluationSettings, run_evaluation
+    from mta_fast.distill.responses.evaluation import EvaluationSettings, run_evaluation
 
     generation = _generation(max_prompt_length, max_length, temperature, top_p, top_k, greedy, stop, batch_size)
     code = run_evaluation(
@@ -277,7 +277,7 @@ def _generation(
     stop: str,
     batch_size: int,
 ) -> GenerationSettings:
-    from mta_fast.distill.generation import GenerationSettings
+    from mta_fast.distill.responses.generation import GenerationSettings
 
     if max_length <= max_prompt_length:
         raise InputError(f"max_length: expected more than max_prompt_length = {max_prompt_length}, got {max_length}")
@@ -299,7 +299,7 @@ def export(
     overwrite: _Overwrite = False,
 ) -> None:
     """The plain student of a checkpoint, adapters merged, without anything of MTA."""
-    from mta_fast.distill.checkpoints import export_checkpoint
+    from mta_fast.distill.training.checkpoints import export_checkpoint
 
     export_checkpoint(checkpoint, out, overwrite=overwrite)
     typer.echo(f"student in {out}")

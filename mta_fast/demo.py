@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from mta_fast.config import MTAConfig
 from mta_fast.distill.data import load_sample
-from mta_fast.distill.losses import skewed_reverse_kl
+from mta_fast.distill.methods.losses import skewed_reverse_kl
 from mta_fast.errors import MissingPackageError
-from mta_fast.files import Kind, check_target, marked, save_figure, user_path, write_whole
+from mta_fast.files import RESULTS_FILE, Kind, check_target, marked, save_figure, user_path, write_whole
 from mta_fast.layers import LayerMap, capture_layers
 from mta_fast.locks import lock_folder
 from mta_fast.loss import MTALoss, MTAOutput
@@ -38,7 +38,6 @@ VOCABULARY, MAX_LENGTH, BATCH, HELD_OUT = 1024, 160, 8, 32
 TEACHER_LAYERS, TEACHER_DIM, STUDENT_LAYERS, STUDENT_DIM, HEADS = 8, 128, 4, 64, 4
 TEACHER_LR, STUDENT_LR, PROJECTION_LR = 3e-3, 2e-3, 5e-4
 EVALUATE_EVERY = 10
-RESULTS_FILE = "results.json"
 DEMO = Kind(
     "an earlier demo",
     lambda folder: (folder / RESULTS_FILE).is_file() and marked(b'"teacher_cross_entropy"')(folder / RESULTS_FILE),

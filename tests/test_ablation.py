@@ -23,7 +23,7 @@ from mta_fast.__main__ import main
 from mta_fast.distill import ablation
 from mta_fast.distill.ablation import ablate, ablation_rows, interval_margin
 from mta_fast.distill.data import load_sample
-from mta_fast.distill.settings import TrainSettings
+from mta_fast.distill.training.settings import TrainSettings
 from mta_fast.errors import InputError
 from mta_fast.locks import lock_folder
 

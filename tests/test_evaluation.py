@@ -17,8 +17,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("rouge_score")
 
 from mta_fast.__main__ import main
-from mta_fast.distill import evaluation, generation
-from mta_fast.distill.evaluation import (
+from mta_fast.distill.responses import evaluation, generation
+from mta_fast.distill.responses.evaluation import (
     EvaluationRow,
     EvaluationSettings,
     distinct_names,
@@ -26,7 +26,7 @@ from mta_fast.distill.evaluation import (
     load_references,
     rouge_l,
 )
-from mta_fast.distill.generation import GenerationSettings
+from mta_fast.distill.responses.generation import GenerationSettings
 from mta_fast.errors import InputError, MissingPackageError
 
 ROWS = [EvaluationRow(prompt=f"Say {i}. ", references=[f"{i} it is", "no more"]) for i in range(7)]

@@ -55,8 +55,8 @@ def inspect_models(
             )
     from rich.console import Console
 
-    from mta_fast.distill.checkpoints import load_loss
     from mta_fast.distill.models import load_model, load_tokenizer, model_places, same_vocabulary
+    from mta_fast.distill.training.checkpoints import load_loss
 
     sources = [*model_places(teacher), *model_places(student), *([] if config is None else [config])]
     for target, kind in ((html, PAGE), (png, PICTURE)):

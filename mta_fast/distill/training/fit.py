@@ -20,7 +20,7 @@ from mta_fast.errors import InputError
 from mta_fast.layers import unwrap
 
 if TYPE_CHECKING:
-    from mta_fast.distill.arguments import MTATrainingArguments
+    from mta_fast.distill.training.arguments import MTATrainingArguments
 
 LEAST = {"gradient_accumulation_steps": 1, "max_length": 2, "projection_learning_rate": 0, "learning_rate": 0}
 ABOVE_ZERO = ("num_train_epochs", "save_steps")
@@ -37,7 +37,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     Raises:
         InputError: names the key, the type or bound, and what came.
     """
-    from mta_fast.distill.arguments import MTATrainingArguments
+    from mta_fast.distill.training.arguments import MTATrainingArguments
 
     hints = typing.get_type_hints(MTATrainingArguments)
     for key, value in values.items():

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mta_fast.config import LayerPairs, checked_layer_pairs
-from mta_fast.distill.methods import BaseMethod, Batch, ModelOutput, skewed_method
+from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput
+from mta_fast.distill.methods.losses import skewed_method
 from mta_fast.errors import InputError
 from mta_fast.layers import num_layers, unwrap
 from mta_fast.reference import compute_dtype
@@ -40,6 +41,9 @@ class FDD(BaseMethod):
     Raises:
         InputError: no layer pairs, or a temperature that isn't positive.
     """
+
+    takes_layer_pairs = True
+    follows_progress = False
 
     def __init__(
         self,
