@@ -161,13 +161,14 @@ def test_rouge_and_equal_time(models: Path, monkeypatch: pytest.MonkeyPatch) -> 
     runs = _Runs()
     monkeypatch.setattr(ablation, "_call", runs)
     settings, data = _settings(models), ["held.jsonl", "other.jsonl"]
-    options = ["--seeds", "10", "20"]
+    options = ["--seeds", "10,20"]
     ablate(settings, rows=["base", "full"], seeds=[1], match_time=True, eval_data=data, eval_options=options)
     trained = [command for command in runs.commands if command[0] == "train"]
     assert trained[2][2:] == ["--resume", "--match-time", str(models / "out" / "full" / "seed-1")]
     evaluated = runs.commands[1]
     folder = models / "out" / "base" / "seed-1"
-    assert evaluated == ["eval", str(folder / "student"), "--data", *data, "--out", str(folder / "eval"), *options]
+    given = ["--data", data[0], "--data", data[1]]
+    assert evaluated == ["eval", str(folder / "student"), *given, "--out", str(folder / "eval"), *options]
     table = (models / "out" / "ablation.md").read_text()
     assert "base, time of full" in table
     assert "ROUGE-L held" in table

@@ -262,7 +262,8 @@ def _train(run: Run, partner: Path | None) -> int:
 def _evaluate(run: Run, data: Sequence[str], options: Sequence[str]) -> int:
     if not data:
         return 0
-    command = ["eval", str(run.folder / STUDENT_FOLDER), "--data", *data, "--out", str(run.folder / EVAL_FOLDER)]
+    sets = [word for each in data for word in ("--data", each)]
+    command = ["eval", str(run.folder / STUDENT_FOLDER), *sets, "--out", str(run.folder / EVAL_FOLDER)]
     return _call([*command, *options], run.folder / LOG_FILE)
 
 

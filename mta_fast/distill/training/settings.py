@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.dataclasses import dataclass
 
 from mta_fast import _yaml
 from mta_fast.config import PRESETS, MTAConfig, nearest
@@ -17,142 +30,125 @@ from mta_fast.layers import LayerMap
 from mta_fast.spans.extract import DEFAULT_MODEL
 
 
-@dataclass(frozen=True)
+def _folder(path: str) -> str:
+    user_path(path)  # an empty one would be the current folder
+    return user_source(path)
+
+
+Source = Annotated[StrictStr, AfterValidator(user_source)]  # ``~`` replaced, so that every reader means the same place
+Folder = Annotated[StrictStr, AfterValidator(_folder)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+_OF_A_RUN = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, config=_OF_A_RUN)
 class LoraSettings:
-    """A LoRA (or DoRA) adapter on the student, by PEFT.
+    """A LoRA (or DoRA) adapter on the student, by PEFT."""
 
-    Attributes:
-        r, alpha, dropout: rank, scale and dropout.
-        target_modules: names of linear layers; None: PEFT's choice for the architecture.
-        dora: weight-decomposed.
-    """
+    r: StrictInt = 16
+    """Rank."""
+    alpha: StrictInt = 64
+    """Scale."""
+    dropout: StrictFloat = 0.1
+    """Share of the adapter's inputs that is dropped."""
+    target_modules: list[StrictStr] | None = None
+    """Names of linear layers; null: PEFT's choice for the architecture."""
+    dora: StrictBool = False
+    """Weight-decomposed."""
 
-    r: int = 16
-    alpha: int = 64
-    dropout: float = 0.1
-    target_modules: list[str] | None = None
-    dora: bool = False
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_OF_A_RUN)
 class ModelSettings:
-    """A model.
+    """A model."""
 
-    Attributes:
-        path: folder, hub name, or package:NAME (``models.load_model``).
-        tokenizer: where its tokenizer is, if elsewhere.
-        dtype: float32, bfloat16 or float16; a half-precision teacher saves memory.
-        options: passed to ``from_pretrained``, such as {attn_implementation: flash_attention_2, revision: ...}.
-    """
-
-    path: str
-    tokenizer: str | None = None
-    dtype: str = "float32"
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _open_paths(self, "path", "tokenizer")
+    path: Source
+    """Folder, hub name, or package:NAME (``models.load_model``)."""
+    tokenizer: Source | None = None
+    """Where its tokenizer is, if elsewhere."""
+    dtype: Dtype = "float32"
+    """A half-precision teacher saves memory."""
+    options: dict[StrictStr, Any] = Field(default_factory=dict)
+    """Passed to ``from_pretrained``, such as {attn_implementation: flash_attention_2, revision: ...}."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_OF_A_RUN)
 class StudentSettings(ModelSettings):
-    """The student.
-
-    Attributes:
-        lora: train an adapter instead of all weights.
-        compile: run ``student.compile()``.
-    """
+    """The student."""
 
     lora: LoraSettings | None = None
-    compile: bool = False
+    """Train an adapter instead of all weights."""
+    compile: StrictBool = False
+    """Run ``student.compile()``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_OF_A_RUN)
 class DataSettings:
-    """Text.
+    """Text."""
 
-    Attributes:
-        train: "sample", a .jsonl file, or a data set (``data.load_rows``); for distillm2 the pairs that
-            ``mta-fast generate`` makes (``pairs.load_pairs``).
-        eval: likewise; None: no evaluation.
-        train_split, eval_split: splits of a data set.
-        columns: the data's own names where they are not prompt, output, instruction or input.
-        template: paper, plain, chat, or a text with {instruction} and {input}.
-        max_prompt_length: tokens; rows with longer prompts are left out and counted. None: room for one token.
-        max_rows: read at most so many rows of each.
-        skip_bad_rows: leave out and count rows that can't be read.
-    """
-
-    train: str
-    eval: str | None = None
-    train_split: str = "train"
-    eval_split: str = "test"
-    columns: dict[str, str] = field(default_factory=dict)
-    template: str = "paper"
-    max_prompt_length: int | None = None
-    max_rows: int | None = None
-    skip_bad_rows: bool = False
-
-    def __post_init__(self) -> None:
-        _open_paths(self, "train", "eval")
+    train: Source
+    """"sample", a .jsonl file, or a data set (``data.load_rows``); for distillm2 the pairs that ``mta-fast generate``
+    makes."""
+    eval: Source | None = None
+    """Likewise; null: no evaluation."""
+    train_split: StrictStr = "train"
+    """Split of a data set to train on."""
+    eval_split: StrictStr = "test"
+    """Split of a data set to evaluate on."""
+    columns: dict[StrictStr, StrictStr] = Field(default_factory=dict)
+    """The data's own names where they are not prompt, output, instruction or input."""
+    template: StrictStr = "paper"
+    """paper, plain, chat, or a text with {instruction} and {input}."""
+    max_prompt_length: StrictInt | None = None
+    """Tokens; rows with longer prompts are left out and counted. null: room for one token."""
+    max_rows: StrictInt | None = None
+    """Read at most so many rows of each."""
+    skip_bad_rows: StrictBool = False
+    """Leave out and count rows that can't be read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_OF_A_RUN)
 class SpanSettings:
-    """Where spans come from.
+    """Where spans come from."""
 
-    Attributes:
-        model: a spaCy pipeline.
-        cache: folder of the span cache; None: ``$MTA_FAST_CACHE`` or ``~/.cache/mta_fast/spans``.
-        n_process: processes that parse.
-    """
-
-    model: str = DEFAULT_MODEL
-    cache: str | None = None
-    n_process: int = 1
-
-    def __post_init__(self) -> None:
-        _open_paths(self, "model", "cache")
+    model: Source = DEFAULT_MODEL
+    """A spaCy pipeline."""
+    cache: Source | None = None
+    """Folder of the span cache; null: ``$MTA_FAST_CACHE`` or ``~/.cache/mta_fast/spans``."""
+    n_process: StrictInt = 1
+    """Processes that parse."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_OF_A_RUN)
 class BaseSettings:
-    """The base method.
+    """The base method."""
 
-    Attributes:
-        loss: srkl, skl, forward_kl, reverse_kl, jsd, cross_entropy, distillm, distillm2, fdd, or none.
-        options: such as {alpha: 0.1}, or {schedule: decreasing, generation: {max_new_tokens: 128}} of distillm.
-    """
-
-    loss: str = "srkl"
-    options: dict[str, Any] = field(default_factory=dict)
+    loss: StrictStr = "srkl"
+    """srkl, skl, forward_kl, reverse_kl, jsd, cross_entropy, distillm, distillm2, fdd, none, or module:Class."""
+    options: dict[StrictStr, Any] = Field(default_factory=dict)
+    """Such as {alpha: 0.1}, or {schedule: decreasing, generation: {max_new_tokens: 128}} of distillm."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_OF_A_RUN)
 class TrainSettings:
-    """A whole run.
-
-    Attributes:
-        student: what is trained.
-        teacher: what it learns from; null to learn from the data alone (base cross_entropy, mta false).
-        output_dir: checkpoints, logs, pictures and the exported student go here.
-        mta: fields of MTAConfig and, if wanted, ``preset``; false: the base loss alone. Without ``layer_pairs`` and
-            ``preset`` the layers are mapped proportionally, words at the first.
-        training: fields of MTATrainingArguments, such as learning_rate.
-    """
+    """A whole run."""
 
     student: StudentSettings
+    """What is trained."""
     data: DataSettings
-    output_dir: str
+    """The text that it is trained and evaluated on."""
+    output_dir: Folder
+    """Checkpoints, logs, pictures and the exported student go here."""
     teacher: ModelSettings | None = None
-    spans: SpanSettings = field(default_factory=SpanSettings)
-    base: BaseSettings = field(default_factory=BaseSettings)
-    mta: dict[str, Any] | bool = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        user_path(self.output_dir)  # an empty one would be the current folder
-        _open_paths(self, "output_dir")
+    """What it learns from; null to learn from the data alone (base cross_entropy, mta false)."""
+    spans: SpanSettings = Field(default_factory=SpanSettings)
+    """Where words and phrases come from."""
+    base: BaseSettings = Field(default_factory=BaseSettings)
+    """The loss beside MTA."""
+    mta: dict[StrictStr, Any] | StrictBool = Field(default_factory=dict)
+    """Fields of MTAConfig and, if wanted, ``preset``; false: the base loss alone. Without ``layer_pairs`` and
+    ``preset`` the layers are mapped proportionally, words at the first."""
+    training: dict[StrictStr, Any] = Field(default_factory=dict)
+    """Fields of MTATrainingArguments, such as learning_rate."""
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainSettings:
@@ -164,8 +160,10 @@ class TrainSettings:
         values = _yaml.read(path)
         for override in overrides:
             _override(values, override)
-        settings: TrainSettings = _build(cls, values, "")
-        return settings
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise InputError(_message(cls, error)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, strings and numbers."""
@@ -193,14 +191,6 @@ class TrainSettings:
         return MTAConfig.from_dict({"granularity": ("word", *("phrase",) * (count - 1))} | changes)
 
 
-def _open_paths(settings: Any, *names: str) -> None:
-    """Replace ``~`` in fields that may hold a path, so that every reader of the settings means the same place."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None:
-            object.__setattr__(settings, name, user_source(value))
-
-
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -214,36 +204,58 @@ def _override(values: dict[str, Any], override: str) -> None:
     place[last] = _yaml.loads(text, f"override {override!r}")
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as the type ``kind``: a settings class, a plain type, or a union of these."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in options:
-        if is_dataclass(option) and isinstance(value, Mapping):
-            return _build_settings(option, value, where)
-        plain = typing.get_origin(option) or option
-        if is_dataclass(option) or not _is_a(value, plain):
-            continue
-        return float(value) if plain is float else value
-    names = " or ".join("a mapping" if is_dataclass(o) else getattr(o, "__name__", str(o)) for o in options)
-    raise InputError(f"{where}: expected {names.replace('NoneType', 'null')}, got {value!r}")
+# --- errors ------------------------------------------------------------------------------------------------------
 
 
-def _is_a(value: Any, plain: Any) -> bool:
-    if plain is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if plain is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, plain)
+def _message(kind: Any, error: ValidationError) -> str:
+    """What pydantic found first, unknown keys before missing ones before wrong values, in the package's words."""
+    order = {"unexpected_keyword_argument": 0, "missing": 1}
+    found = min(error.errors(include_url=False), key=lambda each: order.get(each["type"], 2))
+    names, annotation, owner = _place(kind, found["loc"])
+    where = ".".join(names)
+    if found["type"] == "unexpected_keyword_argument":
+        key, known = str(found["loc"][-1]), [f.name for f in fields(owner)]
+        where = ".".join([*names, key])
+        return f"unknown key {where}{nearest(key, known)}; expected {', '.join(known)}"
+    if found["type"] == "missing":
+        return f"{where}: expected a value, got none"
+    if "ctx" in found and isinstance(found["ctx"].get("error"), InputError):  # of a validator
+        return f"{where}: {found['ctx']['error']}"
+    return f"{where}: expected {type_name(annotation)}, got {found['input']!r}"
 
 
-def _build_settings(kind: Any, values: Mapping[str, Any], where: str) -> Any:
-    known = {f.name: f for f in fields(kind)}
-    hints = typing.get_type_hints(kind)
-    prefix = f"{where}." if where else ""
-    for key in values:
-        if key not in known:
-            raise InputError(f"unknown key {prefix}{key}{nearest(key, known)}; expected {', '.join(known)}")
-    for name, described in known.items():
-        if name not in values and described.default is MISSING and described.default_factory is MISSING:
-            raise InputError(f"{prefix}{name}: expected a value, got none")
-    return kind(**{key: _build(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
+def _place(kind: Any, location: Sequence[int | str]) -> tuple[list[str], Any, Any]:
+    """The keys of an error's location, the type expected there, and the settings class that the last key is of.
+
+    pydantic's location also names the branch of a union and the item of a list, which are no keys.
+    """
+    names: list[str] = []
+    annotation, owner = kind, kind
+    for part in location:
+        inner = _settings_class(annotation)
+        hints = typing.get_type_hints(inner) if inner is not None else {}
+        if inner is not None:
+            owner = inner
+        if part not in hints:
+            break
+        names.append(str(part))
+        annotation = hints[str(part)]
+    return names, annotation, owner
+
+
+def _settings_class(annotation: Any) -> Any:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((option for option in options if is_dataclass(option)), None)
+
+
+def type_name(annotation: Any) -> str:
+    """A type as a user writes it: "int or null", "one of a, b", "a mapping"."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return " or ".join(map(type_name, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(annotation)))
+    if is_dataclass(annotation):
+        return "a mapping"
+    if annotation in (None, types.NoneType):
+        return "null"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
