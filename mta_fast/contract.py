@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
 from mta_fast.reference import AlignmentGradient, Spans
 
@@ -132,7 +133,7 @@ def span_pairs(
     _floating("teacher", teacher, (size, None), student)
     for name, tensor in (("weights", weights), ("student_norm", student_norm), ("teacher_norm", teacher_norm)):
         _floating(name, tensor, (size,), student)
-    check_method(method)
+    check_choice("method", method, METHODS)
     _index("span_splits", span_splits, (None,), student.device)
     _splits_of_host(span_splits, host, size)
 
@@ -204,12 +205,6 @@ def entropy_weights(logits: Tensor) -> None:
     if logits.shape[-1] < 2:
         raise InputError(f"logits: expected a vocabulary of at least 2, got {logits.shape[-1]}")
     _sizes("logits", logits)
-
-
-def check_method(method: str) -> None:
-    """``method`` is one of span_pairs' forms."""
-    if method not in METHODS:
-        raise InputError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
 
 
 CHECKS: dict[str, Callable[..., None]] = {

@@ -40,12 +40,6 @@ def check_device(device: torch.device, **tensors: Tensor | None) -> None:
             raise InputError(f"{name}: expected on {device}, got {tensor.device}; move it with .to({str(device)!r})")
 
 
-def check_option(name: str, value: str, options: Sequence[str]) -> None:
-    """``value`` is one of ``options``."""
-    if value not in options:
-        raise InputError(f"{name}: expected one of {', '.join(options)}, got {value!r}")
-
-
 def check_spans(spans: SpanBatch, leading: Sequence[int], device: torch.device, name: str = "hidden") -> None:
     """The spans were made for hidden states with this leading shape, and are on their device."""
     if tuple(spans.shape) != tuple(leading):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from mta_fast import backends, contract
+from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
 from mta_fast.ops._common import (
     REDUCTIONS,
     check_device,
     check_float,
-    check_option,
     check_shape,
     check_spans,
     flat,
@@ -58,7 +58,7 @@ def hidden_alignment_loss(
     Raises:
         InputError: shape, dtype, device or option. DoubleBackwardError: a second derivative.
     """
-    check_option("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
     for name, hidden in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
         check_float(name, hidden, (2, 3))
     leading = student_hidden.shape[:-1]
