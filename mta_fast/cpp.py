@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mta_fast.choices import check_choice
-from mta_fast.contract import METHODS
+from mta_fast.contract import METHODS, gram_from
 from mta_fast.errors import InputError
-from mta_fast.reference import AlignmentGradient, Spans, gram_from
+from mta_fast.layout import AlignmentGradient, Spans
 
 _ops = torch.ops.mta_fast_cpp
 

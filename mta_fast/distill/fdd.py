@@ -15,7 +15,7 @@ from mta_fast.config import LayerPairs, checked_layer_pairs
 from mta_fast.distill.methods import BaseMethod, Batch, ModelOutput, skewed_method
 from mta_fast.errors import InputError
 from mta_fast.layers import num_layers, unwrap
-from mta_fast.reference import compute_dtype
+from mta_fast.layout import compute_dtype
 
 Head = Callable[[int, Tensor], Tensor]  # (layer, its hidden state [n, d]) -> logits [n, V]
 LOGIT_BUDGET = 1 << 24  # logits of all mapped layers, both sides, that are in memory at once: 64 MB of float32

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mta_fast.contract import FLOATS
 from mta_fast.errors import DoubleBackwardError, InputError
-from mta_fast.reference import compute_dtype, power_of_two
-from mta_fast.rows import Rows, as_tensor
+from mta_fast.layout import Rows, as_tensor, compute_dtype
+from mta_fast.reference import power_of_two
+from mta_fast.reference import quotient as quotient
 from mta_fast.spans.batch import SpanBatch
 
 REDUCTIONS = ("mean", "sample", "none")

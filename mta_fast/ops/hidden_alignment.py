@@ -11,6 +11,7 @@ from torch import Tensor
 from mta_fast import backends, contract
 from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
+from mta_fast.layout import AlignmentGradient, compute_dtype, kept_dtype
 from mta_fast.ops._common import (
     REDUCTIONS,
     check_device,
@@ -18,11 +19,11 @@ from mta_fast.ops._common import (
     check_shape,
     check_spans,
     flat,
+    quotient,
     refuse_double_backward,
     without_scale,
 )
 from mta_fast.ops.pooling import normalize_weights
-from mta_fast.reference import AlignmentGradient, compute_dtype, kept_dtype, quotient
 from mta_fast.spans.batch import SpanBatch
 
 

@@ -12,15 +12,18 @@ from mta_fast import backends
 from mta_fast.choices import check_choice
 from mta_fast.contract import METHODS, unpacked
 from mta_fast.errors import InputError
+from mta_fast.layout import compute_dtype
 from mta_fast.ops._common import (
     REDUCTIONS,
     check_device,
     check_float,
     check_shape,
+    quotient,
     refuse_double_backward,
     without_scale,
 )
-from mta_fast.reference import compute_dtype, quotient, reduce_rows, row_norms
+from mta_fast.reference import reduce_rows, row_norms
+from mta_fast.reference import span_distances as span_distances
 from mta_fast.spans.batch import SpanBatch
 
 

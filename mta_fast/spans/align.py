@@ -18,7 +18,7 @@ from torch import Tensor
 from mta_fast import _extension
 from mta_fast.choices import check_choice
 from mta_fast.errors import BackendUnavailableError, InputError
-from mta_fast.reference import Spans
+from mta_fast.layout import Spans
 
 BACKENDS = ("cpp", "reference")  # in order of preference
 Integers = npt.NDArray[np.int64]
