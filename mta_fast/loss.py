@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from mta_fast.config import MTAConfig
 from mta_fast.errors import InputError
 from mta_fast.layers import hidden_widths
-from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat
+from mta_fast.layout import Rows
+from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat, quotient
 from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
 from mta_fast.ops.importance import token_importance
 from mta_fast.ops.pooling import PooledSpans, SpanWeights, normalize_weights, pooled_spans
 from mta_fast.ops.span_pairs import span_pair_terms
-from mta_fast.reference import quotient
-from mta_fast.rows import Rows
 from mta_fast.spans.batch import SpanBatch
 
 HiddenStates = Mapping[int, Tensor] | Sequence[Tensor | None]

@@ -22,7 +22,7 @@ from mta_fast.backends import BACKENDS
 from mta_fast.distill.data import load_sample
 from mta_fast.distill.training.arguments import MTATrainingArguments
 from mta_fast.distill.training.settings import TrainSettings
-from mta_fast.reference import Spans
+from mta_fast.layout import Spans
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))

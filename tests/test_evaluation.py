@@ -333,8 +333,8 @@ def test_long_prompts_and_bad_rows_are_counted(here: Path, capsys: pytest.Captur
         (["eval", "one", "--data", "one/dev.jsonl"], "model 'one': expected config.json or one .gguf file in one"),
         (["eval", "run/student", "--data", "none.jsonl"], "none.jsonl: expected a JSONL file, there is none"),
         (["eval", "run/student"], "Missing option '--data'"),
-        (["eval", "--data", "one/dev.jsonl", "run/student"], "Missing argument 'model'"),
-        ([*COMMAND, "x"], "Invalid value for '--seeds'"),
+        (["eval", "--data", "one/dev.jsonl"], "Missing argument 'model'"),
+        ([*COMMAND[:-1], "1,x"], "seeds: expected integers with commas between them"),
         ([*COMMAND, "--max-length", "256"], "max_length: expected more than max_prompt_length = 256, got 256"),
         ([*COMMAND, "--max-length", "2000"], "max_new_tokens: expected less than the model's 1024 positions, got 1744"),
         ([*COMMAND, "--references", "all"], "references: expected one of best, first, got 'all'"),
@@ -369,7 +369,7 @@ def test_lists_with_commas(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert taken.pop() == expected, words
     for words, message in (
         ("M --data a --seeds 1,b", "seeds: expected integers with commas between them, such as 10,20, got '1,b'"),
-        ("M --data a --seeds 1 2", "unexpected extra argument (2)"),
+        ("M --data a --seeds 1 2", "unexpected extra argument"),
     ):
         assert main(["eval", *words.split()]) == 2, words
         assert message in capsys.readouterr().err, words

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mta_fast import _yaml
-from mta_fast.config import MTAConfig, nearest
+from mta_fast.config import MTAConfig, default_granularity, nearest
 from mta_fast.distill.methods.registry import method_type
 from mta_fast.distill.models import model_depth
 from mta_fast.distill.training.resuming import RUN_FILE
@@ -113,7 +113,7 @@ def ablation_rows(settings: TrainSettings, student_layers: int, teacher_layers: 
     for count in LAYER_COUNTS:
         pairs = _upper_layers(student_layers, teacher_layers, count)
         if pairs is not None:
-            kinds = ["phrase"] if count == 1 else ["word", *["phrase"] * (count - 1)]
+            kinds = default_granularity(count, words=int(count > 1))
             made = full | {"layer_pairs": pairs, "granularity": kinds}
             rows[f"{count} layer" + "s" * (count > 1)] = MTAConfig.from_dict(made).to_dict()
     return rows

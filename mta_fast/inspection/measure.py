@@ -17,10 +17,11 @@ from mta_fast.errors import InputError
 from mta_fast.inspection.side import Side, Token
 from mta_fast.layers import num_layers
 from mta_fast.loss import MTALoss
+from mta_fast.ops._common import quotient
 from mta_fast.ops.entropy import entropy_weights
 from mta_fast.ops.importance import token_importance
 from mta_fast.ops.pooling import normalize_weights, pool_spans
-from mta_fast.reference import quotient, span_distances
+from mta_fast.ops.span_pairs import span_distances
 from mta_fast.spans.batch import SpanBatch
 from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor

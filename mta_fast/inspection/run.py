@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mta_fast.config import Granularity, MTAConfig
+from mta_fast.config import MTAConfig, default_granularity
 from mta_fast.errors import MissingPackageError
 from mta_fast.files import PICTURE, check_target, user_path
 from mta_fast.inspection.measure import Inspection, inspect_text
@@ -91,5 +91,4 @@ def inspect_models(
 
 def _proportional(teacher: Any, student: Any) -> MTAConfig:
     pairs = LayerMap.proportional(num_layers(student), num_layers(teacher)).pairs
-    kinds: list[Granularity] = ["word" if i == 0 else "phrase" for i in range(len(pairs))]
-    return MTAConfig(layer_pairs=pairs, granularity=tuple(kinds))
+    return MTAConfig(layer_pairs=pairs, granularity=default_granularity(len(pairs)))

@@ -16,7 +16,7 @@ from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput
 from mta_fast.distill.methods.losses import skewed_method
 from mta_fast.errors import InputError
 from mta_fast.layers import num_layers, unwrap
-from mta_fast.reference import compute_dtype
+from mta_fast.layout import compute_dtype
 
 Head = Callable[[int, Tensor], Tensor]  # (layer, its hidden state [n, d]) -> logits [n, V]
 LOGIT_BUDGET = 1 << 24  # logits of all mapped layers, both sides, that are in memory at once: 64 MB of float32

@@ -20,7 +20,7 @@ from torch import Tensor
 from mta_fast.config import nearest
 from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput
 from mta_fast.errors import InputError
-from mta_fast.reference import compute_dtype
+from mta_fast.layout import compute_dtype
 from mta_fast.spans.collate import IGNORED_LABEL
 
 Reduction = Literal["mean", "sum"]

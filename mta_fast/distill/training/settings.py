@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from mta_fast import _yaml
-from mta_fast.config import PRESETS, MTAConfig, nearest
+from mta_fast.config import PRESETS, MTAConfig, default_granularity, nearest
 from mta_fast.errors import InputError
 from mta_fast.files import user_path, user_source
 from mta_fast.layers import LayerMap
@@ -188,7 +188,7 @@ class TrainSettings:
         if "layer_pairs" not in changes:
             changes["layer_pairs"] = LayerMap.proportional(student_layers, teacher_layers).pairs
         count = len(changes["layer_pairs"])
-        return MTAConfig.from_dict({"granularity": ("word", *("phrase",) * (count - 1))} | changes)
+        return MTAConfig.from_dict({"granularity": default_granularity(count)} | changes)
 
 
 def _override(values: dict[str, Any], override: str) -> None:
