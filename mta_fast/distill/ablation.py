@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from mta_fast import _yaml
-from mta_fast.config import MTAConfig, default_granularity, nearest
+from mta_fast.choices import nearest
+from mta_fast.config import MTAConfig, default_granularity
 from mta_fast.distill.methods.registry import method_type
 from mta_fast.distill.models import model_depth
 from mta_fast.distill.training.resuming import RUN_FILE
 from mta_fast.distill.training.run import STUDENT_FOLDER, read_results
 from mta_fast.distill.training.settings import TrainSettings
-from mta_fast.errors import INTERRUPTED, TERMINATED, InputError, MissingPackageError
+from mta_fast.errors import INTERRUPTED, TERMINATED, InputError
 from mta_fast.files import RESULTS_FILE, Kind, atomic_file, check_target, save_figure, write_whole
 from mta_fast.interrupt import Terminated, exit_code
 from mta_fast.layers import LayerMap
 from mta_fast.locks import LOCK_VARIABLE, lock_folder
+from mta_fast.packages import require
 
 BASE, FULL, MATCHED = "base", "full", "base, time of full"
 LAYER_COUNTS = (1, 2, 3, 4, 5)
@@ -355,12 +357,9 @@ def interval_margin(values: Sequence[float]) -> float | None:
     """Half the 95 % confidence interval of the mean, by Student's t; None for fewer than two values."""
     if len(values) < 2:
         return None
-    try:
-        from scipy.stats import t
-    except ImportError:
-        raise MissingPackageError(
-            "ablate: expected the package scipy, it is not installed; pip install '.[train]' in the checkout"
-        ) from None
+    require("scipy", "train", "ablate")
+    from scipy.stats import t
+
     quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
 

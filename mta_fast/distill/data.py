@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
 
-from mta_fast.config import nearest
+from mta_fast.choices import nearest
 from mta_fast.errors import InputError
 from mta_fast.files import user_source
 from mta_fast.tokens import encode

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mta_fast.choices import check_choice
 from mta_fast.distill.manifest import FINGERPRINT_FILE, STATE_FILE, verify
 from mta_fast.errors import InputError, MissingPackageError
 from mta_fast.files import user_source
 from mta_fast.layers import block_list, depth_field, depth_of, evaluating, num_layers, unwrap
+from mta_fast.packages import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,8 +51,7 @@ def load_model(name: str, *, dtype: str = "float32", **options: Any) -> PreTrain
         InputError: no such model, an unknown dtype. MissingPackageError: transformers or gguf is not installed.
     """
     tf = _transformers()
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_choice("dtype", dtype, DTYPES)
     load_config(name, **options)
     place, gguf = _resolve(name)
     options = gguf | {key: user_source(value) if isinstance(value, str) else value for key, value in options.items()}
@@ -157,10 +158,7 @@ def _resolve(name: str) -> tuple[str, dict[str, str]]:
         raise InputError(
             f"model {name!r}: expected config.json or one .gguf file in {folder}, got {len(files)} of them"
         )
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingPackageError(
-            f"model {name!r}: expected the package gguf to read {files[0].name}; pip install gguf"
-        )
+    require("gguf", "test", f"model {name!r}, to read {files[0].name}")
     return place, {"gguf_file": files[0].name}
 
 
@@ -186,12 +184,9 @@ def model_places(name: str) -> list[Path]:
 
 
 def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise MissingPackageError(
-            "models: expected the package transformers, it is not installed; pip install '.[train]' in the checkout"
-        ) from None
+    require("transformers", "train", "models")
+    import transformers
+
     return transformers
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mta_fast.errors import MissingPackageError
 from mta_fast.files import PICTURE, check_target, save_figure
 from mta_fast.inspection import appearance as look
 from mta_fast.inspection.measure import Inspection, LayerPair
 from mta_fast.inspection.side import Token
+from mta_fast.packages import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,13 +54,10 @@ def write_png(inspection: Inspection, path: str | Path) -> None:
         InputError: another file is there. CheckpointError: it can't be written.
         MissingPackageError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackageError(
-            "inspect: expected the package matplotlib, it is not installed; pip install '.[train]' in the checkout"
-        ) from None
+    require("matplotlib", "train", "inspect")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     place = check_target(path, PICTURE)
     figure = Figure(figsize=(WIDTH, 1), dpi=DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mta_fast.config import MTAConfig, default_granularity
-from mta_fast.errors import MissingPackageError
 from mta_fast.files import PICTURE, check_target, user_path
 from mta_fast.inspection.measure import Inspection, inspect_text
 from mta_fast.inspection.page import PAGE, write_html
 from mta_fast.inspection.picture import write_png
 from mta_fast.inspection.terminal import render_terminal
 from mta_fast.layers import LayerMap, num_layers
+from mta_fast.packages import require
 from mta_fast.spans.extract import SpanExtractor
 
 if TYPE_CHECKING:
@@ -48,11 +47,7 @@ def inspect_models(
         MissingPackageError: a package of the extras [train] or [spacy] is not installed.
     """
     for package in ("transformers", "rich", *(("matplotlib",) if png else ())):
-        if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(
-                f"inspect: expected the package {package}, it is not installed; "
-                f"pip install '.[train,spacy]' in the checkout"
-            )
+        require(package, "train,spacy", "inspect")
     from rich.console import Console
 
     from mta_fast.distill.models import load_model, load_tokenizer, model_places, same_vocabulary

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mta_fast.errors import MissingPackageError
 from mta_fast.inspection import appearance as look
 from mta_fast.inspection.measure import Inspection, LayerPair, Span
 from mta_fast.inspection.side import Token
+from mta_fast.packages import require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,12 +67,9 @@ def render_terminal(inspection: Inspection, console: Console) -> None:
     Raises:
         MissingPackageError: rich is not installed.
     """
-    try:
-        from rich.console import Console
-    except ImportError:
-        raise MissingPackageError(
-            "inspect: expected the package rich, it is not installed; pip install '.[train]' in the checkout"
-        ) from None
+    require("rich", "train", "inspect")
+    from rich.console import Console
+
     if not console.options.ascii_only:
         _render(inspection, console, _Style(console.color_system is not None and not console.no_color, False))
         return

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mta_fast.config import nearest
+from mta_fast.choices import check_choice
 from mta_fast.distill.methods.base import BaseMethod, Batch, Collator, ModelOutput, StepBatches, TrainingPlan
 from mta_fast.distill.methods.losses import skewed_method
 from mta_fast.distill.responses.generation import GenerationSettings, encode_prompts, generate_texts
@@ -73,10 +73,7 @@ class DistiLLM(BaseMethod):
     ) -> None:
         super().__init__()
         self._token = skewed_method(loss, alpha, detach_mixture)
-        if schedule not in SCHEDULES:
-            raise InputError(
-                f"schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}{nearest(schedule, SCHEDULES)}"
-            )
+        check_choice("schedule", schedule, SCHEDULES)
         for name, value in (("threshold", threshold), ("increase", increase)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name}: expected a number from 0 to 1, got {value}")

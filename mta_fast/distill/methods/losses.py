@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mta_fast.config import nearest
+from mta_fast.choices import check_choice, nearest
 from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput
 from mta_fast.errors import InputError
 from mta_fast.layout import compute_dtype
@@ -159,10 +159,7 @@ def base_loss(name: str, **options: float | bool) -> BaseLoss:
     Raises:
         InputError: an unknown name, or an option that the loss does not have.
     """
-    if name not in BASE_LOSSES:
-        raise InputError(
-            f"base loss: expected one of {', '.join(BASE_LOSSES)}, got {name!r}{nearest(name, BASE_LOSSES)}"
-        )
+    check_choice("base loss", name, BASE_LOSSES)
     parameters = inspect.signature(BASE_LOSSES[name]).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "reduction"]
     for option in options:
@@ -289,8 +286,5 @@ def skewed_method(loss: str, alpha: float, detach_mixture: bool) -> TokenMethod:
     Raises:
         InputError: another loss, or an alpha outside 0 to 1.
     """
-    if loss not in SKEWED_LOSSES:
-        raise InputError(
-            f"loss: expected one of {', '.join(SKEWED_LOSSES)}, got {loss!r}{nearest(loss, SKEWED_LOSSES)}"
-        )
+    check_choice("loss", loss, SKEWED_LOSSES)
     return TokenMethod(loss, alpha=alpha, detach_mixture=detach_mixture)

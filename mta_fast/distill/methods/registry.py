@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from mta_fast.config import nearest
+from mta_fast.choices import check_choice, nearest
 from mta_fast.distill.methods.base import BaseMethod, NoBaseLoss
 from mta_fast.distill.methods.distillm import DistiLLM
 from mta_fast.distill.methods.distillm2 import DistiLLM2
@@ -63,15 +63,11 @@ def method_type(name: str) -> type[BaseMethod]:
 
 
 def _maker(name: str) -> Callable[..., BaseMethod]:
-    if name in METHODS:
-        return METHODS[name]
     if ":" in name:
         maker: Callable[..., BaseMethod] = import_name("base loss", name)
         return maker
-    raise InputError(
-        f"base loss: expected one of {', '.join(METHODS)}, or module:Class of one's own, got {name!r}"
-        f"{nearest(name, METHODS)}"
-    )
+    check_choice("base loss", name, METHODS, "module:Class of one's own")
+    return METHODS[name]
 
 
 def import_name(what: str, name: str) -> Any:

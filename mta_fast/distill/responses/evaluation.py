@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mta_fast._version import __version__
+from mta_fast.choices import check_choice
 from mta_fast.distill.data import (
     LoadedRows,
     data_places,
@@ -39,9 +40,10 @@ from mta_fast.distill.responses.generation import (
     generate_batches,
     weights_digest,
 )
-from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.errors import InputError
 from mta_fast.files import RESULTS_FILE, Kind, check_target, marked, user_path, write_whole
 from mta_fast.locks import lock_folder
+from mta_fast.packages import require
 
 SEEDS = (10, 20, 30, 40, 50)
 REFERENCES = ("best", "first")
@@ -76,8 +78,7 @@ class EvaluationSettings:
         plain = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in self.seeds)
         if not self.seeds or not plain or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: expected different integers >= 0, got {list(self.seeds)}")
-        if self.references not in REFERENCES:
-            raise InputError(f"references: expected one of {', '.join(REFERENCES)}, got {self.references!r}")
+        check_choice("references", self.references, REFERENCES)
 
 
 @dataclass(frozen=True)
@@ -196,12 +197,9 @@ def rouge_l(references: Sequence[str], response: str, which: str = "best") -> fl
 
 @cache
 def _scorer() -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise MissingPackageError(
-            "evaluation: expected the package rouge-score, it is not installed; pip install '.[train]' in the checkout"
-        ) from None
+    require("rouge-score", "train", "evaluation", module="rouge_score")
+    from rouge_score.rouge_scorer import RougeScorer
+
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mta_fast.choices import check_choice
 from mta_fast.distill.data import (
     PAIR,
     LoadedRows,
@@ -102,8 +103,7 @@ def generate_pairs(
         InputError: a target that is there already, an unknown ``chosen``, no teacher; rows, models or responses from
             an earlier run that don't fit. OSError: no room to write.
     """
-    if chosen not in CHOSEN:
-        raise InputError(f"chosen: expected one of {', '.join(CHOSEN)}, got {chosen!r}")
+    check_choice("chosen", chosen, CHOSEN)
     if (teacher is None) == (chosen == "teacher"):
         raise InputError(
             "teacher: expected a model for chosen = teacher, got none"

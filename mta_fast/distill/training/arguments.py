@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
 from mta_fast.files import user_source
 from mta_fast.spans.collate import PAD_TO
@@ -117,10 +118,9 @@ class MTATrainingArguments(TrainingArguments):
                 setattr(self, name, user_source(str(value)))
         super().__post_init__()
         self.remove_unused_columns = False  # the collator reads texts and spans, not the model's arguments
-        if self.accumulation not in ACCUMULATION:
-            raise InputError(f"accumulation: expected one of {', '.join(ACCUMULATION)}, got {self.accumulation!r}")
-        if self.pad_to not in (None, *PAD_TO):
-            raise InputError(f"pad_to: expected one of {', '.join(PAD_TO)}, or none, got {self.pad_to!r}")
+        check_choice("accumulation", self.accumulation, ACCUMULATION)
+        if self.pad_to is not None:
+            check_choice("pad_to", self.pad_to, PAD_TO, "none")
         if self.max_seconds is not None:
             if not self.max_seconds > 0:
                 raise InputError(f"max_seconds: expected a time > 0, got {self.max_seconds}")

@@ -14,6 +14,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
+from mta_fast.choices import check_choice
 from mta_fast.config import MTAConfig
 from mta_fast.distill.models import UNFIT, tokens_in_use
 from mta_fast.distill.training.settings import type_name
@@ -72,11 +73,7 @@ def check_evaluation(arguments: MTATrainingArguments, *, evaluated: bool) -> Non
                 f"null; give one"
             )
     metric = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
-    if metric not in METRICS:
-        raise InputError(
-            f"training.metric_for_best_model: expected one of {', '.join(METRICS)}, got "
-            f"{arguments.metric_for_best_model!r}"
-        )
+    check_choice("training.metric_for_best_model", metric, METRICS)
 
 
 def rehearse(arguments: MTATrainingArguments, *, evaluated: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mta_fast import _yaml
-from mta_fast.config import nearest
+from mta_fast.choices import nearest
 from mta_fast.distill.data import LoadedRows, data_places, describe_rows, drop_long_rows, span_column
 from mta_fast.distill.methods.base import BaseMethod
 from mta_fast.distill.methods.registry import base_method
@@ -21,7 +21,7 @@ from mta_fast.distill.training.fit import check_evaluation, check_layers, check_
 from mta_fast.distill.training.interrupt import FinishStep
 from mta_fast.distill.training.resuming import RUN_FILE
 from mta_fast.distill.training.settings import LoraSettings, ModelSettings, TrainSettings
-from mta_fast.errors import TERMINATED, InputError, MissingPackageError
+from mta_fast.errors import TERMINATED, InputError
 from mta_fast.files import (
     MARKER,
     RESULTS_FILE,
@@ -38,6 +38,7 @@ from mta_fast.files import PICTURE as EARLIER_PICTURE
 from mta_fast.interrupt import Terminated, exit_code
 from mta_fast.layers import depth_of
 from mta_fast.locks import lock_folder
+from mta_fast.packages import require
 from mta_fast.spans.cache import SpanCache
 from mta_fast.spans.extract import SpanExtractor
 
@@ -350,12 +351,9 @@ def _with_spans(
 
 
 def _with_lora(student: Any, settings: LoraSettings) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise MissingPackageError(
-            "student.lora: expected the package peft, it is not installed; pip install '.[train]' in the checkout"
-        ) from None
+    require("peft", "train", "student.lora")
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,

@@ -23,7 +23,8 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from mta_fast import _yaml
-from mta_fast.config import PRESETS, MTAConfig, default_granularity, nearest
+from mta_fast.choices import check_choice, nearest
+from mta_fast.config import PRESETS, MTAConfig, default_granularity
 from mta_fast.errors import InputError
 from mta_fast.files import user_path, user_source
 from mta_fast.layers import LayerMap
@@ -182,8 +183,7 @@ class TrainSettings:
         changes = dict(self.mta) if isinstance(self.mta, dict) else {}
         preset = changes.pop("preset", None)
         if preset is not None:
-            if preset not in PRESETS:
-                raise InputError(f"mta.preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+            check_choice("mta.preset", preset, PRESETS)
             return MTAConfig.paper(preset, **changes)
         if "layer_pairs" not in changes:
             changes["layer_pairs"] = LayerMap.proportional(student_layers, teacher_layers).pairs
