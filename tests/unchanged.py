@@ -294,10 +294,7 @@ def public_scripts_calls() -> Found:
 
 @case
 def mta_loss_of_two_tokenizers() -> Found:
-    words = [
-        [(m, n) for m, n in itertools.pairwise([0, *(i for i, c in enumerate(t) if c == " "), len(t)])] for t in TEXTS
-    ]
-    words = [[(a + (t[a] == " "), b) for a, b in row] for t, row in zip(TEXTS, words, strict=True)]
+    words = [[found.span() for found in re.finditer(r"\S+", text)] for text in TEXTS]
     sides = []
     for vocabulary in (300, 512):
         tokenizer = make_tokenizer(vocabulary)
