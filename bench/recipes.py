@@ -16,7 +16,7 @@ from typing import Any
 from bench.costs import GPUS
 from bench.report import Report, Section, markdown_table, publish
 from mta_fast import __version__
-from mta_fast.distill.settings import TrainSettings
+from mta_fast.distill.training.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 14_000  # databricks-dolly-15k without the 1,000 that are held out; prompts that are too long count too

@@ -10,7 +10,7 @@ from torch import Tensor
 from mta_fast.contract import checked
 from mta_fast.kernels._device import inverse_norm, load, power_of_two, row_power, squares_fit
 from mta_fast.kernels._launch import launch, numerics, writable
-from mta_fast.reference import AlignmentGradient, compute_dtype, kept_dtype
+from mta_fast.layout import AlignmentGradient, compute_dtype, kept_dtype
 
 TOKEN_CHUNK = 4096  # tokens projected at a time: [4096, d_T], 34 MB of bfloat16 at d_T = 4,096, fits an H100's cache
 

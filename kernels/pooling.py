@@ -10,7 +10,7 @@ from torch import Tensor
 from mta_fast.contract import checked
 from mta_fast.kernels._device import load, power_of_two, reciprocal, row_power, squares_fit
 from mta_fast.kernels._launch import launch, numerics, writable
-from mta_fast.reference import Spans
+from mta_fast.layout import Spans
 
 
 @triton.jit

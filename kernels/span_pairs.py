@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mta_fast import reference
+from mta_fast import contract
 from mta_fast.contract import checked
 from mta_fast.kernels import gram
 from mta_fast.kernels._device import find_span_row, load, products, scaled, unit_factors
@@ -182,7 +182,7 @@ def span_pairs(
     """``reference.span_pairs``."""
     num = numerics(student, teacher)
     widths = student.shape[1], teacher.shape[1]
-    gram_from = {"pairwise": NEVER, "gram": 0, "auto": reference.gram_from(*widths)}[method]
+    gram_from = {"pairwise": NEVER, "gram": 0, "auto": contract.gram_from(*widths)}[method]
     counts = host[:, 0].diff().tolist()
     spans, rows = student.shape[0], len(counts)
     terms = student.new_empty(spans, dtype=torch.float64)

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.errors import InputError
 from mta_fast.files import user_path
+from mta_fast.packages import require
 
 _FLOAT = re.compile(
     r"""^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -68,10 +69,7 @@ def _loader(yaml: Any) -> Any:
 
 
 def _package() -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise MissingPackageError(
-            "YAML: expected the package pyyaml, got none; pip install '.[train]' in the checkout"
-        ) from None
+    require("pyyaml", "train", "YAML", module="yaml")
+    import yaml
+
     return yaml

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from mta_fast import _extension, contract
-from mta_fast.errors import BackendUnavailableError, InputError
+from mta_fast.choices import check_choice
+from mta_fast.errors import BackendUnavailableError
 
 OLDEST_TRITON = (3, 6)
 OLDEST_CUDA = (8, 0)  # compute capability: bfloat16 and TF32 tensor cores
@@ -150,11 +151,8 @@ class Choice:
 
 def check_name(backend: str) -> None:
     """Raise InputError unless ``backend`` is "auto" or the name of a backend of this installation."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise InputError(
-            f"backend: expected one of {', '.join(('auto', *BACKENDS))}, got {backend!r}; "
-            f"`mta-fast doctor` lists the backends of this installation"
-        )
+    hint = "`mta-fast doctor` lists the backends of this installation"
+    check_choice("backend", backend, ("auto", *BACKENDS), hint=hint)
 
 
 def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> Choice:

@@ -1,20 +1,21 @@
-"""The commands: mta-fast doctor | demo | spans | cut | train | ablate | generate | eval | export | inspect | bench."""
+"""The commands: mta-fast doctor, demo, train, schema, ablate, generate, eval, export, cut, inspect, spans and bench."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from mta_fast.errors import InputError, MissingPackageError
 
 if TYPE_CHECKING:
-    from mta_fast.distill.generation import GenerationSettings
+    from mta_fast.distill.responses.generation import GenerationSettings
 
 app = typer.Typer(
     help="Multi-Granular Trajectory Alignment: a span-level distillation loss.",
@@ -35,25 +36,17 @@ _Overwrite = Annotated[
 _MODEL_HELP = "Folder, hub name, or package:NAME for model files inside an installed Python package."
 
 
-class _ManyValues(TyperCommand):
-    """An option that may be repeated takes several values at once: --seeds 10 20 is --seeds 10 --seeds 20."""
+def _listed(values: Sequence[str] | None) -> list[str]:
+    """The items of an option that takes a comma list and may be repeated; a file whose name has a comma is one item."""
+    lists = ([value] if Path(value).exists() else value.split(",") for value in values or [])
+    return [item.strip() for items in lists for item in items if item.strip()]
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option before its second and later values; a value that begins with a hyphen ends them."""
-        repeated = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
-        option, waiting, spelt_out = None, False, list[str]()
-        for i, word in enumerate(args):
-            if word == "--":
-                spelt_out += args[i:]
-                break
-            if word.startswith("-") and word != "-":
-                name, equals, _ = word.partition("=")
-                option, waiting = (name, not equals) if name in repeated else (None, False)
-            elif option is not None:
-                spelt_out += [] if waiting else [option]
-                waiting = False
-            spelt_out.append(word)
-        return super().parse_args(ctx, spelt_out)
+
+def _seeds(values: str) -> list[int]:
+    try:
+        return [int(seed) for seed in _listed([values])]
+    except ValueError:
+        raise InputError(f"seeds: expected integers with commas between them, such as 10,20, got {values!r}") from None
 
 
 @app.command()
@@ -91,36 +84,44 @@ def train(
     ] = False,
 ) -> None:
     """Distil a student as a YAML file says; also under torchrun and accelerate launch."""
-    from mta_fast.distill.run import train as run
-    from mta_fast.distill.settings import TrainSettings
+    from mta_fast.distill.training.run import train as run
+    from mta_fast.distill.training.settings import TrainSettings
 
     changes = [*(override or []), *(["data.skip_bad_rows=true"] if skip_bad_rows else [])]
     settings = TrainSettings.from_yaml(config, changes)
     raise typer.Exit(run(settings, resume=resume, match_time=match_time, allow_changes=allow_changes))
 
 
-@app.command(cls=_ManyValues)
+@app.command()
+def schema() -> None:
+    """The JSON schema of a YAML file for train and ablate, by which editors complete and check it."""
+    from mta_fast.distill.training.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
 def ablate(
     config: Annotated[Path, typer.Argument(help="YAML file of the full method; docs/configuration.md lists its keys.")],
-    rows: Annotated[list[str] | None, typer.Option(help="Rows to run, such as base full; else all.")] = None,
-    seeds: Annotated[list[int], typer.Option(help="Seeds of training; one or several.")] = [42],  # noqa: B006
+    rows: Annotated[str | None, typer.Option(help="Rows to run, such as base,full; else all.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of training, such as 1,2,3.")] = "42",
     match_time: Annotated[
         bool, typer.Option("--match-time", help="Also the base row, trained as long as the full one took.")
     ] = False,
-    eval_data: Annotated[list[str] | None, typer.Option(help="Data sets for ROUGE-L; else the losses only.")] = None,
-    eval_options: Annotated[str, typer.Option(help='Options of mta-fast eval, such as "--seeds 10 20 --greedy".')] = "",
+    eval_data: Annotated[list[str] | None, typer.Option(help="Data sets for ROUGE-L, as eval takes them.")] = None,
+    eval_options: Annotated[str, typer.Option(help='Options of mta-fast eval, such as "--seeds 10,20 --greedy".')] = "",
     override: Annotated[list[str] | None, typer.Option(help="key=value with dotted keys; may be repeated.")] = None,
 ) -> None:
     """The paper's rows, each trained with each seed, into one table and picture; goes on where it was interrupted."""
     from mta_fast.distill.ablation import ablate as run
-    from mta_fast.distill.settings import TrainSettings
+    from mta_fast.distill.training.settings import TrainSettings
 
     code = run(
         TrainSettings.from_yaml(config, override or []),
-        rows=rows,
-        seeds=seeds,
+        rows=None if rows is None else _listed([rows]),
+        seeds=_seeds(seeds),
         match_time=match_time,
-        eval_data=eval_data or [],
+        eval_data=_listed(eval_data),
         eval_options=shlex.split(eval_options),
     )
     raise typer.Exit(code)
@@ -135,8 +136,8 @@ def cut(
     overwrite: _Overwrite = False,
 ) -> None:
     """Make a student from some of a teacher's blocks."""
-    from mta_fast.distill.checkpoints import CUT, check_export, export_student
     from mta_fast.distill.models import cut_layers, load_model, load_tokenizer, model_places, parse_layers
+    from mta_fast.distill.training.checkpoints import CUT, check_export, export_student
 
     sources = model_places(teacher)
     check_export(out, kind=CUT, sources=sources, overwrite=overwrite)
@@ -147,7 +148,7 @@ def cut(
     typer.echo(f"{out}: {student.config.num_hidden_layers} blocks, {size:.1f} million parameters")
 
 
-_Data = Annotated[list[str], typer.Option(help="JSONL files, data sets, or sample; one or several.")]
+_Data = Annotated[list[str], typer.Option(help="JSONL files, data sets, or sample: a comma list; may be repeated.")]
 _Template = Annotated[str, typer.Option(help="paper, plain, chat, or a text with {instruction} and {input}.")]
 _Temperature = Annotated[float, typer.Option(help="Divides the logits.")]
 _TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens of this probability; 1: all.")]
@@ -161,12 +162,12 @@ _MaxRows = Annotated[int | None, typer.Option(min=1, help="Read at most so many 
 _Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 _Columns = Annotated[
-    list[str] | None, typer.Option(help="The data's own names, such as input=context output=response.")
+    list[str] | None, typer.Option(help="The data's own names, such as input=context,output=response.")
 ]
 _SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them.")]
 
 
-@app.command(cls=_ManyValues)
+@app.command()
 def generate(
     student: Annotated[str, typer.Option(help=_MODEL_HELP)],
     data: _Data,
@@ -193,10 +194,10 @@ def generate(
     skip_bad_rows: _SkipBadRows = False,
 ) -> None:
     """Pairs of a teacher's and a student's response, for DistiLLM-2; goes on where it was interrupted."""
-    from mta_fast.distill.pairs import generate_pairs
+    from mta_fast.distill.responses.pairs import generate_pairs
 
     counts = generate_pairs(
-        data,
+        _listed(data),
         out,
         _generation(max_prompt_length, max_length, temperature, top_p, top_k, greedy, stop, batch_size),
         student=student,
@@ -216,11 +217,11 @@ def generate(
     typer.echo(f"{counts['pairs']} pairs in {out}" + (f", left out: {left_out}" if left_out else ""))
 
 
-@app.command("eval", cls=_ManyValues)
+@app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help=_MODEL_HELP + " Before the options that take several values.")],
+    model: Annotated[str, typer.Argument(help=_MODEL_HELP)],
     data: _Data,
-    seeds: Annotated[list[int], typer.Option(help="One run for each; one or several.")] = [10, 20, 30, 40, 50],  # noqa: B006
+    seeds: Annotated[str, typer.Option(help="One run for each.")] = "10,20,30,40,50",
     out: Annotated[Path | None, typer.Option(help="Folder of results and responses; else eval/MODEL here.")] = None,
     references: Annotated[str, typer.Option(help="Of several: best or first.")] = "best",
     split: Annotated[str, typer.Option(help="Split of a data set.")] = "test",
@@ -240,13 +241,13 @@ def evaluate(
     skip_bad_rows: _SkipBadRows = False,
 ) -> None:
     """ROUGE-L of a model's responses, mean and deviation over seeds; goes on where it was interrupted."""
-    from mta_fast.distill.evaluation import EvaluationSettings, run_evaluation
+    from mta_fast.distill.responses.evaluation import EvaluationSettings, run_evaluation
 
     generation = _generation(max_prompt_length, max_length, temperature, top_p, top_k, greedy, stop, batch_size)
     code = run_evaluation(
         model,
-        data,
-        EvaluationSettings(generation, tuple(seeds), references),
+        _listed(data),
+        EvaluationSettings(generation, tuple(_seeds(seeds)), references),
         out=out,
         max_prompt_length=max_prompt_length,
         dtype=dtype,
@@ -261,10 +262,11 @@ def evaluate(
 
 
 def _columns(pairs: list[str] | None) -> dict[str, str]:
-    for pair in pairs or []:
+    named = _listed(pairs)
+    for pair in named:
         if not all(pair.partition("=")):
             raise InputError(f"columns: expected name=own name, such as output=response, got {pair!r}")
-    return dict(pair.split("=", 1) for pair in pairs or [])
+    return dict(pair.split("=", 1) for pair in named)
 
 
 def _generation(
@@ -277,7 +279,7 @@ def _generation(
     stop: str,
     batch_size: int,
 ) -> GenerationSettings:
-    from mta_fast.distill.generation import GenerationSettings
+    from mta_fast.distill.responses.generation import GenerationSettings
 
     if max_length <= max_prompt_length:
         raise InputError(f"max_length: expected more than max_prompt_length = {max_prompt_length}, got {max_length}")
@@ -299,7 +301,7 @@ def export(
     overwrite: _Overwrite = False,
 ) -> None:
     """The plain student of a checkpoint, adapters merged, without anything of MTA."""
-    from mta_fast.distill.checkpoints import export_checkpoint
+    from mta_fast.distill.training.checkpoints import export_checkpoint
 
     export_checkpoint(checkpoint, out, overwrite=overwrite)
     typer.echo(f"student in {out}")

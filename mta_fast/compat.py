@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mta_fast.config import MTAConfig
+from mta_fast.config import MTAConfig, default_granularity
 from mta_fast.errors import InputError
 from mta_fast.loss import MTALoss
 from mta_fast.ops.entropy import entropy_weights
@@ -73,7 +73,7 @@ def compute_overall_span_loss(*positional: Any, **named: Any) -> Tensor:
         raise InputError("args.entropy_weight: expected t_logits with it, got none; the second family has no logits")
     config = MTAConfig.public(
         layer_pairs=pairs,
-        granularity=["word"] * (middle - first) + ["phrase"] * (last - middle),
+        granularity=default_granularity(last - first, middle - first),
         weight=1.0,
         weighting="entropy" if entropy else "importance",
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 from mta_fast import _yaml
+from mta_fast.choices import check_choice
+from mta_fast.choices import nearest as nearest
 from mta_fast.errors import InputError
 from mta_fast.files import user_path, write_whole
 
@@ -32,7 +33,6 @@ class _Preset(NamedTuple):
 
 _QWEN_UPPER = (14, 16, 18, 20, 22, 24)
 _OPT_STUDENT, _OPT_TEACHER = (16, 18, 20, 22, 24), (20, 23, 26, 29, 32)
-# The first layer of every pair aligns words, the others phrases.
 PRESETS: dict[str, _Preset] = {
     "gpt2": _Preset((6, 9, 12), (24, 36, 48), 2.0, 0.2),
     "qwen1.5": _Preset(_QWEN_UPPER, _QWEN_UPPER, 2.0, 0.2),
@@ -98,13 +98,11 @@ class MTAConfig:
                 f"other layer_pairs than a preset's, give granularity too"
             )
         for kind in kinds:
-            if kind not in ("word", "phrase"):
-                raise InputError(f"granularity: expected 'word' or 'phrase', got {kind!r}")
+            check_choice("granularity", kind, get_args(Granularity))
         object.__setattr__(self, "layer_pairs", pairs)
         object.__setattr__(self, "granularity", kinds)
         for name, options in _CHOICES.items():
-            if getattr(self, name) not in options:
-                raise InputError(f"{name}: expected one of {', '.join(options)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), options)
         for name in ("lambda_dsa", "lambda_hid"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
@@ -140,12 +138,11 @@ class MTAConfig:
         Raises:
             InputError: an unknown pair or field.
         """
-        if pair not in PRESETS:
-            raise InputError(f"pair: expected one of {', '.join(PRESETS)}, got {pair!r}{nearest(pair, PRESETS)}")
+        check_choice("pair", pair, PRESETS)
         preset = PRESETS[pair]
         settings: dict[str, Any] = {
             "layer_pairs": tuple(zip(preset.student, preset.teacher, strict=True)),
-            "granularity": ("word", *("phrase",) * (len(preset.student) - 1)),
+            "granularity": default_granularity(len(preset.student)),
             "lambda_dsa": preset.lambda_dsa,
             "lambda_hid": preset.lambda_hid,
         }
@@ -211,7 +208,6 @@ def checked_layer_pairs(pairs: Any) -> LayerPairs:
     return made
 
 
-def nearest(name: object, options: Iterable[str]) -> str:
-    """ ", did you mean ...?", or nothing where no option is close."""
-    close = difflib.get_close_matches(str(name), list(options), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+def default_granularity(pairs: int, words: int = 1) -> tuple[Granularity, ...]:
+    """Words at the first ``words`` of so many layer pairs, phrases at the others (the paper's table: at the first)."""
+    return tuple("word" if i < words else "phrase" for i in range(pairs))

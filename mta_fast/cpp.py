@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mta_fast.contract import check_method
+from mta_fast.choices import check_choice
+from mta_fast.contract import METHODS, gram_from
 from mta_fast.errors import InputError
-from mta_fast.reference import AlignmentGradient, Spans, gram_from
+from mta_fast.layout import AlignmentGradient, Spans
 
 _ops = torch.ops.mta_fast_cpp
 
@@ -60,7 +61,7 @@ def span_pairs(
     with_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.span_pairs``."""
-    check_method(method)
+    check_choice("method", method, METHODS)
     least = {"pairwise": -1, "gram": 0, "auto": gram_from(student.shape[1], teacher.shape[1])}[method]
     numerator, denominator, gradient = _ops.span_pairs(
         student, teacher, weights, student_norm, teacher_norm, span_splits, least, with_gradient

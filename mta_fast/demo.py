@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mta_fast.config import MTAConfig
+from mta_fast.config import MTAConfig, default_granularity
 from mta_fast.distill.data import load_sample
-from mta_fast.distill.losses import skewed_reverse_kl
-from mta_fast.errors import MissingPackageError
-from mta_fast.files import Kind, check_target, marked, save_figure, user_path, write_whole
+from mta_fast.distill.methods.losses import skewed_reverse_kl
+from mta_fast.files import RESULTS_FILE, Kind, check_target, marked, save_figure, user_path, write_whole
 from mta_fast.layers import LayerMap, capture_layers
 from mta_fast.locks import lock_folder
 from mta_fast.loss import MTALoss, MTAOutput
+from mta_fast.packages import require
 from mta_fast.spans.collate import IGNORED_LABEL, SpanCollator
 from mta_fast.spans.extract import SpanExtractor
 
@@ -38,7 +38,6 @@ VOCABULARY, MAX_LENGTH, BATCH, HELD_OUT = 1024, 160, 8, 32
 TEACHER_LAYERS, TEACHER_DIM, STUDENT_LAYERS, STUDENT_DIM, HEADS = 8, 128, 4, 64, 4
 TEACHER_LR, STUDENT_LR, PROJECTION_LR = 3e-3, 2e-3, 5e-4
 EVALUATE_EVERY = 10
-RESULTS_FILE = "results.json"
 DEMO = Kind(
     "an earlier demo",
     lambda folder: (folder / RESULTS_FILE).is_file() and marked(b'"teacher_cross_entropy"')(folder / RESULTS_FILE),
@@ -103,14 +102,8 @@ def _run(settings: DemoSettings, out: Path) -> dict[str, Any]:
 
 
 def _require_packages() -> None:
-    import importlib.util
-
     for package in ("transformers", "tokenizers", "rich", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingPackageError(
-                f"demo: expected the package {package}, it is not installed; "
-                f"pip install '.[train,spacy]' in the checkout"
-            )
+        require(package, "train,spacy", "demo")
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -226,7 +219,7 @@ def _distil(
 ) -> list[Run]:
     """Both students, step by step side by side, so that their times are taken under the same conditions."""
     layers = LayerMap.proportional(STUDENT_LAYERS, TEACHER_LAYERS)
-    config = MTAConfig(layer_pairs=layers.pairs, granularity=("word", "phrase", "phrase"))
+    config = MTAConfig(layer_pairs=layers.pairs, granularity=default_granularity(len(layers.pairs)))
     start = _gpt2(tokenizer, STUDENT_LAYERS, STUDENT_DIM)
     mta = MTALoss.for_models(start, teacher, config)
     runs = [_make_run("SRKL", start, mta, with_mta=False), _make_run("SRKL + MTA", start, mta, with_mta=True)]

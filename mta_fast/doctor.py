@@ -17,6 +17,7 @@ import torch
 from mta_fast import _extension
 from mta_fast._version import __version__
 from mta_fast.backends import BACKENDS, OPS, Backend
+from mta_fast.packages import install_command
 from mta_fast.spans import align
 from mta_fast.spans.extract import DEFAULT_MODEL, DEFAULT_MODEL_ON_PYPI
 
@@ -56,7 +57,7 @@ def _lines() -> Iterator[str]:
     yield f"span alignment: {align.choose()}"
     yield "packages"
     for package, (extra, purpose) in OPTIONAL.items():
-        yield f"  {package}: {_version(package) or f'missing ({purpose}); {_install(extra)}'}"
+        yield f"  {package}: {_version(package) or f'missing ({purpose}); {install_command(extra)}'}"
     yield f"  spaCy model: {_spacy_model()}"
 
 
@@ -96,15 +97,11 @@ def _version(package: str) -> str | None:
         return version
 
 
-def _install(extra: str) -> str:
-    return f"pip install '.[{extra}]' in the checkout"
-
-
 def _spacy_model() -> str:
     for name in (DEFAULT_MODEL, DEFAULT_MODEL_ON_PYPI):
         if importlib.util.find_spec(name) is not None:
             return f"{name} {importlib.metadata.version(name)}"
-    return f"missing; python -m spacy download {DEFAULT_MODEL}, or {_install('spacy')}"
+    return f"missing; python -m spacy download {DEFAULT_MODEL}, or {install_command('spacy')}"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from mta_fast.errors import InputError, MTAFastError
 from mta_fast.write_errors import write_failure
 
 PARTIAL = ".partial"
+RESULTS_FILE = "results.json"  # of a run, an evaluation or a demo that is finished
 MARKER = "mta_fast.json"  # in a folder that an export made: which kind, by which version, which files
 LOCK_FILE = ".mta_fast.lock"  # of locks.py; it makes no folder a full one
 SOFTWARE = "mta_fast"  # in the metadata of pictures

@@ -12,34 +12,38 @@ from torch import Tensor, nn
 from mta_fast.config import MTAConfig
 from mta_fast.errors import InputError
 from mta_fast.layers import hidden_widths
-from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat
+from mta_fast.layout import Rows
+from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat, quotient
 from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
 from mta_fast.ops.importance import token_importance
 from mta_fast.ops.pooling import PooledSpans, SpanWeights, normalize_weights, pooled_spans
 from mta_fast.ops.span_pairs import span_pair_terms
-from mta_fast.reference import quotient
-from mta_fast.rows import Rows
 from mta_fast.spans.batch import SpanBatch
 
 HiddenStates = Mapping[int, Tensor] | Sequence[Tensor | None]
 
 
 class LayerPairTerms(NamedTuple):
-    """Numerators and denominators of both terms per layer pair, [L] each; a term left out is 0 / 0."""
+    """Numerators and denominators of both terms, [L] each or scalars of one layer pair; a term left out is 0 / 0."""
 
     dsa_numerator: Tensor
     dsa_denominator: Tensor
     hid_numerator: Tensor
     hid_denominator: Tensor
 
-    def means(self, denominators: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """L_DSA and L_Hid: unweighted means over the layer pairs of numerator / denominator (0 / 0 is 0).
+    def quotients(self, denominators: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """DSA and Hid of each layer pair [L]: numerator / denominator (0 / 0 is 0).
 
         Args:
             denominators: [L, 2] of (DSA, Hid) to divide by instead of these.
         """
         dsa, hid = (self.dsa_denominator, self.hid_denominator) if denominators is None else denominators.unbind(1)
-        return quotient(self.dsa_numerator, dsa).mean(), quotient(self.hid_numerator, hid).mean()
+        return quotient(self.dsa_numerator, dsa), quotient(self.hid_numerator, hid)
+
+    def means(self, denominators: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """L_DSA and L_Hid: the unweighted means of ``quotients`` over the layer pairs."""
+        dsa, hid = self.quotients(denominators)
+        return dsa.mean(), hid.mean()
 
 
 class MTAOutput(NamedTuple):
@@ -54,6 +58,29 @@ class MTAOutput(NamedTuple):
         """Positions (in ``config.layer_pairs``) whose terms are NaN or infinite; one synchronisation on a GPU."""
         finite = torch.stack([terms.detach().isfinite() for terms in self.per_layer]).all(0)
         return [i for i, fine in enumerate(finite.tolist()) if not fine]
+
+
+class ExplainedPair(NamedTuple):
+    """What one layer pair's terms were made of: the very tensors, the student's with their graph.
+
+    N spans, T tokens (B * S of a padded batch) of either side, C covered tokens of the student's.
+    """
+
+    importance: Tensor  # [B, S] or [T] a_j of the teacher's tokens
+    token_weights: Tensor  # [T] w_j: what the teacher's spans were pooled with
+    student_token_weights: Tensor | None  # [T] likewise of the student's; None where nothing was pooled
+    student_spans: PooledSpans | None  # None where nothing was pooled: one tokenizer and no DSA
+    teacher_spans: PooledSpans | None
+    span_weights: Tensor | None  # [N] W_u of DSA; None without DSA
+    hid_weights: Tensor | None  # [C] g_c of Hid, with two tokenizers [N]; None without Hid
+    terms: LayerPairTerms  # scalars; the denominators are this batch's own
+
+
+class MTAExplanation(NamedTuple):
+    """What MTALoss returns, and what it was made of."""
+
+    output: MTAOutput
+    layer_pairs: tuple[ExplainedPair, ...]  # in the order of ``config.layer_pairs``
 
 
 class Projection(nn.Linear):
@@ -118,7 +145,8 @@ class MTALoss(nn.Module):
         teacher_attention_mask: Tensor | None = None,
         entropy_weights: Tensor | None = None,
         denominators: Tensor | None = None,
-    ) -> MTAOutput:
+        explain: bool = False,
+    ) -> MTAOutput | MTAExplanation:
         """The loss of one batch.
 
         Args:
@@ -135,33 +163,38 @@ class MTALoss(nn.Module):
                 ``weighting="entropy"``, refused otherwise.
             denominators: [L, 2] from ``denominators()``, summed over all micro-batches and ranks. Then the sum
                 of the micro-batches' losses (and gradients) is that of the one big batch.
+            explain: keep what the terms were made of, too.
 
         Returns:
-            MTAOutput. The loss is 0 with a graph when the batch has no spans, NaN when a hidden state that it
-            reads is NaN or infinite: the teacher's real tokens in rows with spans, the student's covered ones
-            (with its own importance, all its real tokens).
+            MTAOutput; with ``explain`` an MTAExplanation. The loss is 0 with a graph when the batch has no spans,
+            NaN when a hidden state that it reads is NaN or infinite: the teacher's real tokens in rows with spans,
+            the student's covered ones (with its own importance, all its real tokens).
 
         Raises:
             InputError: layers, widths, shapes, dtypes or devices that don't match.
         """
         pairs = self._pairs(spans, teacher_spans, teacher_hidden, entropy_weights)
-        terms = []
+        terms, explained = [], []
         for i, ((layer, _), pair) in enumerate(zip(self.config.layer_pairs, pairs, strict=True)):
             student = _hidden_state(student_hidden, layer, "student", self.student_dims[i])
             check_device(student.device, teacher_hidden=pair.teacher)
             check_spans(pair.spans, student.shape[:-1], student.device, "student_hidden")
             _check_mask("attention_mask", attention_mask, pair.spans.rows)
             _check_mask("teacher_attention_mask", teacher_attention_mask, pair.teacher_spans.rows)
-            terms.append(self._terms(i, student, pair))
+            made = self._explained(i, student, pair)
+            terms.append(made.terms)
+            if explain:
+                explained.append(made)
+            del made  # its pooled spans would fill memory beside those of the next layer pair
         per_layer = LayerPairTerms(*(torch.stack(column) for column in zip(*terms, strict=True)))
         if denominators is not None:
             check_shape("denominators", denominators, (len(terms), 2), "one (DSA, Hid) pair per layer pair")
             check_device(per_layer.dsa_numerator.device, denominators=denominators)
-            made = denominators.detach().to(per_layer.dsa_numerator.dtype)
-            dsa_denominator, hid_denominator = made.unbind(1)
+            dsa_denominator, hid_denominator = denominators.detach().to(per_layer.dsa_numerator.dtype).unbind(1)
             per_layer = per_layer._replace(dsa_denominator=dsa_denominator, hid_denominator=hid_denominator)
         dsa, hid = per_layer.means()
-        return MTAOutput(self.config.weighted(dsa, hid), dsa, hid, per_layer)
+        output = MTAOutput(self.config.weighted(dsa, hid), dsa, hid, per_layer)
+        return MTAExplanation(output, tuple(explained)) if explain else output
 
     @torch.no_grad()
     def denominators(
@@ -186,7 +219,7 @@ class MTALoss(nn.Module):
             # the denominator needs weights only: zero vectors of one feature stand in for the pooled states
             zero = torch.zeros_like(pair.weights.span)
             stand_in = PooledSpans(zero[:, None], zero, zero)
-            _, dsa = self._span_pair_terms(stand_in, stand_in, pair, method="gram")
+            _, dsa = self._span_pair_terms(stand_in, stand_in, pair.dsa_weights(self.config), pair.spans, "gram")
             rows.append(torch.stack([dsa, pair.hid_denominator(self.config, pair.hid_weights(self.config))]))
         return torch.stack(rows)
 
@@ -214,16 +247,16 @@ class MTALoss(nn.Module):
             check_spans(other, hidden.shape[:-1], hidden.device, "teacher_hidden")
             if layer not in importances:
                 importances[layer] = self._importance(hidden, other.rows)
-            token = normalize_weights(importances[layer], other, backend=config.backend)
-            weights = token
+            importance = importances[layer]
+            weights = pooling = normalize_weights(importance, other, backend=config.backend)
             if config.weighting != "importance":
-                values = torch.ones_like(importances[layer]) if entropy_weights is None else entropy_weights
+                values = torch.ones_like(importance) if entropy_weights is None else entropy_weights
                 check_device(hidden.device, entropy_weights=values)
                 check_shape("entropy_weights", values, hidden.shape[:-1], "the teacher's tokens")
                 weights = normalize_weights(values, other, backend=config.backend)
-            pairs.append(
-                _LayerPair(flat(hidden), own, other, teacher_spans is not None, token.token.reshape(-1), weights)
-            )
+            token_weights = pooling.token.reshape(-1)
+            two_tokenizers = teacher_spans is not None
+            pairs.append(_LayerPair(flat(hidden), own, other, two_tokenizers, importance, token_weights, weights))
         return pairs
 
     def _importance(self, hidden: Tensor, rows: Rows) -> Tensor:
@@ -231,48 +264,58 @@ class MTALoss(nn.Module):
         options = {"causal": config.causal, "count_padding": config.count_padding, "backend": config.backend}
         return token_importance(hidden, rows=rows, **options)  # type: ignore[arg-type]  # a dict of mixed values
 
-    def _terms(self, i: int, student: Tensor, pair: _LayerPair) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Numerator and denominator of DSA, then of Hid; a term left out is 0 / 0 with the student's graph."""
+    def _explained(self, i: int, student: Tensor, pair: _LayerPair) -> ExplainedPair:
+        """The terms of one layer pair, and what they are made of; a term left out has the student's graph."""
         config, backend = self.config, self.config.backend
         states = flat(student)  # once: autograd then adds the gradients of both terms in place
         zero = states[:0].sum(dtype=pair.weights.span.dtype)
         dsa = hid = (zero, zero.detach())
-        pooled: tuple[PooledSpans, PooledSpans] | None = None
+        student_weights = student_spans = teacher_spans = span_weights = hid_weights = None
         if config.lambda_dsa > 0 or pair.two_tokenizers:
-            pooled = self._pooled(student, states, pair)
-        if config.lambda_dsa > 0 and pooled is not None:
-            dsa = self._span_pair_terms(*pooled, pair, config.dsa_method)
+            student_weights = self._student_weights(student, pair)
+            student_spans = pooled_spans(states, student_weights, pair.spans, backend=backend)
+            teacher_spans = pooled_spans(pair.teacher, pair.token_weights, pair.teacher_spans, backend=backend)
+            if config.lambda_dsa > 0:
+                span_weights = pair.dsa_weights(config)
+                dsa = self._span_pair_terms(student_spans, teacher_spans, span_weights, pair.spans, config.dsa_method)
         if config.lambda_hid > 0:
-            weights = pair.hid_weights(config)
+            hid_weights = pair.hid_weights(config)
             compared, tokens = (states, pair.teacher), pair.spans.covered
-            if pair.two_tokenizers and pooled is not None:  # token by token means nothing: compare the spans
-                compared = pooled[0].states, pooled[1].states
-                tokens = torch.arange(weights.shape[0], device=weights.device)
-            hid = (self.projections[i](*compared, tokens, weights, backend), pair.hid_denominator(config, weights))
-        return *dsa, *hid
+            # token by token means nothing with two tokenizers: compare the spans
+            if pair.two_tokenizers and student_spans is not None and teacher_spans is not None:
+                compared = student_spans.states, teacher_spans.states
+                tokens = torch.arange(hid_weights.shape[0], device=hid_weights.device)
+            numerator = self.projections[i](*compared, tokens, hid_weights, backend)
+            hid = numerator, pair.hid_denominator(config, hid_weights)
+        return ExplainedPair(
+            pair.importance,
+            pair.token_weights,
+            student_weights,
+            student_spans,
+            teacher_spans,
+            span_weights,
+            hid_weights,
+            LayerPairTerms(*dsa, *hid),
+        )
 
-    def _pooled(self, student: Tensor, states: Tensor, pair: _LayerPair) -> tuple[PooledSpans, PooledSpans]:
-        """Pooled spans of student (``states`` are its flat states) and teacher."""
-        backend, student_weights = self.config.backend, pair.token_weights
-        if pair.two_tokenizers or self.config.student_pooling == "own":
-            importance = self._importance(student, pair.spans.rows)
-            student_weights = normalize_weights(importance, pair.spans, backend=backend).token.reshape(-1)
-        student_spans = pooled_spans(states, student_weights, pair.spans, backend=backend)
-        return student_spans, pooled_spans(pair.teacher, pair.token_weights, pair.teacher_spans, backend=backend)
+    def _student_weights(self, student: Tensor, pair: _LayerPair) -> Tensor:
+        """[T] what the student's spans are pooled with."""
+        if not pair.two_tokenizers and self.config.student_pooling == "teacher":
+            return pair.token_weights
+        importance = self._importance(student, pair.spans.rows)
+        return normalize_weights(importance, pair.spans, backend=self.config.backend).token.reshape(-1)
 
     def _span_pair_terms(
-        self, student: PooledSpans, teacher: PooledSpans, pair: _LayerPair, method: str
+        self, student: PooledSpans, teacher: PooledSpans, weights: Tensor, spans: SpanBatch, method: str
     ) -> tuple[Tensor, Tensor]:
-        config = self.config
-        uniform = config.weighting == "uniform"
         return span_pair_terms(
             student.states,
             teacher.states,
-            torch.ones_like(pair.weights.span) if uniform else pair.weights.span,
-            pair.spans,
-            reduction=config.normalization,
+            weights,
+            spans,
+            reduction=self.config.normalization,
             method=method,
-            backend=config.backend,
+            backend=self.config.backend,
             norms=(student.norm, teacher.norm),
         )
 
@@ -284,8 +327,13 @@ class _LayerPair(NamedTuple):
     spans: SpanBatch  # on the student's tokens
     teacher_spans: SpanBatch  # the same object with one tokenizer
     two_tokenizers: bool
-    token_weights: Tensor  # [T] importance over the spans' incidences: what pooling uses
+    importance: Tensor  # [B, S] or [T] of the teacher's tokens
+    token_weights: Tensor  # [T] it over the spans' incidences: what pooling uses
     weights: SpanWeights  # what DSA and Hid are weighted with
+
+    def dsa_weights(self, config: MTAConfig) -> Tensor:
+        """DSA's weights of the spans [N]."""
+        return torch.ones_like(self.weights.span) if config.weighting == "uniform" else self.weights.span
 
     def hid_weights(self, config: MTAConfig) -> Tensor:
         """Hid's weights: of the covered tokens [C], n_j w_j; with two tokenizers of the spans [N]."""

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mta_fast.contract import gram_from
+from mta_fast.layout import AlignmentGradient, Spans, compute_dtype, kept_dtype
 
 STD_EPS = 1e-5  # added to the standard deviation of a hidden state (importance)
 # What is held at once: bounds on memory, not tuned for speed
@@ -25,11 +27,6 @@ QUERY_BLOCK = 1024  # queries of the score matrix: [1024, row length], 32 MB of 
 SPAN_BLOCK = 2048  # spans of the error matrix: [2048, spans of the row], 16 MB at 2,048 spans
 TOKEN_CHUNK = 1024  # tokens of the projected states: [1024, d_T], 7 MB at d_T = 1,600
 LOGIT_BUDGET = 1 << 22  # logits of the entropy: 16 MB
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any input is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def power_of_two(values: Tensor) -> Tensor:
@@ -54,21 +51,6 @@ def inverse_norms(norm: Tensor) -> Tensor:
     norm, whose reciprocal would pass for a zero vector's."""
     inverse = torch.where(norm < torch.finfo(norm.dtype).tiny, 0.0, 1 / norm)
     return torch.where(norm == torch.inf, torch.nan, inverse)
-
-
-class Spans(NamedTuple):
-    """The index tensors of a SpanBatch (see there), as the ops pass them."""
-
-    ranges: Tensor  # [N, 2] first token and one past the last, flat
-    span_rows: Tensor  # [N] row of each span
-    span_splits: Tensor  # [B + 1] spans of row b: span_splits[b] to span_splits[b + 1]
-    covered: Tensor  # [C] distinct covered tokens, ascending
-    covered_rows: Tensor  # [C] row of each covered token
-    covered_splits: Tensor  # [B + 1] covered tokens of row b: covered_splits[b] to covered_splits[b + 1]
-    cover_splits: Tensor  # [C + 1] spans of covered token c: cover_spans[cover_splits[c] : cover_splits[c + 1]]
-    cover_spans: Tensor  # [I] span of each incidence
-    token_splits: Tensor  # [T + 1] the same lists by token: cover_spans[token_splits[j] : token_splits[j + 1]]
-    host: Tensor  # [B + 1, 2] on the CPU: span_splits, and how many range tokens the spans before them hold
 
 
 # --- 1 token importance ------------------------------------------------------------------------------------------
@@ -229,15 +211,6 @@ def _shares(weights: Tensor, totals: Tensor) -> Tensor:
 # --- 4 DSA: span pairs -------------------------------------------------------------------------------------------
 
 
-def gram_from(student_dim: int, teacher_dim: int) -> int:
-    """The cost model: from how many spans in a row on the centred Gram form has fewer products, forward and backward.
-
-    Pairwise 2 N^2 (2 d_S + d_T); Gram 2 N (2 d_S^2 + 2 d_S d_T + d_T^2). From N = 1,977 on for 768/1600.
-    """
-    gram = 2 * student_dim**2 + 2 * student_dim * teacher_dim + teacher_dim**2
-    return gram // (2 * student_dim + teacher_dim) + 1
-
-
 def span_pairs(
     student: Tensor,
     teacher: Tensor,
@@ -346,19 +319,6 @@ def _concat(parts: list[Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # --- 5 Hid: hidden representation alignment ----------------------------------------------------------------------
-
-
-class AlignmentGradient(NamedTuple):
-    """Gradients of the Hid numerator, weight and bias in the compute dtype."""
-
-    student: Tensor  # [C, d_S], one row per listed token, in ``kept_dtype``
-    weight: Tensor  # [d_T, d_S]
-    bias: Tensor  # [d_T]; [0] without a bias
-
-
-def kept_dtype(student: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """What the listed tokens' gradients wait for the backward in: bfloat16 has float32's exponents, float16 not."""
-    return torch.bfloat16 if student == torch.bfloat16 else compute
 
 
 def hidden_alignment(

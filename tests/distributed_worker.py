@@ -38,8 +38,8 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
     from transformers import TrainerCallback
 
     from mta_fast import SpanExtractor
-    from mta_fast.distill.distillm import DistiLLM
-    from mta_fast.distill.interrupt import FinishStep
+    from mta_fast.distill.methods.distillm import DistiLLM
+    from mta_fast.distill.training.interrupt import FinishStep
 
     class Killed(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

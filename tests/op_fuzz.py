@@ -23,8 +23,8 @@ from guard import guarded
 from torch import Tensor
 
 from mta_fast import SpanBatch, _extension, backends
+from mta_fast.layout import Spans
 from mta_fast.ops import entropy, hidden_alignment, importance, pooling, span_pairs  # noqa: F401  # registers the ops
-from mta_fast.reference import Spans
 
 NAMESPACES = ("mta_fast_cpp", "mta_fast")
 FLOAT, INT, LONG = torch.float32, torch.int32, torch.int64

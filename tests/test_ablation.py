@@ -23,7 +23,7 @@ from mta_fast.__main__ import main
 from mta_fast.distill import ablation
 from mta_fast.distill.ablation import ablate, ablation_rows, interval_margin
 from mta_fast.distill.data import load_sample
-from mta_fast.distill.settings import TrainSettings
+from mta_fast.distill.training.settings import TrainSettings
 from mta_fast.errors import InputError
 from mta_fast.locks import lock_folder
 
@@ -161,13 +161,14 @@ def test_rouge_and_equal_time(models: Path, monkeypatch: pytest.MonkeyPatch) -> 
     runs = _Runs()
     monkeypatch.setattr(ablation, "_call", runs)
     settings, data = _settings(models), ["held.jsonl", "other.jsonl"]
-    options = ["--seeds", "10", "20"]
+    options = ["--seeds", "10,20"]
     ablate(settings, rows=["base", "full"], seeds=[1], match_time=True, eval_data=data, eval_options=options)
     trained = [command for command in runs.commands if command[0] == "train"]
     assert trained[2][2:] == ["--resume", "--match-time", str(models / "out" / "full" / "seed-1")]
     evaluated = runs.commands[1]
     folder = models / "out" / "base" / "seed-1"
-    assert evaluated == ["eval", str(folder / "student"), "--data", *data, "--out", str(folder / "eval"), *options]
+    given = ["--data", data[0], "--data", data[1]]
+    assert evaluated == ["eval", str(folder / "student"), *given, "--out", str(folder / "eval"), *options]
     table = (models / "out" / "ablation.md").read_text()
     assert "base, time of full" in table
     assert "ROUGE-L held" in table

@@ -19,7 +19,7 @@ import peft
 from training import make_trainer
 from transformers import AutoModelForCausalLM
 
-from mta_fast.distill import adapters, checkpoints
+from mta_fast.distill.training import adapters, checkpoints
 from mta_fast.errors import InputError
 
 TOKENS = torch.arange(12)[None]

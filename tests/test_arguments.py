@@ -18,9 +18,9 @@ from training import logged, make_rows, make_trainer
 from transformers import Trainer, TrainingArguments
 
 from mta_fast.distill import MTATrainingArguments
-from mta_fast.distill.arguments import FOR_SCRIPTS, REFUSED, REFUSED_OPTIONS
-from mta_fast.distill.run import training_arguments
-from mta_fast.distill.settings import TrainSettings
+from mta_fast.distill.training.arguments import FOR_SCRIPTS, REFUSED, REFUSED_OPTIONS
+from mta_fast.distill.training.run import training_arguments
+from mta_fast.distill.training.settings import TrainSettings
 from mta_fast.errors import InputError
 
 # why each field works: what reads it, or the test that shows it
@@ -226,7 +226,7 @@ def test_an_optimizer_class_of_ones_own_has_the_projections_rate(tmp_path: Path)
 
 
 def test_the_threshold_follows_the_trainers_own_evaluation_set(tmp_path: Path) -> None:
-    from mta_fast.distill.distillm import DistiLLM
+    from mta_fast.distill.methods.distillm import DistiLLM
 
     options: dict[str, Any] = {"mta": None, "max_steps": 1}
     with pytest.raises(InputError, match="eval_strategy: expected steps or epoch, as the threshold of distillm"):

@@ -22,10 +22,9 @@ from training import CONFIG, STUDENT_LAYERS, logged, make_trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mta_fast.config import MTAConfig
-from mta_fast.distill import checkpoints
-from mta_fast.distill.checkpoints import CheckpointError, atomic_folder
+from mta_fast.distill.training import checkpoints
 from mta_fast.errors import InputError
-from mta_fast.files import MARKER
+from mta_fast.files import MARKER, CheckpointError, atomic_folder
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
 TESTS = Path(__file__).parent
@@ -168,7 +167,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         "import resource, sys, pathlib; sys.path.insert(0, sys.argv[1]); from training import make_trainer\n"
         "trainer = make_trainer(pathlib.Path(sys.argv[2]), save_strategy='steps', save_steps=1, max_steps=1)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))\n"
-        "from mta_fast.distill.checkpoints import CheckpointError\n"
+        "from mta_fast.files import CheckpointError\n"
         "try: trainer.train()\n"
         "except CheckpointError as error: print('refused:', error)\n"
     )

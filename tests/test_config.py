@@ -63,7 +63,7 @@ def test_errors_name_expected_and_received(tmp_path: Path) -> None:
         MTAConfig.from_dict({})
     with pytest.raises(InputError, match="one for each of the 2 layer pairs, got 3"):
         MTAConfig([(1, 1), (2, 2)], ["word"] * 3)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="granularity: expected 'word' or 'phrase', got 'sentence'"):
+    with pytest.raises(InputError, match="granularity: expected one of word, phrase, got 'sentence'"):
         MTAConfig([(1, 1)], "sentence")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="weighting: expected one of importance, uniform, entropy"):
         MTAConfig([(1, 1)], weighting="none")  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def test_errors_name_expected_and_received(tmp_path: Path) -> None:
         MTAConfig([(6.7, 24.2)])  # type: ignore[list-item]
     with pytest.raises(InputError, match="unknown key 1"):
         MTAConfig.from_dict({1: 2})  # type: ignore[dict-item]
-    with pytest.raises(InputError, match="granularity: expected 'word' or 'phrase', got None"):
+    with pytest.raises(InputError, match="granularity: expected one of word, phrase, got None"):
         MTAConfig([(1, 1)], None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="give granularity too"):
         MTAConfig.paper("gpt2", layer_pairs=[(1, 1)])

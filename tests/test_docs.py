@@ -19,10 +19,10 @@ from models import make_model, make_tokenizer
 from bench import docs
 from mta_fast import MTAConfig
 from mta_fast.backends import BACKENDS
-from mta_fast.distill.arguments import MTATrainingArguments
 from mta_fast.distill.data import load_sample
-from mta_fast.distill.settings import TrainSettings
-from mta_fast.reference import Spans
+from mta_fast.distill.training.arguments import MTATrainingArguments
+from mta_fast.distill.training.settings import TrainSettings
+from mta_fast.layout import Spans
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))

@@ -17,8 +17,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("rouge_score")
 
 from mta_fast.__main__ import main
-from mta_fast.distill import evaluation, generation
-from mta_fast.distill.evaluation import (
+from mta_fast.distill.responses import evaluation, generation
+from mta_fast.distill.responses.evaluation import (
     EvaluationRow,
     EvaluationSettings,
     distinct_names,
@@ -26,7 +26,7 @@ from mta_fast.distill.evaluation import (
     load_references,
     rouge_l,
 )
-from mta_fast.distill.generation import GenerationSettings
+from mta_fast.distill.responses.generation import GenerationSettings
 from mta_fast.errors import InputError, MissingPackageError
 
 ROWS = [EvaluationRow(prompt=f"Say {i}. ", references=[f"{i} it is", "no more"]) for i in range(7)]
@@ -259,7 +259,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-COMMAND = ["eval", "run/student", "--data", "one/dev.jsonl", "two/dev.jsonl", "--seeds", "1", "2", "3"]
+COMMAND = ["eval", "run/student", "--data", "one/dev.jsonl,two/dev.jsonl", "--seeds", "1,2,3"]
 SHORT = ["--max-prompt-length", "20", "--max-length", "26", "--batch-size", "2"]
 
 
@@ -333,8 +333,8 @@ def test_long_prompts_and_bad_rows_are_counted(here: Path, capsys: pytest.Captur
         (["eval", "one", "--data", "one/dev.jsonl"], "model 'one': expected config.json or one .gguf file in one"),
         (["eval", "run/student", "--data", "none.jsonl"], "none.jsonl: expected a JSONL file, there is none"),
         (["eval", "run/student"], "Missing option '--data'"),
-        (["eval", "--data", "one/dev.jsonl", "run/student"], "Missing argument 'model'"),
-        ([*COMMAND, "x"], "Invalid value for '--seeds'"),
+        (["eval", "--data", "one/dev.jsonl"], "Missing argument 'model'"),
+        ([*COMMAND[:-1], "1,x"], "seeds: expected integers with commas between them"),
         ([*COMMAND, "--max-length", "256"], "max_length: expected more than max_prompt_length = 256, got 256"),
         ([*COMMAND, "--max-length", "2000"], "max_new_tokens: expected less than the model's 1024 positions, got 1744"),
         ([*COMMAND, "--references", "all"], "references: expected one of best, first, got 'all'"),
@@ -350,7 +350,8 @@ def test_errors_are_one_line(
     assert message in last
 
 
-def test_several_values_of_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_with_commas(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "x,y.jsonl").touch()
     taken: list[Any] = []
 
     def run(model: str, data: list[str], settings: EvaluationSettings, **options: Any) -> int:
@@ -359,11 +360,16 @@ def test_several_values_of_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(evaluation, "run_evaluation", run)
     for words, expected in (
-        ("M --data a b --seeds 1 2", ("M", ["a", "b"], [1, 2], None, True)),
-        ("M --data a --data b --seeds=1 2 --out o", ("M", ["a", "b"], [1, 2], Path("o"), True)),
-        ("--data a b --greedy M", ("M", ["a", "b"], [10, 20, 30, 40, 50], None, False)),
-        ("--seeds 7 --data a b -- M", ("M", ["a", "b"], [7], None, True)),
-        ("--out o M --data - a", ("M", ["-", "a"], [10, 20, 30, 40, 50], Path("o"), True)),
+        ("M --data a,b --seeds 1,2", ("M", ["a", "b"], [1, 2], None, True)),
+        ("M --data a --data b,c --seeds=1,2 --out o", ("M", ["a", "b", "c"], [1, 2], Path("o"), True)),
+        ("--data a,b --greedy M", ("M", ["a", "b"], [10, 20, 30, 40, 50], None, False)),
+        ("--seeds 7 M --data x,y.jsonl", ("M", ["x,y.jsonl"], [7], None, True)),
     ):
         assert main(["eval", *words.split()]) == 0, words
         assert taken.pop() == expected, words
+    for words, message in (
+        ("M --data a --seeds 1,b", "seeds: expected integers with commas between them, such as 10,20, got '1,b'"),
+        ("M --data a --seeds 1 2", "unexpected extra argument"),
+    ):
+        assert main(["eval", *words.split()]) == 2, words
+        assert message in capsys.readouterr().err, words

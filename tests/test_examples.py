@@ -14,12 +14,12 @@ pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
 from mta_fast.config import PRESETS, MTAConfig
-from mta_fast.distill.checkpoints import load_loss
 from mta_fast.distill.data import load_sample
-from mta_fast.distill.fdd import FDD
-from mta_fast.distill.methods import base_method
-from mta_fast.distill.run import train
-from mta_fast.distill.settings import TrainSettings
+from mta_fast.distill.methods.base import base_method
+from mta_fast.distill.methods.fdd import FDD
+from mta_fast.distill.training.checkpoints import load_loss
+from mta_fast.distill.training.run import train
+from mta_fast.distill.training.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = [f"{name}.yaml" for name in PRESETS]

@@ -276,7 +276,7 @@ def test_missing_model_names_both_install_commands(monkeypatch: pytest.MonkeyPat
     with pytest.raises(MissingPackageError, match="spacy download de_core_news_sm"):
         SpanExtractor("de_core_news_sm")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "spacy" else found(name))
-    with pytest.raises(MissingPackageError, match="spaCy: expected it installed"):
+    with pytest.raises(MissingPackageError, match="spans of text: expected the package spacy, it is not installed"):
         SpanExtractor()
 
 

@@ -16,8 +16,16 @@ pytest.importorskip("datasets")
 import datasets
 from training import TEACHER_LAYERS, logged, make_rows, make_trainer
 
-from mta_fast.distill.feeding import FILLER, Endless, Filler, WithoutFillers, _FilledRows, _FilledStream, check_stream
-from mta_fast.distill.placing import place_teacher
+from mta_fast.distill.training.feeding import (
+    FILLER,
+    Endless,
+    Filler,
+    WithoutFillers,
+    _FilledRows,
+    _FilledStream,
+    check_stream,
+)
+from mta_fast.distill.training.placing import place_teacher
 from mta_fast.errors import InputError
 
 

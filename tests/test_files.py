@@ -69,7 +69,7 @@ def test_settings_and_arguments_open_home_folders(tmp_path: Path, monkeypatch: p
     from mta_fast.distill import MTATrainingArguments
     from mta_fast.distill.data import load_rows
     from mta_fast.distill.models import load_tokenizer
-    from mta_fast.distill.settings import TrainSettings
+    from mta_fast.distill.training.settings import TrainSettings
 
     monkeypatch.setenv("HOME", str(tmp_path))
     home = str(tmp_path)

@@ -13,10 +13,10 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
 from mta_fast.__main__ import main
-from mta_fast.distill import run
-from mta_fast.distill.fit import max_positions
-from mta_fast.distill.generation import GenerationSettings, encode_for
-from mta_fast.distill.settings import TrainSettings
+from mta_fast.distill.responses.generation import GenerationSettings, encode_for
+from mta_fast.distill.training import run
+from mta_fast.distill.training.fit import max_positions
+from mta_fast.distill.training.settings import TrainSettings
 from mta_fast.errors import InputError
 
 

@@ -13,10 +13,10 @@ from models import make_model, make_tokenizer
 
 pytest.importorskip("transformers")
 
-from mta_fast.distill import generation
-from mta_fast.distill.generation import (
+from mta_fast.distill.models import choose_device
+from mta_fast.distill.responses import generation
+from mta_fast.distill.responses.generation import (
     GenerationSettings,
-    choose_device,
     claim,
     encode_prompts,
     generate_batches,

@@ -8,8 +8,8 @@ from batches import EDGE_ROWS, LAYOUTS, make_batch, random_rows
 
 from mta_fast import reference, token_importance
 from mta_fast.errors import InputError
+from mta_fast.layout import Rows
 from mta_fast.ops.importance import _token_importance
-from mta_fast.rows import Rows
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from training import logged, make_trainer
 
 from mta_fast import SpanCollator, capture_layers
-from mta_fast.distill.generation import GenerationSettings, encode_prompts, generate_texts
-from mta_fast.distill.module import DistillationModel, StepTotals, TeacherOutput
+from mta_fast.distill.responses.generation import GenerationSettings, encode_prompts, generate_texts
+from mta_fast.distill.training.module import DistillationModel, StepTotals, TeacherOutput
 from mta_fast.errors import InputError
 from mta_fast.inputs import check_left_padding, model_inputs, position_ids, takes_positions
 

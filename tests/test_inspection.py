@@ -36,7 +36,7 @@ from mta_fast import (
     pool_spans,
     token_importance,
 )
-from mta_fast.distill.checkpoints import save_mta
+from mta_fast.distill.training.checkpoints import save_mta
 from mta_fast.errors import InputError
 
 pytest.importorskip("rich")

@@ -21,7 +21,7 @@ from mta_fast.ops.pooling import normalize_weights
 
 pytest.importorskip("triton", reason="the triton backend needs the package triton")
 from mta_fast import kernels
-from mta_fast.reference import Spans
+from mta_fast.layout import Spans
 
 if torch.cuda.is_available():
     pytest.skip("guard pages are for the interpreter: on a GPU use compute-sanitizer", allow_module_level=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mta_fast.distill.data import format_prompt
-from mta_fast.distill.losses import BASE_LOSSES, base_loss, skewed_reverse_kl
+from mta_fast.distill.methods.losses import BASE_LOSSES, base_loss, skewed_reverse_kl
 from mta_fast.errors import InputError
 
 

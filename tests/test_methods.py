@@ -13,12 +13,13 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from mta_fast.distill import fdd
-from mta_fast.distill.distillm import DistiLLM
-from mta_fast.distill.distillm2 import DistiLLM2, PairCollator
-from mta_fast.distill.fdd import FDD
-from mta_fast.distill.losses import forward_kl, skewed_reverse_kl
-from mta_fast.distill.methods import BaseMethod, base_method
+from mta_fast.distill.methods import fdd
+from mta_fast.distill.methods.base import BaseMethod
+from mta_fast.distill.methods.distillm import DistiLLM
+from mta_fast.distill.methods.distillm2 import DistiLLM2, PairCollator
+from mta_fast.distill.methods.fdd import FDD
+from mta_fast.distill.methods.losses import forward_kl, skewed_reverse_kl
+from mta_fast.distill.methods.registry import base_method
 from mta_fast.errors import InputError
 
 IGNORED = -100

@@ -18,10 +18,11 @@ pytest.importorskip("accelerate")
 from training import CONFIG, logged, make_pairs, make_rows, make_trainer, weights
 
 from mta_fast import SpanExtractor, capture_layers
-from mta_fast.distill import MTATrainer, training_log
-from mta_fast.distill.distillm import DistiLLM
-from mta_fast.distill.distillm2 import DistiLLM2
-from mta_fast.distill.fdd import FDD
+from mta_fast.distill import MTATrainer
+from mta_fast.distill.methods.distillm import DistiLLM
+from mta_fast.distill.methods.distillm2 import DistiLLM2
+from mta_fast.distill.methods.fdd import FDD
+from mta_fast.distill.training import log
 from mta_fast.errors import InputError
 from mta_fast.spans.live import LazySpans
 
@@ -218,9 +219,9 @@ def test_training_twice_starts_the_parsers_twice(tmp_path: Path) -> None:
 
 
 def test_empty_responses_keep_the_data_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mta_fast.distill import on_policy
+    from mta_fast.distill.methods import distillm
 
-    monkeypatch.setattr(on_policy, "generate_texts", lambda model, tokenizer, prompts, *a, **k: [" \n"] * len(prompts))
+    monkeypatch.setattr(distillm, "generate_texts", lambda model, tokenizer, prompts, *a, **k: [" \n"] * len(prompts))
     trainer = _distillm(tmp_path, threshold=1.0, max_steps=1)
     trainer.train()
     own = {(row["prompt"], row["output"]) for row in make_rows()}
@@ -279,7 +280,7 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
 
 def test_a_finished_run_takes_no_further_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()  # a second a look
-    monkeypatch.setattr(training_log, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(log, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     first = make_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
     first.train()
     again = make_trainer(tmp_path, max_steps=2)
@@ -291,7 +292,7 @@ def test_a_finished_run_takes_no_further_step(tmp_path: Path, monkeypatch: pytes
 
 
 def test_more_ranks_than_before_share_the_first_one_s_state(tmp_path: Path) -> None:
-    from mta_fast.distill.checkpoints import load_progress, save_progress
+    from mta_fast.distill.training.checkpoints import load_progress, save_progress
 
     save_progress(tmp_path, 0, {"seconds": 1.0})
     assert load_progress(tmp_path, 3) == {"seconds": 1.0}
@@ -303,7 +304,7 @@ def test_more_ranks_than_before_share_the_first_one_s_state(tmp_path: Path) -> N
 
 def test_time_ends_a_run_and_the_learning_rate_follows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = [0.0]
-    monkeypatch.setattr(training_log, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    monkeypatch.setattr(log, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
     trainer = make_trainer(tmp_path, max_seconds=5.0, max_steps=100, lr_scheduler_type="linear")
     step = trainer.training_step
 

@@ -11,7 +11,6 @@ from models import FAMILIES, LAYERS, make_model, make_tokenizer
 
 pytest.importorskip("transformers")
 
-from mta_fast.distill.checkpoints import export_student
 from mta_fast.distill.models import (
     common_vocabulary,
     cut_layers,
@@ -20,6 +19,7 @@ from mta_fast.distill.models import (
     parse_layers,
     same_vocabulary,
 )
+from mta_fast.distill.training.checkpoints import export_student
 from mta_fast.errors import InputError, MissingPackageError
 
 TOKENS = torch.arange(12).reshape(2, 6)

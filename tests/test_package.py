@@ -61,6 +61,7 @@ def test_wheel_holds_the_package_and_only_it(sdist: Path, tmp_path: Path) -> Non
         "mta_fast/data/sample.jsonl",
         "mta_fast/ops/importance.py",
         "mta_fast/kernels/importance.py",
+        *(f"mta_fast/inspection/templates/{path.name}" for path in (ROOT / "mta_fast/inspection/templates").iterdir()),
     } <= set(names)
     code = (
         "from mta_fast.distill.data import load_sample; import mta_fast; print(mta_fast.__file__, len(load_sample()))"

@@ -13,9 +13,9 @@ from models import make_model, make_tokenizer
 pytest.importorskip("transformers")
 
 from mta_fast.__main__ import main
-from mta_fast.distill import generation, pairs
-from mta_fast.distill.generation import GenerationSettings
-from mta_fast.distill.pairs import generate_pairs, load_pairs
+from mta_fast.distill.responses import generation, pairs
+from mta_fast.distill.responses.generation import GenerationSettings
+from mta_fast.distill.responses.pairs import generate_pairs, load_pairs
 from mta_fast.errors import InputError
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}

@@ -24,10 +24,11 @@ from training import make_rows, make_trainer, weights
 
 from mta_fast import LayerMap, MTAConfig
 from mta_fast.__main__ import main
-from mta_fast.distill import MTATrainer, manifest, models, saving
-from mta_fast.distill.checkpoints import export_checkpoint
-from mta_fast.distill.fingerprint import compare, of_rows
-from mta_fast.distill.interrupt import FinishStep
+from mta_fast.distill import MTATrainer, manifest, models
+from mta_fast.distill.training import saving
+from mta_fast.distill.training.checkpoints import export_checkpoint
+from mta_fast.distill.training.fingerprint import compare, of_rows
+from mta_fast.distill.training.interrupt import FinishStep
 from mta_fast.errors import InputError
 from mta_fast.interrupt import Terminated, terminable
 
@@ -140,7 +141,7 @@ def test_both_signals_save_and_stop(
     try:
         with monkeypatch.context() as patch:
             if name == "common_vocabulary":
-                from mta_fast.distill import trainer as owner
+                from mta_fast.distill.training import trainer as owner
             patch.setattr(owner, name, _once(number, 1)(getattr(owner, name)))
             evaluating = ("data.eval=rows.jsonl", "training.eval_strategy=steps", "training.eval_steps=1")
             saves = ("training.save_steps=1",) if name == "write_manifest" else ("training.save_strategy=no",)
@@ -360,8 +361,8 @@ def test_the_digest_of_rows_is_that_of_their_values() -> None:
 
 
 def test_settings_are_kept_and_later_ones_recorded_beside_them(tmp_path: Path) -> None:
-    from mta_fast.distill.resuming import record
-    from mta_fast.distill.settings import DataSettings, StudentSettings, TrainSettings
+    from mta_fast.distill.training.resuming import record
+    from mta_fast.distill.training.settings import DataSettings, StudentSettings, TrainSettings
 
     for steps in (4, 4, 8, 4, 8, 9):
         settings = TrainSettings(StudentSettings("s"), DataSettings("d"), "run", training={"max_steps": steps})

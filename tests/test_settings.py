@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("yaml")
 
 from mta_fast.config import MTAConfig
-from mta_fast.distill.settings import TrainSettings
+from mta_fast.distill.training.settings import TrainSettings
 from mta_fast.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,7 +128,7 @@ def test_what_is_no_float(text: str, value: Any) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_examples_are_valid(path: Path) -> None:
     pytest.importorskip("transformers")
-    from mta_fast.distill.run import training_arguments
+    from mta_fast.distill.training.run import training_arguments
 
     settings = TrainSettings.from_yaml(
         path, ["training.use_cpu=true", "training.bf16=false", "training.report_to=none"]

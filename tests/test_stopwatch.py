@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mta_fast.distill import stopwatch
-from mta_fast.distill.stopwatch import Stopwatch
+from mta_fast.distill.training import stopwatch
+from mta_fast.distill.training.stopwatch import Stopwatch
 
 
 class _Clock:

@@ -12,7 +12,7 @@ from models import make_model, make_tokenizer
 
 from mta_fast import SpanBatch, SpanCollator, _extension
 from mta_fast.distill.data import LoadedRows, drop_long_rows, fill_template
-from mta_fast.distill.generation import GenerationSettings, encode_prompts
+from mta_fast.distill.responses.generation import GenerationSettings, encode_prompts
 from mta_fast.errors import InputError
 from mta_fast.spans.collate import IGNORED_LABEL
 from mta_fast.tokens import encode

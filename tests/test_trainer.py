@@ -19,8 +19,9 @@ from training import CONFIG, STUDENT_LAYERS, TEACHER_LAYERS, logged, make_rows, 
 
 from mta_fast import MTALoss, SpanCollator, capture_layers
 from mta_fast.config import MTAConfig
-from mta_fast.distill import MTATrainer, MTATrainingArguments, stopwatch
-from mta_fast.distill.losses import skewed_reverse_kl
+from mta_fast.distill import MTATrainer, MTATrainingArguments
+from mta_fast.distill.methods.losses import skewed_reverse_kl
+from mta_fast.distill.training import stopwatch
 from mta_fast.errors import InputError
 
 

@@ -1,27 +1,30 @@
-"""Distillation around the MTA loss: data, base losses, models, the trainer and what it leaves on disk."""
+"""Distillation around the MTA loss: base methods, the training, generated responses, data and models."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mta_fast.distill._moved import find_moved
+
 if TYPE_CHECKING:
-    from mta_fast.distill.arguments import MTATrainingArguments
-    from mta_fast.distill.distillm import DistiLLM
-    from mta_fast.distill.distillm2 import DistiLLM2
-    from mta_fast.distill.fdd import FDD
-    from mta_fast.distill.methods import BaseMethod
-    from mta_fast.distill.trainer import MTATrainer
+    from mta_fast.distill.methods.base import BaseMethod
+    from mta_fast.distill.methods.distillm import DistiLLM
+    from mta_fast.distill.methods.distillm2 import DistiLLM2
+    from mta_fast.distill.methods.fdd import FDD
+    from mta_fast.distill.training.arguments import MTATrainingArguments
+    from mta_fast.distill.training.trainer import MTATrainer
 
 __all__ = ["FDD", "BaseMethod", "DistiLLM", "DistiLLM2", "MTATrainer", "MTATrainingArguments"]
 _HOMES = {
-    "BaseMethod": "mta_fast.distill.methods",
-    "DistiLLM": "mta_fast.distill.distillm",
-    "DistiLLM2": "mta_fast.distill.distillm2",
-    "FDD": "mta_fast.distill.fdd",
-    "MTATrainer": "mta_fast.distill.trainer",
-    "MTATrainingArguments": "mta_fast.distill.arguments",
+    "BaseMethod": "mta_fast.distill.methods.base",
+    "DistiLLM": "mta_fast.distill.methods.distillm",
+    "DistiLLM2": "mta_fast.distill.methods.distillm2",
+    "FDD": "mta_fast.distill.methods.fdd",
+    "MTATrainer": "mta_fast.distill.training.trainer",
+    "MTATrainingArguments": "mta_fast.distill.training.arguments",
 }
+find_moved()
 
 
 def __getattr__(name: str) -> Any:

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from mta_fast import _yaml
-from mta_fast.config import MTAConfig, nearest
-from mta_fast.distill.checkpoints import RESULTS_FILE
+from mta_fast.config import MTAConfig, default_granularity, nearest
+from mta_fast.distill.methods.registry import method_type
 from mta_fast.distill.models import model_depth
-from mta_fast.distill.resuming import CONFIG_FILE
-from mta_fast.distill.run import STUDENT_FOLDER, read_results
-from mta_fast.distill.settings import TrainSettings
+from mta_fast.distill.training.resuming import RUN_FILE
+from mta_fast.distill.training.run import STUDENT_FOLDER, read_results
+from mta_fast.distill.training.settings import TrainSettings
 from mta_fast.errors import INTERRUPTED, TERMINATED, InputError, MissingPackageError
-from mta_fast.files import Kind, atomic_file, check_target, save_figure, write_whole
+from mta_fast.files import RESULTS_FILE, Kind, atomic_file, check_target, save_figure, write_whole
 from mta_fast.interrupt import Terminated, exit_code
 from mta_fast.layers import LayerMap
 from mta_fast.locks import LOCK_VARIABLE, lock_folder
@@ -113,7 +113,7 @@ def ablation_rows(settings: TrainSettings, student_layers: int, teacher_layers: 
     for count in LAYER_COUNTS:
         pairs = _upper_layers(student_layers, teacher_layers, count)
         if pairs is not None:
-            kinds = ["phrase"] if count == 1 else ["word", *["phrase"] * (count - 1)]
+            kinds = default_granularity(count, words=int(count > 1))
             made = full | {"layer_pairs": pairs, "granularity": kinds}
             rows[f"{count} layer" + "s" * (count > 1)] = MTAConfig.from_dict(made).to_dict()
     return rows
@@ -217,9 +217,9 @@ def _check_reports(out: Path) -> None:
 
 
 def _with_own_layers(settings: TrainSettings, student_layers: int, teacher_layers: int) -> TrainSettings:
-    """FDD's layers written down, where it takes MTA's: a row changes one thing, and the base row has no MTA."""
+    """The base method's layers written down, where it takes MTA's: a row changes one thing, the base row has no MTA."""
     base = settings.base
-    if base.loss != "fdd" or "layer_pairs" in base.options:
+    if not method_type(base.loss).takes_layer_pairs or "layer_pairs" in base.options:
         return settings
     config = settings.mta_config(student_layers, teacher_layers)
     assert config is not None
@@ -239,7 +239,7 @@ def _run(settings: TrainSettings, out: Path, row: str, mta: MTASettings, seed: i
 
 def _claim(run: Run) -> None:
     """Write the run's settings into its folder, or see that those there are the same."""
-    file = run.folder / f"ablation-{CONFIG_FILE}"
+    file = run.folder / f"ablation-{RUN_FILE}"
     text = _yaml.dumps(run.settings.to_dict())
     if file.is_file() and file.read_text(encoding="utf-8") != text:
         raise InputError(
@@ -253,7 +253,7 @@ def _claim(run: Run) -> None:
 def _train(run: Run, partner: Path | None) -> int:
     if (run.folder / RESULTS_FILE).is_file():
         return 0
-    command = ["train", str(run.folder / f"ablation-{CONFIG_FILE}"), "--resume"]
+    command = ["train", str(run.folder / f"ablation-{RUN_FILE}"), "--resume"]
     if partner is not None:
         command += ["--match-time", str(partner)]
     return _call(command, run.folder / LOG_FILE)
@@ -262,7 +262,8 @@ def _train(run: Run, partner: Path | None) -> int:
 def _evaluate(run: Run, data: Sequence[str], options: Sequence[str]) -> int:
     if not data:
         return 0
-    command = ["eval", str(run.folder / STUDENT_FOLDER), "--data", *data, "--out", str(run.folder / EVAL_FOLDER)]
+    sets = [word for each in data for word in ("--data", each)]
+    command = ["eval", str(run.folder / STUDENT_FOLDER), *sets, "--out", str(run.folder / EVAL_FOLDER)]
     return _call([*command, *options], run.folder / LOG_FILE)
 
 

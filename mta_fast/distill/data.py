@@ -27,6 +27,7 @@ _WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 TEMPLATES = ("paper", "plain", "chat")
+PAIR = ("chosen", "rejected")  # the two responses of a row of ``mta-fast generate``
 TOKENIZE_ROWS = 1000  # rows that one call of the tokenizer measures
 
 
@@ -35,6 +36,14 @@ class PromptRow(TypedDict):
 
     prompt: str
     output: str
+
+
+class PairRow(TypedDict):
+    """A prompt, the response to learn from, and one of the student's own."""
+
+    prompt: str
+    chosen: str
+    rejected: str
 
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
@@ -117,11 +126,12 @@ def load_rows(
     columns: Mapping[str, str] | None = None,
     skip_bad_rows: bool = False,
     limit: int | None = None,
-) -> LoadedRows[PromptRow]:
+    responses: Sequence[str] = ("output",),
+) -> LoadedRows[Any]:
     """Read rows and fill in the template.
 
-    A row has "prompt" and "output" (the prompt is taken as it is), or "instruction", "output" and, if it has one,
-    "input". A row that holds both forms is read as the first.
+    A row has "prompt" and its responses (the prompt is taken as it is), or "instruction", the responses and, if it has
+    one, "input". A row that holds both forms is read as the first.
 
     Args:
         source: "sample" (the bundled rows), a .jsonl file, any other name that ``datasets.load_dataset`` or
@@ -131,13 +141,22 @@ def load_rows(
         columns: the source's names of the columns above where they differ, such as {"output": "response"}.
         skip_bad_rows: leave out rows that can't be read and count them, instead of raising at the first.
         limit: read at most so many rows.
+        responses: the columns that hold a response; ("output",) gives PromptRows, PAIR gives PairRows, whose two may be
+            the same: short answers of teacher and student often are.
+
+    Returns:
+        Rows with "prompt" and the responses.
 
     Raises:
-        InputError: a bad row, with file, line and reason; a source without a usable row; an unknown split.
+        InputError: a bad row (a response that is missing, empty or no text), with file, line and reason; a source
+            without a usable row; an unknown split.
     """
 
-    def read(row: Mapping[str, Any]) -> PromptRow | str:
-        return row_fault(row) or PromptRow(prompt=prompt_of(row, template, tokenizer), output=row["output"])
+    def read(row: Mapping[str, Any]) -> dict[str, str] | str:
+        fault = row_fault(row, responses)
+        if fault is not None:
+            return fault
+        return {"prompt": prompt_of(row, template, tokenizer), **{name: row[name] for name in responses}}
 
     return read_rows(source, read, split=split, columns=columns, skip_bad_rows=skip_bad_rows, limit=limit)
 
@@ -296,3 +315,8 @@ def describe_rows(loaded: LoadedRows) -> str:
 def texts_of(rows: Sequence[PromptRow]) -> list[str]:
     """Prompt + response of each row: what spans are extracted from."""
     return [row["prompt"] + row["output"] for row in rows]
+
+
+def span_column(response: str, name: str) -> str:
+    """The column for the spans of one of a row's responses: word_spans of "output", chosen_word_spans of "chosen"."""
+    return name if response == "output" else f"{response}_{name}"

@@ -116,6 +116,22 @@ def load_config(name: str, **options: Any) -> Any:
     return config
 
 
+def choose_device(name: str) -> torch.device:
+    """The device of a name as torch has it; "auto": the GPU, or the CPU where there is none.
+
+    Raises:
+        InputError: no such device, or none here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r} ({error})") from None
+    return device
+
+
 def model_depth(name: str, **options: Any) -> int:
     """How many blocks a model has, from its config alone; names, options and errors as in ``load_config``."""
     return depth_of(load_config(name, **options))

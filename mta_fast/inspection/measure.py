@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mta_fast.config import MTAConfig
 from mta_fast.errors import InputError
@@ -18,9 +18,7 @@ from mta_fast.inspection.side import Side, Token
 from mta_fast.layers import num_layers
 from mta_fast.loss import MTALoss
 from mta_fast.ops.entropy import entropy_weights
-from mta_fast.ops.importance import token_importance
-from mta_fast.ops.pooling import normalize_weights, pool_spans
-from mta_fast.reference import quotient, span_distances
+from mta_fast.ops.span_pairs import span_distances
 from mta_fast.spans.batch import SpanBatch
 from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor
@@ -239,60 +237,40 @@ def _measure(
     two_tokenizers: bool,
     projections: nn.ModuleList | None,
 ) -> tuple[LayerPair, ...]:
-    certainty = entropy_weights(teacher.logits) if config.weighting == "entropy" else None
-    dsa, hid = _terms(student, teacher, batches, config, two_tokenizers, projections, certainty)
+    """What MTALoss computes of every layer pair; both terms are measured even where the config leaves one out."""
+    output, explained = _loss(student, teacher, config, projections)(
+        student.hidden,
+        teacher.hidden,
+        {kind: spans.student for kind, spans in batches.items()},
+        teacher_spans={kind: spans.teacher for kind, spans in batches.items()} if two_tokenizers else None,
+        entropy_weights=entropy_weights(teacher.logits) if config.weighting == "entropy" else None,
+        explain=True,
+    )
+    dsa, hid = (quotients.tolist() for quotients in output.per_layer.quotients())
     pairs = []
-    for i, ((own, other), kind) in enumerate(zip(config.layer_pairs, config.granularity, strict=True)):
-        spans, states = batches[kind], teacher.hidden[other]
-        importance = _importance(states, spans.teacher, config)
-        weights = normalize_weights(importance, spans.teacher)
-        student_weights = weights.token
-        if two_tokenizers or config.student_pooling == "own":
-            student_weights = normalize_weights(
-                _importance(student.hidden[own], spans.student, config), spans.student
-            ).token
-        salience = weights.span if certainty is None else normalize_weights(certainty, spans.teacher).span
-        salience = torch.ones_like(salience) if config.weighting == "uniform" else salience
-        distances = [
-            span_distances(pooled.double()).numpy()
-            for pooled, _ in (
-                pool_spans(teacher.hidden[other], weights.token, spans.teacher),
-                pool_spans(student.hidden[own], student_weights, spans.student),
-            )
-        ]
-        measured = salience.double().numpy()
+    for i, ((own, other), kind, made) in enumerate(zip(config.layer_pairs, config.granularity, explained, strict=True)):
+        salience = made.span_weights.double().numpy()
+        distances = [span_distances(side.states.double()).numpy() for side in (made.teacher_spans, made.student_spans)]
         pairs.append(
             LayerPair(
                 student_layer=own,
                 teacher_layer=other,
                 granularity=kind,
-                importance=importance[0].double().numpy(),
-                spans=spans.named,
-                salience=measured,
+                importance=made.importance[0].double().numpy(),
+                spans=batches[kind].named,
+                salience=salience,
                 teacher_distances=distances[0],
                 student_distances=distances[1],
                 dsa=dsa[i],
-                hid=None if hid is None else hid[i],
-                worst=_worst_pairs(measured, *distances),
+                hid=None if projections is None else hid[i],
+                worst=_worst_pairs(salience, *distances),
             )
         )
     return tuple(pairs)
 
 
-def _importance(hidden: Tensor, spans: SpanBatch, config: MTAConfig) -> Tensor:
-    return token_importance(hidden, rows=spans.rows, causal=config.causal, count_padding=config.count_padding)
-
-
-def _terms(
-    student: Side,
-    teacher: Side,
-    batches: Mapping[str, _Spans],
-    config: MTAConfig,
-    two_tokenizers: bool,
-    projections: nn.ModuleList | None,
-    certainty: Tensor | None,
-) -> tuple[list[float], list[float] | None]:
-    """DSA and Hid per layer pair, by MTALoss; both are measured even where the config leaves one out."""
+def _loss(student: Side, teacher: Side, config: MTAConfig, projections: nn.ModuleList | None) -> MTALoss:
+    """MTALoss of these widths with both terms; Hid through the projections given, left out without."""
     lambda_hid = 0.0 if projections is None else config.lambda_hid or 1.0
     config = replace(config, lambda_dsa=config.lambda_dsa or 1.0, lambda_hid=lambda_hid, backend="auto")
     widths = [(student.hidden[s].shape[-1], teacher.hidden[t].shape[-1]) for s, t in config.layer_pairs]
@@ -302,16 +280,7 @@ def _terms(
         if given != widths:
             raise InputError(f"projections: expected (student, teacher) widths {widths}, got {given}")
         loss.projections = copy.deepcopy(projections).cpu()
-    output = loss(
-        student.hidden,
-        teacher.hidden,
-        {kind: spans.student for kind, spans in batches.items()},
-        teacher_spans={kind: spans.teacher for kind, spans in batches.items()} if two_tokenizers else None,
-        entropy_weights=certainty,
-    )
-    terms = output.per_layer
-    dsa = quotient(terms.dsa_numerator, terms.dsa_denominator).tolist()
-    return dsa, None if projections is None else quotient(terms.hid_numerator, terms.hid_denominator).tolist()
+    return loss
 
 
 def _worst_pairs(salience: Floats, teacher: Floats, student: Floats) -> tuple[SpanPair, ...]:

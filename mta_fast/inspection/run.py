@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mta_fast.config import Granularity, MTAConfig
+from mta_fast.config import MTAConfig, default_granularity
 from mta_fast.errors import MissingPackageError
 from mta_fast.files import PICTURE, check_target, user_path
 from mta_fast.inspection.measure import Inspection, inspect_text
@@ -55,8 +55,8 @@ def inspect_models(
             )
     from rich.console import Console
 
-    from mta_fast.distill.checkpoints import load_loss
     from mta_fast.distill.models import load_model, load_tokenizer, model_places, same_vocabulary
+    from mta_fast.distill.training.checkpoints import load_loss
 
     sources = [*model_places(teacher), *model_places(student), *([] if config is None else [config])]
     for target, kind in ((html, PAGE), (png, PICTURE)):
@@ -91,5 +91,4 @@ def inspect_models(
 
 def _proportional(teacher: Any, student: Any) -> MTAConfig:
     pairs = LayerMap.proportional(num_layers(student), num_layers(teacher)).pairs
-    kinds: list[Granularity] = ["word" if i == 0 else "phrase" for i in range(len(pairs))]
-    return MTAConfig(layer_pairs=pairs, granularity=tuple(kinds))
+    return MTAConfig(layer_pairs=pairs, granularity=default_granularity(len(pairs)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mta_fast.errors import InputError
-from mta_fast.layers import capture_layers
+from mta_fast.layers import capture_layers, evaluating
 from mta_fast.tokens import encode
 
 
@@ -77,15 +77,9 @@ def _run(side: str, model: nn.Module, ids: list[int], layers: Sequence[int]) -> 
     if isinstance(longest, int) and len(ids) > longest:
         raise InputError(f"text: expected at most {longest} tokens ({side}), got {len(ids)}; lower max_length")
     device = next(model.parameters()).device
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), capture_layers(model, layers) as captured:
-            row = torch.tensor([ids], device=device)
-            logits = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with torch.no_grad(), evaluating(model), capture_layers(model, layers) as captured:
+        row = torch.tensor([ids], device=device)
+        logits = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits
     hidden = {layer: captured[layer].detach().cpu() for layer in layers}
     for layer, states in hidden.items():
         if not bool(states.isfinite().all()):

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mta_fast.contract import FLOATS
 from mta_fast.errors import DoubleBackwardError, InputError
-from mta_fast.reference import compute_dtype, power_of_two
-from mta_fast.rows import Rows, as_tensor
+from mta_fast.layout import Rows, as_tensor, compute_dtype
+from mta_fast.reference import power_of_two
+from mta_fast.reference import quotient as quotient
 from mta_fast.spans.batch import SpanBatch
 
 REDUCTIONS = ("mean", "sample", "none")
@@ -38,12 +39,6 @@ def check_device(device: torch.device, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise InputError(f"{name}: expected on {device}, got {tensor.device}; move it with .to({str(device)!r})")
-
-
-def check_option(name: str, value: str, options: Sequence[str]) -> None:
-    """``value`` is one of ``options``."""
-    if value not in options:
-        raise InputError(f"{name}: expected one of {', '.join(options)}, got {value!r}")
 
 
 def check_spans(spans: SpanBatch, leading: Sequence[int], device: torch.device, name: str = "hidden") -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mta_fast import contract, reference
+from mta_fast.layout import compute_dtype
 from mta_fast.ops._common import check_float
 
 
@@ -37,4 +38,4 @@ def _entropy_weights(logits: Tensor) -> Tensor:
 
 @_entropy_weights.register_fake
 def _(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[:-1], dtype=reference.compute_dtype(logits))
+    return logits.new_empty(logits.shape[:-1], dtype=compute_dtype(logits))

@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from mta_fast import backends, contract
+from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
+from mta_fast.layout import AlignmentGradient, compute_dtype, kept_dtype
 from mta_fast.ops._common import (
     REDUCTIONS,
     check_device,
     check_float,
-    check_option,
     check_shape,
     check_spans,
     flat,
+    quotient,
     refuse_double_backward,
     without_scale,
 )
 from mta_fast.ops.pooling import normalize_weights
-from mta_fast.reference import AlignmentGradient, compute_dtype, kept_dtype, quotient
 from mta_fast.spans.batch import SpanBatch
 
 
@@ -58,7 +59,7 @@ def hidden_alignment_loss(
     Raises:
         InputError: shape, dtype, device or option. DoubleBackwardError: a second derivative.
     """
-    check_option("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
     for name, hidden in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
         check_float(name, hidden, (2, 3))
     leading = student_hidden.shape[:-1]

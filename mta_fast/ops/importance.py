@@ -7,9 +7,8 @@ from torch import Tensor
 
 from mta_fast import backends
 from mta_fast.errors import InputError
+from mta_fast.layout import Rows, compute_dtype
 from mta_fast.ops._common import check_float, flat, make_rows
-from mta_fast.reference import compute_dtype
-from mta_fast.rows import Rows
 
 
 def token_importance(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mta_fast import backends
 from mta_fast.contract import as_spans, unpacked
+from mta_fast.layout import compute_dtype
 from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat, refuse_double_backward
-from mta_fast.reference import compute_dtype
 from mta_fast.spans.batch import SpanBatch
 
 
@@ -88,7 +88,7 @@ def pooled_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: 
     return PooledSpans(pooled, span_weight.detach(), norm.detach())
 
 
-# Below, ``spans`` are the tensors of ``reference.Spans`` in its order, ``rows`` the table on device and host.
+# Below, ``spans`` are the tensors of ``layout.Spans`` in its order, ``rows`` the table on device and host.
 
 
 @torch.library.custom_op("mta_fast::span_weights", mutates_args=())

@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 
 from mta_fast import backends
+from mta_fast.choices import check_choice
 from mta_fast.contract import METHODS, unpacked
 from mta_fast.errors import InputError
+from mta_fast.layout import compute_dtype
 from mta_fast.ops._common import (
     REDUCTIONS,
     check_device,
     check_float,
-    check_option,
     check_shape,
+    quotient,
     refuse_double_backward,
     without_scale,
 )
-from mta_fast.reference import compute_dtype, quotient, reduce_rows, row_norms
+from mta_fast.reference import reduce_rows, row_norms
+from mta_fast.reference import span_distances as span_distances
 from mta_fast.spans.batch import SpanBatch
 
 
@@ -56,7 +59,7 @@ def span_pair_loss(
     Raises:
         InputError: shape, dtype, device or option. DoubleBackwardError: a second derivative.
     """
-    check_option("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
     if reduction != "none":  # where their scale cancels
         span_weights = without_scale("span_weights", span_weights)
     numerator, denominator = span_pair_terms(
@@ -88,7 +91,7 @@ def span_pair_terms(
     check_float("span_weights", span_weights, (1,))
     check_shape("span_weights", span_weights, (spans.num_spans,), "one weight a span")
     check_device(student_spans.device, teacher_spans=teacher_spans, span_weights=span_weights, spans=spans.span_splits)
-    check_option("method", method, METHODS)
+    check_choice("method", method, METHODS)
     backends.check_name(backend)
     if norms is None:
         dtype = compute_dtype(student_spans, teacher_spans)

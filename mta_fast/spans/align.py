@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mta_fast import _extension
+from mta_fast.choices import check_choice
 from mta_fast.errors import BackendUnavailableError, InputError
-from mta_fast.reference import Spans
+from mta_fast.layout import Spans
 
 BACKENDS = ("cpp", "reference")  # in order of preference
 Integers = npt.NDArray[np.int64]
@@ -31,8 +32,7 @@ def choose(backend: str = "auto") -> str:
         InputError: no backend of alignment has that name.
         BackendUnavailableError: "cpp" was asked for and is not built; the message says why.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise InputError(f"span alignment: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    check_choice("span alignment", backend, ("auto", *BACKENDS))
     if backend == "reference":
         return backend
     reason = _extension.why_missing()

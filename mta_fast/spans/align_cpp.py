@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mta_fast.reference import Spans
+from mta_fast.layout import Spans
 from mta_fast.spans import align
 from mta_fast.spans.align import CharSpans, FlatSpans, Integers, TokenRanges
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from mta_fast.errors import InputError
-from mta_fast.reference import Spans
-from mta_fast.rows import Rows, as_tensor
+from mta_fast.layout import Rows, Spans, as_tensor
 from mta_fast.spans import align, align_cpp
 from mta_fast.spans.align import CharSpans, FlatSpans, TokenRanges
 
@@ -26,28 +25,11 @@ class SpanBatch:
     (special tokens) inside a range are not covered: ``normalize_weights`` gives them weight 0.
 
     Attributes:
-        ranges: [N, 2] first token and one past the last, on the flat token axis.
-        span_rows: [N] the row of each span; span_splits: [B + 1] spans of row b are splits[b] to splits[b + 1].
-        covered: [C] distinct covered tokens (flat), ascending; covered_rows: [C] the row of each; covered_splits:
-            [B + 1] covered tokens of row b are splits[b] to splits[b + 1].
-        cover_splits: [C + 1], cover_spans: [I]: the spans of covered token c are
-            ``cover_spans[cover_splits[c] : cover_splits[c + 1]]``; n_j = ``cover_splits.diff()``.
-        token_splits: [T + 1] the same lists by flat token: of token j, ``cover_spans[token_splits[j] :
-            token_splits[j + 1]]``, empty where no span covers it.
-        host: [B + 1, 2] on the CPU: span_splits, and the running number of tokens in the ranges.
+        index: the index tensors as the ops take them; each is an attribute of the batch too.
         rows: the real tokens of each row.
     """
 
-    ranges: Tensor
-    span_rows: Tensor
-    span_splits: Tensor
-    covered: Tensor
-    covered_rows: Tensor
-    covered_splits: Tensor
-    cover_splits: Tensor
-    cover_spans: Tensor
-    token_splits: Tensor
-    host: Tensor
+    index: Spans
     rows: Rows
 
     @classmethod
@@ -119,6 +101,56 @@ class SpanBatch:
         return first, second
 
     @property
+    def ranges(self) -> Tensor:
+        """[N, 2] first token and one past the last, on the flat token axis."""
+        return self.index.ranges
+
+    @property
+    def span_rows(self) -> Tensor:
+        """[N] the row of each span."""
+        return self.index.span_rows
+
+    @property
+    def span_splits(self) -> Tensor:
+        """[B + 1] spans of row b are splits[b] to splits[b + 1]."""
+        return self.index.span_splits
+
+    @property
+    def covered(self) -> Tensor:
+        """[C] distinct covered tokens (flat), ascending."""
+        return self.index.covered
+
+    @property
+    def covered_rows(self) -> Tensor:
+        """[C] the row of each covered token."""
+        return self.index.covered_rows
+
+    @property
+    def covered_splits(self) -> Tensor:
+        """[B + 1] covered tokens of row b are splits[b] to splits[b + 1]."""
+        return self.index.covered_splits
+
+    @property
+    def cover_splits(self) -> Tensor:
+        """[C + 1] spans of covered token c: ``cover_spans[splits[c] : splits[c + 1]]``; n_j is ``diff()`` of it."""
+        return self.index.cover_splits
+
+    @property
+    def cover_spans(self) -> Tensor:
+        """[I] the spans of each covered token, token after token."""
+        return self.index.cover_spans
+
+    @property
+    def token_splits(self) -> Tensor:
+        """[T + 1] the same lists by flat token: ``cover_spans[splits[j] : splits[j + 1]]``, empty if none covers j."""
+        return self.index.token_splits
+
+    @property
+    def host(self) -> Tensor:
+        """[B + 1, 2] on the CPU: span_splits, and the running number of tokens in the ranges."""
+        return self.index.host
+
+    @property
     def num_spans(self) -> int:
         """N."""
         return self.ranges.shape[0]
@@ -140,7 +172,7 @@ class SpanBatch:
 
     def index_tensors(self) -> Spans:
         """The index tensors as the ops take them."""
-        return Spans(*(getattr(self, name) for name in Spans._fields))
+        return self.index
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SpanBatch:
         """The same spans with the index tensors on ``device``; ``host`` and ``rows.host`` stay on the CPU."""
@@ -151,8 +183,8 @@ class SpanBatch:
         return self._map(Tensor.pin_memory, self.rows.pin_memory())
 
     def _map(self, move: Callable[[Tensor], Tensor], rows: Rows) -> SpanBatch:
-        moved = {name: move(getattr(self, name)) for name in Spans._fields if name != "host"}
-        return replace(self, rows=rows, **moved)
+        moved = {name: move(tensor) for name, tensor in self.index._asdict().items() if name != "host"}
+        return SpanBatch(self.index._replace(**moved), rows)
 
 
 @dataclass(frozen=True)
@@ -223,7 +255,7 @@ class _Side:
     def build(self, spans: FlatSpans, found: TokenRanges, keep: np.ndarray) -> SpanBatch:
         row, ranges = (spans.row, found.ranges) if keep.all() else (spans.row[keep], found.ranges[keep])
         index = self.functions.span_index(row, ranges, self.offsets, self.table)
-        return SpanBatch(**index._asdict(), rows=self.rows)
+        return SpanBatch(index, self.rows)
 
 
 def _filled(found: TokenRanges) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
 from mta_fast.spans.batch import SpanBatch
 from mta_fast.tokens import Encoded, encode
@@ -87,8 +88,7 @@ class SpanCollator:
             self.granularity = (self.granularity,)
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise InputError(f"max_length: expected an integer >= 1, got {self.max_length!r}")
-        if self.pad_to not in PAD_TO:
-            raise InputError(f"pad_to: expected one of {', '.join(PAD_TO)}, got {self.pad_to!r}")
+        check_choice("pad_to", self.pad_to, PAD_TO)
         for tokenizer in filter(None, (self.tokenizer, self.teacher_tokenizer)):
             if getattr(tokenizer, "truncation_side", "right") != "right":
                 raise InputError(

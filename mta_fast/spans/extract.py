@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mta_fast.choices import check_choice
 from mta_fast.errors import InputError, MissingPackageError
 from mta_fast.files import user_source
+from mta_fast.packages import require
 from mta_fast.spans.pool import map_in_processes
 from mta_fast.spans.rules import SPAN_RULES, CharSpan, phrases, words
 
@@ -166,8 +168,7 @@ class SpanExtractor:
         return self.__dict__ | {"_loaded": None}  # worker processes load the pipeline themselves
 
     def _column(self, batch: Any, names: list[str]) -> list[str]:
-        if self.text_column not in names:
-            raise InputError(f"text_column: expected one of {', '.join(names)}, got {self.text_column!r}")
+        check_choice("text_column", self.text_column, names)
         column = batch[self.text_column]
         if isinstance(column, str):
             raise InputError("texts: expected a batch of rows, got a single row; use datasets.map(..., batched=True)")
@@ -272,8 +273,7 @@ def find_model(model: str) -> ModelInfo:
     Raises:
         MissingPackageError: spaCy or the model is not installed.
     """
-    if importlib.util.find_spec("spacy") is None:
-        raise MissingPackageError("spaCy: expected it installed, it is not; pip install '.[spacy]' in the checkout")
+    require("spacy", "spacy", "spans of text")
     model = user_source(model)
     if model.startswith("blank:"):
         return ModelInfo(model, "of spaCy", frozenset())

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Sequ
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
-from mta_fast.distill.distillm2 import RESPONSES
-from mta_fast.distill.saving import WholeCheckpoints
+from mta_fast.distill.data import PAIR
+from mta_fast.distill.training.saving import WholeCheckpoints
 from mta_fast.errors import InputError
 
 Row = Mapping[str, Any]
@@ -69,7 +69,7 @@ class RowFeeding(WholeCheckpoints):
 
 
 def _texts(i: int, row: Row, column: str) -> list[str]:
-    responses = [name for name in (*RESPONSES, "output") if name in row]
+    responses = [name for name in (*PAIR, "output") if name in row]
     if "prompt" in row and responses:
         return [row["prompt"] + row[name] for name in responses]
     if "text" in row:

@@ -1,4 +1,4 @@
-"""``mta-fast generate``: prompts with a chosen and a rejected response, as DistiLLM-2 trains on; making and reading.
+"""``mta-fast generate``: prompts with a chosen and a rejected response, as DistiLLM-2 trains on.
 
 The teacher answers every prompt, then the student does, so that only one of them is in memory at a time.
 """
@@ -12,26 +12,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
 from mta_fast.distill.data import (
+    PAIR,
     LoadedRows,
+    PairRow,
     PromptRow,
     data_places,
     describe_rows,
     drop_long_rows,
     load_rows,
-    prompt_of,
-    read_rows,
-    row_fault,
 )
-from mta_fast.distill.distillm2 import RESPONSES
-from mta_fast.distill.generation import (
+from mta_fast.distill.models import choose_device, load_config, load_model, load_tokenizer, model_places
+from mta_fast.distill.responses.generation import (
     SETTINGS_FILE,
     GenerationSettings,
-    choose_device,
     claim,
     digest_of,
     encode_for,
@@ -39,7 +37,6 @@ from mta_fast.distill.generation import (
     generate_batches,
     weights_digest,
 )
-from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_places
 from mta_fast.errors import InputError
 from mta_fast.files import Kind, check_target, user_path, write_whole
 from mta_fast.locks import lock_folder
@@ -60,47 +57,9 @@ PAIRS = Kind("an empty file", lambda file: False)
 RESPONSES_FOLDER = Kind("responses of an interrupted run", lambda folder: bool(_own_files(folder)), folder=True)
 
 
-class PairRow(TypedDict):
-    """A prompt, the response to learn from, and one of the student's own."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-def load_pairs(
-    source: Any,
-    *,
-    split: str = "train",
-    template: str = "paper",
-    tokenizer: Any = None,
-    columns: Mapping[str, str] | None = None,
-    skip_bad_rows: bool = False,
-    limit: int | None = None,
-) -> LoadedRows[PairRow]:
-    """Read pairs; sources and options are those of ``data.load_rows``.
-
-    A row has "chosen", "rejected" and "prompt", or "instruction" and perhaps "input" instead of the last. Both
-    responses may be the same: short answers of teacher and student often are.
-
-    Raises:
-        InputError: a bad row (a response that is missing, empty or no text), with file, line and reason; a source
-            without a usable row.
-    """
-
-    def read(row: Mapping[str, Any]) -> PairRow | str:
-        fault = row_fault(row, RESPONSES)
-        if fault is not None:
-            return fault
-        return PairRow(prompt=prompt_of(row, template, tokenizer), chosen=row["chosen"], rejected=row["rejected"])
-
-    return read_rows(source, read, split=split, columns=columns, skip_bad_rows=skip_bad_rows, limit=limit)
-
-
-# --- making ------------------------------------------------------------------------------------------------------
+def load_pairs(source: Any, **options: Any) -> LoadedRows[PairRow]:
+    """Read pairs; sources and options are those of ``data.load_rows``."""
+    return load_rows(source, responses=PAIR, **options)
 
 
 def generate_pairs(

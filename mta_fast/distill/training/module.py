@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mta_fast.distill.methods import BaseMethod
-from mta_fast.distill.stopwatch import Stopwatch
+from mta_fast.distill.methods.base import BaseMethod, NoBaseLoss
+from mta_fast.distill.training.stopwatch import Stopwatch
 from mta_fast.inputs import model_inputs
 from mta_fast.layers import capture_layers
 from mta_fast.loss import MTALoss
@@ -102,7 +102,7 @@ class DistillationModel(nn.Module):
     ) -> None:
         super().__init__()
         self.student, self.mta = student, mta
-        self.base, self.vocabulary = base, vocabulary
+        self.base, self.vocabulary = NoBaseLoss() if base is None else base, vocabulary
         self.stopwatch: Stopwatch | None = None
 
     def forward(self, batch: Mapping[str, Any], teacher: TeacherOutput, totals: StepTotals) -> DistillationOutput:
@@ -126,19 +126,16 @@ class DistillationModel(nn.Module):
     def layers(self, side: str) -> list[int]:
         """The hidden states of "student" or "teacher" that MTA and the base method read."""
         own = [] if self.mta is None else getattr(self.mta.config, f"{side}_layers")
-        return sorted({*own, *(() if self.base is None else getattr(self.base, f"{side}_layers"))})
+        return sorted({*own, *getattr(self.base, f"{side}_layers")})
 
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
         """[K] the base method's counts of a batch; empty without one."""
-        return batch["labels"].new_zeros(0) if self.base is None else self.base.counts(batch)
+        return self.base.counts(batch)
 
     def _base(
         self, batch: Mapping[str, Any], student: StudentOutput, teacher: TeacherOutput, totals: StepTotals
     ) -> tuple[Tensor, Tensor]:
         """The base loss and its terms."""
-        if self.base is None:
-            zero = student.logits[:0].sum(dtype=torch.float32)  # with a graph
-            return zero, zero.new_zeros(2, 0)
         sums = self.base.sums(student, teacher, batch)
         terms = torch.stack([sums.detach().double(), self.counts(batch).double()])
         return (sums / totals.base.clamp(min=1)).sum(), terms

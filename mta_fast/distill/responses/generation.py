@@ -419,22 +419,6 @@ def digest_of(values: Any) -> str:
 # --- models ------------------------------------------------------------------------------------------------------
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a name as torch has it; "auto": the GPU, or the CPU where there is none.
-
-    Raises:
-        InputError: no such device, or none here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r} ({error})") from None
-    return device
-
-
 def weights_digest(model: nn.Module) -> str:
     """A digest of every weight's bits: another training leaves another one.
 

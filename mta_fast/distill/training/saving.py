@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from mta_fast.distill import checkpoints, fingerprint, manifest
-from mta_fast.distill.adapters import is_peft, save_adapter
-from mta_fast.distill.interrupt import deaf_workers
-from mta_fast.distill.module import DistillationModel
+from mta_fast import files
+from mta_fast.distill import manifest
+from mta_fast.distill.training import checkpoints, fingerprint
+from mta_fast.distill.training.adapters import is_peft, save_adapter
+from mta_fast.distill.training.interrupt import deaf_workers
+from mta_fast.distill.training.module import DistillationModel
 from mta_fast.errors import InputError
 
 
@@ -83,12 +85,12 @@ class WholeCheckpoints(Trainer):
         """Write the checkpoint beside its place and move it there once it is whole."""
         run = Path(self._get_output_dir(trial))
         target = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        partial = checkpoints.partial_folder(target)
+        partial = files.partial_folder(target)
         first = self.args.local_process_index == 0 if self.args.save_on_each_node else self.args.process_index == 0
         if first:
-            checkpoints.discard(partial)
+            files.discard(partial)
         self.accelerator.wait_for_everyone()
-        with checkpoints.removing_on_failure(partial, target):
+        with files.removing_on_failure(partial, target):
             self._saving = True
             try:
                 super()._save_checkpoint(model, trial)
@@ -99,7 +101,7 @@ class WholeCheckpoints(Trainer):
                 self._record_best(run, target, partial)
                 fingerprint.save(partial, self.run_fingerprint, self.run_settings)
                 manifest.write_manifest(partial)
-                checkpoints.commit(partial, target)
+                files.commit(partial, target)
                 best = self.state.best_model_checkpoint
                 rotate_checkpoints(str(run), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
         self._saved_step = self.state.global_step
@@ -117,7 +119,7 @@ class WholeCheckpoints(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         directory = super()._get_output_dir(trial)
-        return os.path.join(directory, checkpoints.PARTIAL) if self._saving else directory
+        return os.path.join(directory, files.PARTIAL) if self._saving else directory
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._saving:  # while it is written it is not pushed

@@ -8,9 +8,7 @@ numbers are computed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
@@ -20,10 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mta_fast.distill.distillm import DistiLLM
-from mta_fast.distill.fdd import FDD
 from mta_fast.distill.manifest import FINGERPRINT_FILE, STATE_FILE
-from mta_fast.distill.methods import BaseMethod, TokenMethod
+from mta_fast.distill.methods.base import BaseMethod
 from mta_fast.errors import InputError
 from mta_fast.layers import unwrap
 
@@ -165,9 +161,7 @@ def is_finished(folder: Path) -> bool:
 # --- of the parts ------------------------------------------------------------------------------------------------
 
 
-def of_models(
-    student: nn.Module, teacher: nn.Module | None, method: BaseMethod | None, teacher_tokenizer: Any
-) -> Fingerprint:
+def of_models(student: nn.Module, teacher: nn.Module | None, method: BaseMethod, teacher_tokenizer: Any) -> Fingerprint:
     """Of what a run compares; taken before the models are wrapped or sharded, and the method has seen a batch.
 
     The student's own weights come from the checkpoint; under an adapter those of its base do not.
@@ -175,7 +169,7 @@ def of_models(
     own: Any = unwrap(student)
     run = of_config("student", own.config) if hasattr(own, "config") else {}
     dtypes = sorted({str(each.dtype) for each in student.parameters()})
-    run |= {"student.dtype": dtypes, **of_method("base", method), "teacher": None}
+    run |= {"student.dtype": dtypes, **of_method(method), "teacher": None}
     adapters: Any = getattr(student, "peft_config", None)
     run["student.adapters"] = sorted(adapters) if isinstance(adapters, Mapping) else None
     for name, config in adapters.items() if isinstance(adapters, Mapping) else ():
@@ -187,8 +181,8 @@ def of_models(
         run
         | of_tokenizer("teacher_tokenizer", teacher_tokenizer)
         | {
-            "follows_evaluation": isinstance(method, DistiLLM),
-            "follows_progress": not (method is None or isinstance(method, (TokenMethod, FDD))),
+            "follows_evaluation": method.follows_evaluation,
+            "follows_progress": method.follows_progress,
         }
     )
 
@@ -206,19 +200,9 @@ def of_config(name: str, config: Any) -> Fingerprint:
     return {f"{name}.{key}": plain(value) for key, value in values if not any(fnmatch(key, each) for each in UNSAID)}
 
 
-def of_method(name: str, method: BaseMethod | None) -> Fingerprint:
+def of_method(method: BaseMethod) -> Fingerprint:
     """A base method's name and the plain values that it was made with; as it is before the training."""
-    values: Fingerprint = {name: None if method is None else method.name}
-    for key, value in ({} if method is None else vars(method)).items():
-        own = f"{name}.{key.lstrip('_')}"
-        if isinstance(value, BaseMethod):  # a method made of another one
-            values |= of_method(own, value)
-        elif isinstance(value, functools.partial):  # a loss with its options
-            options = inspect.signature(value).parameters.values()
-            values |= {f"{own}.{each.name}": plain(each.default) for each in options if each.default is not each.empty}
-        elif isinstance(value, (bool, int, float, str, tuple, dict)) and key not in ("progress", "_name"):
-            values[own] = plain(value)
-    return values
+    return {f"base.{name}".rstrip("."): plain(value) for name, value in method.settings().items()}
 
 
 def of_weights(model: nn.Module, *, trained: bool | None = None) -> str | None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mta_fast.config import LayerPairs, checked_layer_pairs
-from mta_fast.distill.methods import BaseMethod, Batch, ModelOutput, skewed_method
+from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput
+from mta_fast.distill.methods.losses import skewed_method
 from mta_fast.errors import InputError
 from mta_fast.layers import num_layers, unwrap
-from mta_fast.reference import compute_dtype
+from mta_fast.layout import compute_dtype
 
 Head = Callable[[int, Tensor], Tensor]  # (layer, its hidden state [n, d]) -> logits [n, V]
 LOGIT_BUDGET = 1 << 24  # logits of all mapped layers, both sides, that are in memory at once: 64 MB of float32
@@ -40,6 +41,9 @@ class FDD(BaseMethod):
     Raises:
         InputError: no layer pairs, or a temperature that isn't positive.
     """
+
+    takes_layer_pairs = True
+    follows_progress = False
 
     def __init__(
         self,

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from mta_fast._version import __version__
-from mta_fast.distill.checkpoints import RESULTS_FILE
 from mta_fast.distill.data import (
     LoadedRows,
     data_places,
@@ -28,11 +27,11 @@ from mta_fast.distill.data import (
     read_rows,
     row_fault,
 )
-from mta_fast.distill.generation import (
+from mta_fast.distill.models import choose_device, load_config, load_model, load_tokenizer, model_places
+from mta_fast.distill.responses.generation import (
     SETTINGS_FILE,
     GenerationSettings,
     Row,
-    choose_device,
     claim,
     digest_of,
     encode_for,
@@ -41,7 +40,7 @@ from mta_fast.distill.generation import (
     weights_digest,
 )
 from mta_fast.errors import InputError, MissingPackageError
-from mta_fast.files import Kind, check_target, marked, user_path, write_whole
+from mta_fast.files import RESULTS_FILE, Kind, check_target, marked, user_path, write_whole
 from mta_fast.locks import lock_folder
 
 SEEDS = (10, 20, 30, 40, 50)
@@ -316,8 +315,6 @@ def run_evaluation(
             earlier evaluation, is part of the model or the data, or in which another process is at work.
         MissingPackageError: a package is missing. OSError: no room for the results.
     """
-    from mta_fast.distill.models import model_places
-
     _scorer()
     place = choose_device(device)
     names = distinct_names(data)
@@ -342,8 +339,6 @@ def _evaluate_all(
     reading: Mapping[str, Any],
 ) -> int:
     """What ``run_evaluation`` does, ``data`` by name, once ``out`` is its own."""
-    from mta_fast.distill.models import load_config, load_model, load_tokenizer
-
     tokenizer = load_tokenizer(model)
     loaded = [load_references(source, tokenizer=tokenizer, **reading) for source in data.values()]
     if max_prompt_length is not None:

@@ -19,20 +19,18 @@ from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mta_fast.config import MTAConfig
-from mta_fast.distill import checkpoints, fingerprint
-from mta_fast.distill.arguments import MTATrainingArguments, check_options
-from mta_fast.distill.distillm import DistiLLM
-from mta_fast.distill.distillm2 import DistiLLM2, PairCollator
-from mta_fast.distill.feeding import FILLER, RowFeeding, WithoutFillers, check_stream
-from mta_fast.distill.fit import check_room
-from mta_fast.distill.fitness import GradientsArrive, check_models, check_optimizer
-from mta_fast.distill.losses import SEQUENCE_LEVEL_LOSSES
-from mta_fast.distill.methods import BaseMethod, base_method
+from mta_fast.distill.methods.base import BaseMethod, NoBaseLoss, TrainingPlan
+from mta_fast.distill.methods.losses import SEQUENCE_LEVEL_LOSSES
+from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.models import common_vocabulary, same_vocabulary
-from mta_fast.distill.module import DistillationModel, DistillationOutput, StepTotals, TeacherOutput
-from mta_fast.distill.on_policy import OnPolicyBatches, RowCollator, with_spans
-from mta_fast.distill.placing import place_teacher
-from mta_fast.distill.training_log import TERMS, EvaluationSums, StepEnd, TrainingLog
+from mta_fast.distill.training import checkpoints, fingerprint
+from mta_fast.distill.training.arguments import MTATrainingArguments, check_options
+from mta_fast.distill.training.feeding import FILLER, RowFeeding, WithoutFillers, check_stream
+from mta_fast.distill.training.fit import check_room
+from mta_fast.distill.training.fitness import GradientsArrive, check_models, check_optimizer
+from mta_fast.distill.training.log import TERMS, EvaluationSums, StepEnd, TrainingLog
+from mta_fast.distill.training.module import DistillationModel, DistillationOutput, StepTotals, TeacherOutput
+from mta_fast.distill.training.placing import place_teacher
 from mta_fast.errors import InputError
 from mta_fast.files import user_path
 from mta_fast.inputs import check_left_padding, model_inputs
@@ -41,6 +39,7 @@ from mta_fast.loss import MTALoss
 from mta_fast.ops.entropy import entropy_weights
 from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor
+from mta_fast.spans.live import LazySpans
 
 CLOCK_TICKS = 10_000  # of a learning-rate schedule that follows the clock
 Batch = dict[str, Any]
@@ -58,12 +57,13 @@ class MTATrainer(RowFeeding):
         processing_class: the student's fast tokenizer, saved beside it.
         teacher_tokenizer: the teacher's, where it differs. The two then see their own tokens, MTA compares spans,
             and the base loss is None or a sequence-level one.
-        base_loss: a BaseMethod, its name as in ``methods.base_method``, or None: MTA alone.
+        base_loss: a BaseMethod, its name as in ``methods.registry.base_method``, or None: MTA alone.
         base_loss_options: such as {"alpha": 0.1}.
         span_extractor: for text that the student writes during training (DistiLLM with MTA); parses in processes of
             its own.
         train_dataset, eval_dataset: rows with "prompt", "output", "word_spans" and "phrase_spans"; for DistiLLM-2 as
             PairCollator reads them.
+        data_collator: makes a batch in place of the trainer's SpanCollator; the base method may wrap or refuse it.
         options: passed to ``Trainer``.
 
     Raises:
@@ -82,6 +82,7 @@ class MTATrainer(RowFeeding):
         base_loss: str | BaseMethod | None = "srkl",
         base_loss_options: Mapping[str, Any] | None = None,
         span_extractor: SpanExtractor | None = None,
+        data_collator: Any = None,
         **options: Any,
     ) -> None:
         check_options(options)
@@ -89,7 +90,12 @@ class MTATrainer(RowFeeding):
             teacher_tokenizer = None
         set_seed(args.seed)  # before the projections are made; Trainer sets it again
         method = base_method(base_loss, **(base_loss_options or {})) if isinstance(base_loss, str) else base_loss
-        if teacher is None and (mta is not None or method is None or method.reads_teacher):
+        method = NoBaseLoss() if method is None else method
+        if method.name is None and mta is None:
+            raise InputError(
+                "base_loss: expected a base loss or an MTA config, got neither; there is nothing to train on"
+            )
+        if teacher is None and (mta is not None or method.reads_teacher):
             raise InputError(
                 "teacher: expected a model, got none; without one there is no MTA, and the base loss is cross_entropy"
             )
@@ -104,25 +110,20 @@ class MTATrainer(RowFeeding):
         model = _distillation_model(student, teacher, mta, method, processing_class, teacher_tokenizer)
         kinds = sorted(set(mta.config.granularity)) if mta is not None else ()
         by_columns = mta is not None and mta.config.count_padding
-        collator: Any = SpanCollator(
-            processing_class,
-            teacher_tokenizer,
-            granularity=kinds,
-            max_length=args.max_length,
-            pad_to=args.pad_to or ("max_length" if by_columns else "longest"),
-            num_embeddings=_num_embeddings(student, teacher if teacher_tokenizer is None else None),
-        )
+        if data_collator is None:
+            data_collator = SpanCollator(
+                processing_class,
+                teacher_tokenizer,
+                granularity=kinds,
+                max_length=args.max_length,
+                pad_to=args.pad_to or ("max_length" if by_columns else "longest"),
+                num_embeddings=_num_embeddings(student, teacher if teacher_tokenizer is None else None),
+            )
         _check_padding_side(student, teacher, processing_class, teacher_tokenizer)
-        self._on_policy: OnPolicyBatches | None = None
-        if isinstance(method, DistiLLM):
-            self._on_policy = OnPolicyBatches(method, collator, span_extractor if kinds else None)
-            collator = RowCollator(collator)
-        elif isinstance(method, DistiLLM2):
-            collator = PairCollator(collator)
+        collator = method.collator(data_collator)
+        self._batches = method.batches(collator, span_extractor if kinds else None)
         self.model_fingerprint = fingerprint.of_models(student, teacher, method, teacher_tokenizer)
-        options.setdefault("data_collator", collator)
-        if args.world_size > 1:
-            options["data_collator"] = WithoutFillers(options["data_collator"])
+        options["data_collator"] = WithoutFillers(collator) if args.world_size > 1 else collator
         check_stream(options.get("train_dataset"), args)
         check_optimizer(options.get("optimizers", (None, None))[0], student, mta)
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
@@ -132,20 +133,11 @@ class MTATrainer(RowFeeding):
             raise InputError(
                 "log_gradient_norms: expected whole gradients, got sharded ones (FSDP or DeepSpeed); set it to false"
             )
-        if self._on_policy is not None:
-            self._on_policy.check(student, kinds, self.train_dataset, self.eval_dataset)
-            if self._on_policy.method.increase > 0 and args.eval_strategy.value == "no":
-                raise InputError(
-                    "eval_strategy: expected steps or epoch, as the threshold of distillm follows the validation loss, "
-                    "got 'no'; set it, or a fixed threshold with {increase: 0, threshold: 0.5}"
-                )
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise InputError(
-                    "base_loss distillm: expected a student with whole weights to generate with, got sharded ones "
-                    "(FSDP or DeepSpeed); use DDP"
-                )
-        if method is not None:
-            method.reduce = self._sum_over_ranks
+        sharded, evaluates = self.is_fsdp_enabled or self.is_deepspeed_enabled, args.eval_strategy.value != "no"
+        self._batches.check(
+            TrainingPlan(student, kinds, self.train_dataset, self.eval_dataset, evaluates=evaluates, sharded=sharded)
+        )
+        method.reduce = self._sum_over_ranks
         self._teacher_device = args.device if self.teacher is None else place_teacher(self.teacher, args.device)
         self._totals: StepTotals | None = None
         self._teacher_outputs: deque[TeacherOutput] = deque()
@@ -153,7 +145,7 @@ class MTATrainer(RowFeeding):
         self._evaluated: EvaluationSums | None = None
         self._module.stopwatch = self._log.mta
         self.add_callback(StepEnd(self._log, self._seconds_of_all))
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if not sharded:
             self.add_callback(GradientsArrive(student, mta))
 
     # --- one optimisation step -----------------------------------------------------------------------------------
@@ -164,16 +156,13 @@ class MTATrainer(RowFeeding):
         """Fetch the micro-batches of a step and find what their losses are divided by."""
         self._log.begin_step()
         module = self._module
-        if module.base is not None:
-            module.base.progress = self._progress()
+        module.base.progress = self._progress()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        if self._on_policy is not None:
-            seeds = (self._generation_seed(i) for i in range(len(batches)))
-            with self.accelerator.autocast():
-                batches = [
-                    self._on_policy.batch(module.student, batch, seed, device)
-                    for batch, seed in zip(batches, seeds, strict=False)
-                ]
+        with self.accelerator.autocast():
+            batches = [
+                self._batches.batch(module.student, batch, self._micro_batch_seed(i), device)
+                for i, batch in enumerate(batches)
+            ]
         if not batches:
             return batches, torch.zeros((), device=device)
         counts = torch.stack([module.counts(batch) for batch in batches]).sum(0)
@@ -199,8 +188,8 @@ class MTATrainer(RowFeeding):
         own = torch.tensor(self._log.total_seconds, dtype=torch.float64, device=self.args.device)
         return float(self._sum_over_ranks(own)) / self.args.world_size
 
-    def _generation_seed(self, micro_batch: int) -> int:
-        """Of what the student generates for a micro-batch: the same in a run that was resumed."""
+    def _micro_batch_seed(self, micro_batch: int) -> int:
+        """Of what is drawn for a micro-batch: the same in a run that was resumed."""
         place = (self.state.global_step * self.args.gradient_accumulation_steps + micro_batch) * self.args.world_size
         return (self.args.seed << 32) + place + self.args.process_index
 
@@ -218,7 +207,7 @@ class MTATrainer(RowFeeding):
             else:  # this pass is there for MTA alone
                 self._log.mta.start()
                 teacher = self._teach(batch)
-            batch = with_spans(batch)
+            batch = _with_spans(batch)
             sums.append(
                 mta.denominators(
                     teacher.hidden_states,
@@ -236,7 +225,7 @@ class MTATrainer(RowFeeding):
     def _teach(self, batch: Mapping[str, Any]) -> TeacherOutput:
         """The teacher's pass; no graph, and only the chosen layers and the logits that are read are kept."""
         module = self._module
-        layers, reads = module.layers("teacher"), module.base is not None and module.base.reads_teacher
+        layers, reads = module.layers("teacher"), module.base.reads_teacher
         if self.teacher is None or not (layers or reads):
             return TeacherOutput(None, {})
         config = None if module.mta is None else module.mta.config
@@ -268,7 +257,7 @@ class MTATrainer(RowFeeding):
             totals = StepTotals(self._module.counts(inputs), reduce=lambda own: own)
         kept = model.training and self._teacher_outputs
         teacher = self._teacher_outputs.popleft() if kept else self._teach(inputs)
-        inputs = with_spans(inputs)  # after the teacher's pass: what is parsed meanwhile is ready
+        inputs = _with_spans(inputs)  # after the teacher's pass: what is parsed meanwhile is ready
         output: DistillationOutput = model(inputs, teacher, totals)
         if model.training:
             self._log.add(output)
@@ -335,16 +324,15 @@ class MTATrainer(RowFeeding):
         """Also the three terms (unweighted means over the logged steps) and the share of MTA in the step's time."""
         if "loss" in logs and self._log.steps:
             logs |= self._log.drain(self._sum_over_ranks)
-            if self._on_policy is not None:
-                logs |= self._on_policy.drain()
+            logs |= self._batches.logs()
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """The Trainer's; DistiLLM's threshold follows the base loss that it finds."""
+        """The Trainer's; the base method sees the base loss that it finds."""
         metrics: dict[str, float] = super().evaluate(*args, **options)
         own = not args and options.get("eval_dataset") is None
-        if self._on_policy is not None and own and "eval_base" in metrics:
-            self._on_policy.method.observe_validation(metrics["eval_base"])
+        if own and "eval_base" in metrics:
+            self._module.base.observe_validation(metrics["eval_base"])
         return metrics
 
     @property
@@ -413,10 +401,8 @@ class MTATrainer(RowFeeding):
             if self._is_finished(Path(resume_from_checkpoint)):  # the Trainer would take one more step
                 self._load_from_checkpoint(resume_from_checkpoint)
                 return None
-        if self._on_policy is None:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
-        with self._on_policy:
-            if self._on_policy.wants_first_validation:
+        with self._batches:
+            if self._module.base.wants_validation:
                 self.evaluate()
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
 
@@ -443,11 +429,10 @@ class MTATrainer(RowFeeding):
     def _save_rng_state(self, output_dir: str) -> None:
         """Called on every rank, which all have a state of their own: with the random numbers, this run's progress."""
         super()._save_rng_state(output_dir)
-        stateful = self._module.base if self._on_policy is None else self._on_policy
         progress = {
             "seconds": self._log.total_seconds,
-            "method": None if self._module.base is None else self._module.base.name,
-            "base": {} if stateful is None else stateful.state_dict(),
+            "method": self._module.base.name,
+            "base": self._batches.state_dict(),
         }
         checkpoints.save_progress(Path(output_dir), self.args.process_index, progress)
 
@@ -455,15 +440,19 @@ class MTATrainer(RowFeeding):
         progress = checkpoints.load_progress(checkpoint, self.args.process_index)
         if progress is not None:
             method = self._module.base
-            name = None if method is None else method.name
-            if progress["method"] != name:
+            if progress["method"] != method.name:
                 raise InputError(
-                    f"{checkpoint}: expected a checkpoint trained with the base loss {name}, it has "
+                    f"{checkpoint}: expected a checkpoint trained with the base loss {method.name}, it has "
                     f"{progress['method']}; resume with the settings it was made with, or start another output_dir"
                 )
             self._log.finished_seconds = progress["seconds"]
-            if method is not None and progress["base"]:
+            if progress["base"]:
                 method.load_state_dict(progress["base"])
+
+
+def _with_spans(batch: Mapping[str, Any]) -> Batch:
+    """The batch with the spans that it was waiting for."""
+    return {name: value.result() if isinstance(value, LazySpans) else value for name, value in batch.items()}
 
 
 def _check_padding_side(student: nn.Module, teacher: nn.Module | None, tokenizer: Any, teacher_tokenizer: Any) -> None:
@@ -487,23 +476,21 @@ def _distillation_model(
     student: nn.Module,
     teacher: nn.Module | None,
     mta: MTALoss | None,
-    base: BaseMethod | None,
+    base: BaseMethod,
     tokenizer: Any,
     teacher_tokenizer: Any,
 ) -> DistillationModel:
     """Check that models, tokenizers and base method fit together, and join them."""
-    if base is None and mta is None:
-        raise InputError("base_loss: expected a base loss or an MTA config, got neither; there is nothing to train on")
-    if base is not None and teacher is not None:
+    if teacher is not None:
         base.attach(student, teacher, None if mta is None else mta.config.layer_pairs)
     if teacher_tokenizer is not None:
-        if base is not None and base.reads_teacher:
+        if base.reads_teacher:
             raise InputError(
                 f"base_loss: expected None or one of {', '.join(sorted(SEQUENCE_LEVEL_LOSSES))} with two tokenizers "
                 f"(their tokens share no distribution), got {base.name!r}"
             )
         return DistillationModel(student, mta, base)
     vocabulary = None
-    if teacher is not None and base is not None and base.reads_teacher:
+    if teacher is not None and base.reads_teacher:
         vocabulary = common_vocabulary(student, teacher, tokenizer)
     return DistillationModel(student, mta, base, vocabulary)

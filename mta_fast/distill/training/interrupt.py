@@ -10,10 +10,11 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from mta_fast.distill.training import ranks
 from mta_fast.interrupt import Request, handling, stop_at_once
 
 if TYPE_CHECKING:
-    from mta_fast.distill.saving import WholeCheckpoints
+    from mta_fast.distill.training.saving import WholeCheckpoints
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -76,7 +77,7 @@ class FinishStep:
             return
         if not first or not self._training:
             stop_at_once(number)
-        if os.environ.get("RANK", "0") == "0":  # not print: the signal may have come in the middle of one
+        if ranks.is_first():  # not print: the signal may have come in the middle of one
             again = "press Ctrl-C" if number == signal.SIGINT else "send it"
             name = "interrupted" if number == signal.SIGINT else "SIGTERM"
             os.write(1, f"\n{name}: finishing this step and saving; {again} again to stop at once\n".encode())

@@ -5,22 +5,23 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
 from mta_fast.config import MTAConfig
 from mta_fast.distill.models import UNFIT, tokens_in_use
+from mta_fast.distill.training.settings import type_name
 from mta_fast.errors import InputError
 from mta_fast.layers import unwrap
 
 if TYPE_CHECKING:
-    from mta_fast.distill.arguments import MTATrainingArguments
+    from mta_fast.distill.training.arguments import MTATrainingArguments
 
 LEAST = {"gradient_accumulation_steps": 1, "max_length": 2, "projection_learning_rate": 0, "learning_rate": 0}
 ABOVE_ZERO = ("num_train_epochs", "save_steps")
@@ -37,30 +38,18 @@ def check_values(values: Mapping[str, Any]) -> None:
     Raises:
         InputError: names the key, the type or bound, and what came.
     """
-    from mta_fast.distill.arguments import MTATrainingArguments
+    from mta_fast.distill.training.arguments import MTATrainingArguments
 
     hints = typing.get_type_hints(MTATrainingArguments)
     for key, value in values.items():
-        if not _is_a(value, hints[key]):
-            expected = str(hints[key]).removeprefix("<class '").removesuffix("'>").replace("NoneType", "null")
-            raise InputError(f"training.{key}: expected {expected.replace('None', 'null')}, got {value!r}")
+        try:
+            TypeAdapter(hints[key], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError:
+            raise InputError(f"training.{key}: expected {type_name(hints[key])}, got {value!r}") from None
         if key in LEAST and value < LEAST[key]:
             raise InputError(f"training.{key}: expected a number >= {LEAST[key]}, got {value!r}")
         if key in ABOVE_ZERO and not value > 0:
             raise InputError(f"training.{key}: expected a number > 0, got {value!r}")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_is_a(value, option) for option in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
 
 
 def check_evaluation(arguments: MTATrainingArguments, *, evaluated: bool) -> None:

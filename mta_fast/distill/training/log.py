@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mta_fast.config import MTAConfig
-from mta_fast.distill.arguments import MTATrainingArguments
-from mta_fast.distill.module import DistillationOutput
-from mta_fast.distill.stopwatch import Stopwatch
+from mta_fast.distill.training.arguments import MTATrainingArguments
+from mta_fast.distill.training.module import DistillationOutput
+from mta_fast.distill.training.stopwatch import Stopwatch
 from mta_fast.loss import LayerPairTerms
 
 Reduce = Callable[[Tensor], Tensor]

@@ -62,8 +62,8 @@ def load_adapted(checkpoint: Path) -> PreTrainedModel:
     from peft import PeftModel
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    from mta_fast.distill import fingerprint
     from mta_fast.distill.models import DTYPES, load_model
+    from mta_fast.distill.training import fingerprint
 
     name = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not name:

@@ -17,24 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from mta_fast.config import MTAConfig
-from mta_fast.distill.adapters import ADAPTER_CONFIG, active_adapter, is_peft, load_adapted, merged
 from mta_fast.distill.manifest import CHECKPOINT, verify
+from mta_fast.distill.training.adapters import ADAPTER_CONFIG, active_adapter, is_peft, load_adapted, merged
 from mta_fast.errors import InputError
-from mta_fast.files import PARTIAL as PARTIAL
-from mta_fast.files import CheckpointError as CheckpointError
-from mta_fast.files import atomic_folder as atomic_folder
-from mta_fast.files import check_target, export_kind, mark_export, user_path
-from mta_fast.files import commit as commit
-from mta_fast.files import discard as discard
-from mta_fast.files import partial_folder as partial_folder
-from mta_fast.files import removing_on_failure as removing_on_failure
-from mta_fast.files import write_whole as write_whole
+from mta_fast.files import atomic_folder, check_target, export_kind, mark_export, user_path
 from mta_fast.locks import lock_export
 from mta_fast.loss import MTALoss
 
 MTA_FOLDER, CONFIG_FILE, PROJECTIONS_FILE = "mta", "config.json", "projections.safetensors"
 PROGRESS_FILE = "progress_{rank}.json"
-RESULTS_FILE = "results.json"  # of a run or an evaluation that is finished
 CUT, EXPORT = "cut student", "exported student"  # kinds of exports
 # they choose how the same numbers are computed
 FREE_TO_CHANGE = frozenset({"backend", "dsa_method"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from contextlib import ExitStack
 from dataclasses import fields, replace
@@ -12,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from mta_fast import _yaml
 from mta_fast.config import nearest
-from mta_fast.distill import resuming
-from mta_fast.distill.checkpoints import EXPORT, RESULTS_FILE, last_checkpoint
-from mta_fast.distill.data import LoadedRows, data_places, describe_rows, drop_long_rows, load_rows
-from mta_fast.distill.distillm2 import RESPONSES
-from mta_fast.distill.fit import check_evaluation, check_layers, check_room, check_values, rehearse, unsharded
-from mta_fast.distill.interrupt import FinishStep
-from mta_fast.distill.methods import base_method
+from mta_fast.distill.data import LoadedRows, data_places, describe_rows, drop_long_rows, span_column
+from mta_fast.distill.methods.base import BaseMethod
+from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_places, same_vocabulary
-from mta_fast.distill.pairs import load_pairs
-from mta_fast.distill.resuming import CONFIG_FILE
-from mta_fast.distill.settings import LoraSettings, ModelSettings, TrainSettings
+from mta_fast.distill.training import ranks, resuming
+from mta_fast.distill.training.checkpoints import EXPORT, last_checkpoint
+from mta_fast.distill.training.fit import check_evaluation, check_layers, check_room, check_values, rehearse, unsharded
+from mta_fast.distill.training.interrupt import FinishStep
+from mta_fast.distill.training.resuming import RUN_FILE
+from mta_fast.distill.training.settings import LoraSettings, ModelSettings, TrainSettings
 from mta_fast.errors import TERMINATED, InputError, MissingPackageError
 from mta_fast.files import (
     MARKER,
+    RESULTS_FILE,
     Kind,
     check_target,
     export_kind,
@@ -43,8 +42,8 @@ from mta_fast.spans.cache import SpanCache
 from mta_fast.spans.extract import SpanExtractor
 
 if TYPE_CHECKING:
-    from mta_fast.distill.arguments import MTATrainingArguments
-    from mta_fast.distill.trainer import MTATrainer
+    from mta_fast.distill.training.arguments import MTATrainingArguments
+    from mta_fast.distill.training.trainer import MTATrainer
 
 STUDENT_FOLDER, PICTURE = "student", "training.png"
 MATCHED_EPOCHS = 1000  # time ends a run that is matched to another's, long before
@@ -74,7 +73,7 @@ def train(
         CheckpointError: no room to write. MissingPackageError: a package is missing.
     """
     with ExitStack() as stack:
-        if _first_rank():  # alone at work in the folder; the ranks of one run share it
+        if ranks.is_first():  # alone at work in the folder; the ranks of one run share it
             stack.enter_context(lock_folder(Path(settings.output_dir)))
         finish = stack.enter_context(FinishStep())
         try:
@@ -149,7 +148,7 @@ def check_run(settings: TrainSettings, *, resume: bool, going_on: bool) -> None:
         inside = source.resolve()
         if out.resolve() in inside.parents and inside.relative_to(out.resolve()).parts[0].startswith("checkpoint-"):
             raise InputError(f"{out}: expected a model or data apart from the run's own checkpoints, got {source}")
-    for name, kind in ((CONFIG_FILE, SETTINGS), (PICTURE, EARLIER_PICTURE), (RESULTS_FILE, RESULTS)):
+    for name, kind in ((RUN_FILE, SETTINGS), (PICTURE, EARLIER_PICTURE), (RESULTS_FILE, RESULTS)):
         if not (name == PICTURE and _holds_run(out)):  # pictures of earlier versions bear no mark
             check_target(out / name, kind, sources=sources)
     student = out / STUDENT_FOLDER
@@ -176,7 +175,7 @@ def _is_settings(file: Path) -> bool:
 def _holds_run(out: Path) -> bool:
     """Whether there are settings of a run, and something it has made."""
     made = (out / RESULTS_FILE).is_file() or any(out.glob("checkpoint-*"))
-    return made and (out / CONFIG_FILE).is_file() and _is_settings(out / CONFIG_FILE)
+    return made and (out / RUN_FILE).is_file() and _is_settings(out / RUN_FILE)
 
 
 def _is_student_of_run(folder: Path) -> bool:
@@ -222,10 +221,10 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
     """The trainer of these settings, with its data and models loaded."""
     from transformers import set_seed
 
-    from mta_fast.distill.trainer import MTATrainer
+    from mta_fast.distill.training.trainer import MTATrainer
 
     arguments = training_arguments(settings)
-    method = None if settings.base.loss == "none" else base_method(settings.base.loss, **settings.base.options)
+    method = base_method(settings.base.loss, **settings.base.options)
     sides: dict[str, ModelSettings] = {"student": settings.student}
     sides |= {} if settings.teacher is None else {"teacher": settings.teacher}
     configs = {side: load_config(model.path, **model.options) for side, model in sides.items()}
@@ -246,12 +245,12 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
     if settings.data.eval is not None:
         sources["eval"] = settings.data.eval, settings.data.eval_split
     with arguments.main_process_first(desc="reading"):
-        read = {name: _read(settings, *source, tokenizer, arguments) for name, source in sources.items()}
+        read = {name: _read(settings, method, *source, tokenizer, arguments) for name, source in sources.items()}
     with unsharded(arguments):
         models = {side: load_model(sides[side].path, dtype=sides[side].dtype, **sides[side].options) for side in sides}
     student: Any = models["student"]
     with arguments.main_process_first(desc="span extraction"):  # the other ranks then find the spans in the cache
-        rows = {name: _with_spans(settings, loaded, extractor) for name, loaded in read.items()}
+        rows = {name: _with_spans(settings, method, loaded, extractor) for name, loaded in read.items()}
     if settings.student.lora is not None:
         set_seed(arguments.seed)
         student = _with_lora(student, settings.student.lora)
@@ -277,7 +276,7 @@ def training_arguments(settings: TrainSettings) -> MTATrainingArguments:
     Raises:
         InputError: an unknown field, or a value that transformers refuses.
     """
-    from mta_fast.distill.arguments import FOR_SCRIPTS, MTATrainingArguments
+    from mta_fast.distill.training.arguments import FOR_SCRIPTS, MTATrainingArguments
 
     known = [f.name for f in fields(MTATrainingArguments) if f.init]
     for key in settings.training:
@@ -307,11 +306,16 @@ def training_arguments(settings: TrainSettings) -> MTATrainingArguments:
 
 
 def _read(
-    settings: TrainSettings, source: str, split: str, tokenizer: Any, arguments: MTATrainingArguments
+    settings: TrainSettings,
+    method: BaseMethod,
+    source: str,
+    split: str,
+    tokenizer: Any,
+    arguments: MTATrainingArguments,
 ) -> LoadedRows[Any]:
     """The rows of a source that fit, printed in a line."""
-    data, paired = settings.data, settings.base.loss == "distillm2"
-    loaded: Any = (load_pairs if paired else load_rows)(
+    data = settings.data
+    loaded = method.load_rows(
         source,
         split=split,
         template=data.template,
@@ -328,19 +332,20 @@ def _read(
     return loaded
 
 
-def _with_spans(settings: TrainSettings, loaded: LoadedRows[Any], extractor: SpanExtractor | None) -> Any:
+def _with_spans(
+    settings: TrainSettings, method: BaseMethod, loaded: LoadedRows[Any], extractor: SpanExtractor | None
+) -> Any:
     """A ``datasets.Dataset`` of prompts, responses and spans; the spans come from the cache where they are."""
     import datasets
 
-    paired = settings.base.loss == "distillm2"
-    responses = RESPONSES if paired else ("output",)
-    columns: dict[str, Any] = {name: [row[name] for row in loaded.rows] for name in ("prompt", *responses)}
+    names = ("prompt", *method.responses)
+    columns: dict[str, Any] = {name: [row[name] for row in loaded.rows] for name in names}
     if extractor is not None:
         cache = SpanCache(extractor, settings.spans.cache)
-        for response in responses:
+        for response in method.responses:
             texts = [row["prompt"] + row[response] for row in loaded.rows]
             spans = cache(texts, progress=True)
-            columns |= {f"{response}_{name}" if paired else name: column for name, column in spans.items()}
+            columns |= {span_column(response, name): column for name, column in spans.items()}
     return datasets.Dataset.from_dict(columns)
 
 
@@ -363,12 +368,6 @@ def _with_lora(student: Any, settings: LoraSettings) -> Any:
         return get_peft_model(student, config)
     except ValueError as error:
         raise InputError(f"student.lora: {error}") from None
-
-
-def _first_rank() -> bool:
-    """Whether this is the process that leads a run, by what launchers set before torch.distributed starts."""
-    variables = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # those that accelerate reads
-    return next((os.environ[name] for name in variables if os.environ.get(name)), "0") == "0"
 
 
 def _say(trainer: MTATrainer, text: str) -> None:

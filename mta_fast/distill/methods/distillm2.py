@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mta_fast.distill.losses import (
+from mta_fast.distill.data import PAIR
+from mta_fast.distill.methods.base import BaseMethod, Batch, Collator, ModelOutput
+from mta_fast.distill.methods.losses import (
     LogProbabilities,
     check_share,
     counted_positions,
@@ -16,11 +18,9 @@ from mta_fast.distill.losses import (
     skl_values,
     srkl_values,
 )
-from mta_fast.distill.methods import BaseMethod, Batch, ModelOutput
 from mta_fast.errors import InputError
 from mta_fast.spans.collate import SpanCollator
 
-RESPONSES = ("chosen", "rejected")
 SMALLEST_ALPHA, LARGEST_ALPHA = 0.01, 0.1  # of the adaptive alpha
 GAP_EPS = 1e-5
 
@@ -46,6 +46,8 @@ class DistiLLM2(BaseMethod):
         InputError: an alpha outside 0 to 1, a beta outside 0 to 2.
     """
 
+    responses = PAIR
+
     def __init__(
         self,
         *,
@@ -70,6 +72,10 @@ class DistiLLM2(BaseMethod):
     def beta(self) -> float:
         """The weight of the rejected responses now."""
         return 1 + 0.5 * min(1.0, 2 * self.progress) if self._beta is None else self._beta
+
+    def collator(self, collator: Collator) -> Collator:
+        """A PairCollator around a SpanCollator; another one is taken to make batches of 2B rows."""
+        return PairCollator(collator) if isinstance(collator, SpanCollator) else collator
 
     def counts(self, batch: Batch) -> Tensor:
         """[1] pairs."""
@@ -180,7 +186,7 @@ class PairCollator:
         Raises:
             InputError: a row without its columns.
         """
-        return self.collator([response_row(i, row, name) for name in RESPONSES for i, row in enumerate(rows)])
+        return self.collator([response_row(i, row, name) for name in PAIR for i, row in enumerate(rows)])
 
 
 def response_row(i: int, row: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from mta_fast import _yaml
-from mta_fast.distill import fingerprint, manifest
-from mta_fast.distill.fingerprint import Difference
-from mta_fast.distill.settings import TrainSettings
+from mta_fast.distill import manifest
+from mta_fast.distill.methods.base import BaseMethod
+from mta_fast.distill.methods.registry import method_type
+from mta_fast.distill.training import fingerprint, ranks
+from mta_fast.distill.training.fingerprint import Difference
+from mta_fast.distill.training.settings import TrainSettings
+from mta_fast.errors import InputError
 from mta_fast.files import write_whole
 
-CONFIG_FILE, LATER_CONFIG_FILE = "config.yaml", "config-{number}.yaml"
+RUN_FILE, LATER_RUN_FILE = "config.yaml", "config-{number}.yaml"
 PATHS = ("data.train", "data.eval", "*.path", "*.tokenizer")
-FOLLOWING_PROGRESS = ("distillm", "distillm2")
 
 
 def check(checkpoint: Path, out: Path, settings: TrainSettings, *, allow_changes: bool) -> None:
@@ -30,16 +33,14 @@ def check(checkpoint: Path, out: Path, settings: TrainSettings, *, allow_changes
     Raises:
         InputError: names every damaged file, or every setting that differs, its old and its new value.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not ranks.is_first_of_node():
         return
     manifest.verify(checkpoint)
     _, started = fingerprint.load(checkpoint)
-    if started is None and (out / CONFIG_FILE).is_file():
-        started = _yaml.read(out / CONFIG_FILE)
+    if started is None and (out / RUN_FILE).is_file():
+        started = _yaml.read(out / RUN_FILE)
     if started is None:
-        warnings.warn(
-            f"{out}: holds no {CONFIG_FILE}: whether the settings are the same can't be checked", stacklevel=3
-        )
+        warnings.warn(f"{out}: holds no {RUN_FILE}: whether the settings are the same can't be checked", stacklevel=3)
         return
     differing = differences(started, settings.to_dict(), finished=fingerprint.is_finished(checkpoint))
     # an MTA that alone differs is refused beside the projections, which say more of it
@@ -58,19 +59,27 @@ def differences(started: Mapping[str, Any], settings: Mapping[str, Any], *, fini
         one.update({key: defaults.get(key) for key in other if key not in one})
     for each in (old, new):
         each |= {key: value for key, value in defaults.items() if key not in each}
-        each["follows_evaluation"] = each.get("base.loss") == "distillm"
-        each["follows_progress"] = each.get("base.loss") in FOLLOWING_PROGRESS or ":" in str(each.get("base.loss"))
+        method = _method_type(each.get("base.loss"))
+        each["follows_evaluation"], each["follows_progress"] = method.follows_evaluation, method.follows_progress
     found = fingerprint.compare(old, new, finished=finished)
     return [each for each in found if not _same_place(each)]
+
+
+def _method_type(name: Any) -> type[BaseMethod]:
+    """The class of a base method; BaseMethod for one that is no more: that its name differs is then said."""
+    try:
+        return method_type(str(name))
+    except InputError:
+        return BaseMethod
 
 
 def record(out: Path, settings: TrainSettings) -> None:
     """Write config.yaml; where it is there with other settings it stays, and these go into config-2.yaml and so on."""
     out.mkdir(parents=True, exist_ok=True)
-    text, file, number = _yaml.dumps(settings.to_dict()), out / CONFIG_FILE, 1
+    text, file, number = _yaml.dumps(settings.to_dict()), out / RUN_FILE, 1
     while file.is_file() and file.read_text(encoding="utf-8") != text:
         number += 1
-        file = out / LATER_CONFIG_FILE.format(number=number)
+        file = out / LATER_RUN_FILE.format(number=number)
     if not file.is_file():
         write_whole(file, text)
 
@@ -86,7 +95,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _training_defaults() -> dict[str, Any]:
-    from mta_fast.distill.arguments import MTATrainingArguments
+    from mta_fast.distill.training.arguments import MTATrainingArguments
 
     described = {f.name: f for f in fields(MTATrainingArguments)}
     values = {name: f.default for name, f in described.items() if f.default is not MISSING}

@@ -1,4 +1,4 @@
-"""Base distillation losses: token sums or means over the positions whose label counts.
+"""Base distillation losses: token sums or means over the positions whose label counts, and the method of one.
 
 p is the teacher's distribution, q the student's; both from logits, in float32 (float64 for float64). Logits at
 position j predict label j + 1. Every loss here is called as ``loss(student_logits, teacher_logits, labels)``.
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mta_fast.config import nearest
+from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput
 from mta_fast.errors import InputError
-from mta_fast.reference import compute_dtype
+from mta_fast.layout import compute_dtype
 from mta_fast.spans.collate import IGNORED_LABEL
 
 Reduction = Literal["mean", "sum"]
@@ -248,3 +249,48 @@ def _reduced(values: Tensor, reduction: Reduction) -> Tensor:
     if reduction not in ("mean", "sum"):
         raise InputError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     return values.sum() if reduction == "sum" else values.sum() / max(values.numel(), 1)
+
+
+# --- as a base method --------------------------------------------------------------------------------------------
+
+SKEWED_LOSSES = ("srkl", "skl")
+
+
+class TokenMethod(BaseMethod):
+    """A loss of ``BASE_LOSSES``: the mean over the counted positions."""
+
+    follows_progress = False
+
+    def __init__(self, loss: str = "srkl", **options: float | bool) -> None:
+        super().__init__()
+        self._name, self._loss = loss, base_loss(loss, **options)
+        for option in ("alpha", "beta"):
+            if option in options:
+                check_share(option, float(options[option]))
+        self.reads_teacher = loss not in SEQUENCE_LEVEL_LOSSES
+
+    @property
+    def name(self) -> str:
+        """That of the loss."""
+        return self._name
+
+    def counts(self, batch: Batch) -> Tensor:
+        """[1] counted positions."""
+        return counted_positions(batch["labels"]).sum()[None]
+
+    def sums(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
+        """[1] the loss, summed over the counted positions."""
+        return self._loss(student.logits, teacher.logits, batch["labels"], reduction="sum")[None]
+
+
+def skewed_method(loss: str, alpha: float, detach_mixture: bool) -> TokenMethod:
+    """SRKL or SKL, as the token loss of another method.
+
+    Raises:
+        InputError: another loss, or an alpha outside 0 to 1.
+    """
+    if loss not in SKEWED_LOSSES:
+        raise InputError(
+            f"loss: expected one of {', '.join(SKEWED_LOSSES)}, got {loss!r}{nearest(loss, SKEWED_LOSSES)}"
+        )
+    return TokenMethod(loss, alpha=alpha, detach_mixture=detach_mixture)

@@ -1,0 +1,1 @@
+"""What models write: generated responses, pairs of them, and their scores."""
