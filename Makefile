@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CXX ?= c++
 TEXTS ?=
 
-.PHONY: install demo test test-asan smoke lint bench bench-step clean
+.PHONY: install demo test test-asan smoke lint layout bench bench-step clean
 
 install: $(VENV)/.built  ## a virtual environment with everything, and the C++ kernels
 
@@ -56,10 +56,15 @@ build/smoke/.installed: constraints.txt
 	$(BARE) -m pip install --quiet --no-compile -c constraints.txt torch numpy
 	touch $@
 
-lint: install  ## ruff and mypy
+lint: install  ## ruff, clang-format, mypy, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+layout: install  ## the imports between folders, in numbers, and their circles
+	$(BIN)/python tests/import_layout.py
 
 bench: install  ## what is measured on a CPU (under 15 minutes); TEXTS=FILE.jsonl for the extraction's text
 	$(BIN)/mta-fast bench all $(if $(TEXTS),--texts $(TEXTS)); code=$$?; $(BIN)/python -m bench.docs && exit $$code

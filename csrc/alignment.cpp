@@ -139,8 +139,8 @@ std::tuple<Tensor, Tensor, int64_t> token_ranges(const Tensor& offsets, const Te
   span_row.check_ascending(r.size);
 
   for (int64_t u = 0; u < spans.size; ++u) {
-    MTA_CHECK(0 <= spans[2 * u] && spans[2 * u] <= spans[2 * u + 1], "char_spans", "0 <= start <= end", "(", spans[2 * u],
-              ", ", spans[2 * u + 1], ") in row ", u);
+    MTA_CHECK(0 <= spans[2 * u] && spans[2 * u] <= spans[2 * u + 1], "char_spans", "0 <= start <= end", "(",
+              spans[2 * u], ", ", spans[2 * u + 1], ") in row ", u);
   }
 
   Tensor ranges = make_empty("char_spans", {spans.size, 2}, ScalarType::Long);

@@ -69,8 +69,7 @@ void check_size(const char* name, const char* what, int64_t expected, int64_t go
   MTA_CHECK(got == expected, name, std::to_string(expected) + " " + what, got);
 }
 
-Index::Index(const char* name, const Tensor& tensor, int64_t dim)
-    : name_(name), owner_(tensor) {
+Index::Index(const char* name, const Tensor& tensor, int64_t dim) : name_(name), owner_(tensor) {
   check_cpu(name, tensor);
   const ScalarType dtype = dtype_of_tensor(tensor);
   MTA_CHECK(dtype == ScalarType::Int, name, "int32", dtype_name(dtype));

@@ -25,8 +25,8 @@ using torch::stable::Tensor;
 
 // --- checks: everything is looked at before a pointer is touched ---
 
-#define MTA_CHECK(condition, name, expected, ...)                   \
-  do {                                                              \
+#define MTA_CHECK(condition, name, expected, ...)                      \
+  do {                                                                 \
     if (!(condition)) ::mta_fast::refuse(name, expected, __VA_ARGS__); \
   } while (false)
 
@@ -198,8 +198,9 @@ class Scratch {
       size_ = 0;
       memory_.reset();  // first, so that both are never held
       if (size <= kMost) memory_.reset(static_cast<T*>(std::aligned_alloc(kLine, bytes)));
-      MTA_CHECK(memory_ != nullptr, "scratch memory", std::to_string(size) + " values of " + std::to_string(sizeof(T)) +
-                " bytes", "none of the system; give fewer tokens or spans at once");
+      MTA_CHECK(memory_ != nullptr, "scratch memory",
+                std::to_string(size) + " values of " + std::to_string(sizeof(T)) + " bytes",
+                "none of the system; give fewer tokens or spans at once");
       use_large_pages(memory_.get(), bytes);
       size_ = size;
     }

@@ -312,4 +312,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mta_fast_cpp, m) {
   m.def("token_importance(Tensor hidden, Tensor rows_host, int seq_len, bool causal, bool count_padding) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CompositeExplicitAutograd, m) { m.impl("token_importance", TORCH_BOX(&mta_fast::token_importance)); }
+STABLE_TORCH_LIBRARY_IMPL(mta_fast_cpp, CompositeExplicitAutograd, m) {
+  m.impl("token_importance", TORCH_BOX(&mta_fast::token_importance));
+}

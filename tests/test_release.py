@@ -1,4 +1,4 @@
-"""The release workflow, which can't run here: it parses, and it names what setup.py and the Makefile name."""
+"""The workflows, which can't run here: they parse, and they name what setup.py and the Makefile name."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SETUP = (ROOT / "setup.py").read_text()
 
 
+def _workflow(name: str) -> dict[str, Any]:
+    made: dict[str, Any] = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text())
+    return made
+
+
 @pytest.fixture(scope="module")
 def workflow() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
+    return _workflow("release")
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +79,37 @@ def test_torch_libraries_stay_outside(settings: dict[str, Any]) -> None:
     excluded = re.findall(r"--exclude (\S+)", settings["tool"]["cibuildwheel"]["linux"]["repair-wheel-command"])
     assert needed
     assert {name.decode() for name in needed} == set(excluded)
+
+
+# --- tests of changes --------------------------------------------------------------------------------------------
+
+
+def test_changes_are_tested(settings: dict[str, Any]) -> None:
+    tests, release = _workflow("test"), _workflow("release")
+    assert tests[True] == {"push": {"branches": ["main"]}, "pull_request": None}
+    assert tests["permissions"] == {"contents": "read"}
+    (job,) = tests["jobs"].values()
+    pythons = job["strategy"]["matrix"]["python"]
+    assert len(pythons) == 2
+    assert f">={pythons[0]}" == settings["project"]["requires-python"]
+    used = {step["uses"] for step in job["steps"] if "uses" in step}
+    assert used <= {step["uses"] for part in release["jobs"].values() for step in part["steps"] if "uses" in step}
+    asked = [re.fullmatch(r"make (\S+) PYTHON=python", step["run"]) for step in job["steps"] if "run" in step]
+    assert [found and found[1] for found in asked] == ["install", "lint", "test"]
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"install", "lint", "test"} <= set(targets)
+    (cached,) = [step["with"]["cache-dependency-path"] for step in job["steps"] if "cache" in step.get("with", {})]
+    assert all((ROOT / name).is_file() for name in cached.split())
+
+
+def test_lint_and_the_hooks_run_the_same_tools(settings: dict[str, Any]) -> None:
+    lint = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert lint
+    linted = set(re.findall(r"\$\(BIN\)/([\w-]+)", lint[1]))
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert linted == {hook["entry"].split()[0].rpartition("/")[2] for hook in local["hooks"]}
+    packages = {"lint-imports": "import-linter"}
+    wanted = {packages.get(tool, tool) for tool in linted}
+    assert wanted <= {re.split("[>=]", name)[0] for name in settings["project"]["optional-dependencies"]["dev"]}
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    assert wanted <= {line.partition("==")[0] for line in pinned}
