@@ -8,15 +8,22 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from mta_fast.distill.training import ranks
 from mta_fast.interrupt import Request, handling, stop_at_once
 
-if TYPE_CHECKING:
-    from mta_fast.distill.training.saving import WholeCheckpoints
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stoppable(Protocol):
+    """A trainer that asks at the end of each step whether to stop."""
+
+    accelerator: Any
+    stop_wanted: Callable[[], bool] | None
+
+    def add_callback(self, callback: Any) -> None:
+        """As transformers' Trainer has it."""
 
 
 class FinishStep:
@@ -46,7 +53,7 @@ class FinishStep:
     ) -> None:
         self._handling.__exit__(kind, error, trace)
 
-    def watch(self, trainer: WholeCheckpoints) -> None:
+    def watch(self, trainer: Stoppable) -> None:
         """From the beginning of this trainer's first step on, finish the step."""
         from transformers import TrainerCallback
 
