@@ -8,13 +8,10 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mta_fast.distill.training import ranks
 from mta_fast.interrupt import Request, handling, stop_at_once
-
-if TYPE_CHECKING:
-    from mta_fast.distill.training.saving import WholeCheckpoints
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,8 +43,8 @@ class FinishStep:
     ) -> None:
         self._handling.__exit__(kind, error, trace)
 
-    def watch(self, trainer: WholeCheckpoints) -> None:
-        """From the beginning of this trainer's first step on, finish the step."""
+    def watch(self, trainer: Any) -> None:
+        """From the beginning of this trainer's first step on, finish the step; it asks ``stop_wanted`` after each."""
         from transformers import TrainerCallback
 
         outer, accelerator = self, trainer.accelerator
