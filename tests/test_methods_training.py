@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from models import make_tokenizer
+from models import make_model, make_tokenizer
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from training import CONFIG, logged, make_pairs, make_rows, make_trainer, weights
 
-from mta_fast import SpanExtractor, capture_layers
+from mta_fast import SpanCollator, SpanExtractor, capture_layers
 from mta_fast.distill import MTATrainer
+from mta_fast.distill.methods.base import BaseMethod
 from mta_fast.distill.methods.distillm import DistiLLM
 from mta_fast.distill.methods.distillm2 import DistiLLM2
 from mta_fast.distill.methods.fdd import FDD
+from mta_fast.distill.methods.losses import skewed_reverse_kl
 from mta_fast.distill.training import log
 from mta_fast.errors import InputError
 from mta_fast.spans.live import LazySpans
@@ -333,3 +336,99 @@ def test_a_clock_needs_a_warm_up_ratio(tmp_path: Path) -> None:
         make_trainer(tmp_path, max_seconds=5.0, warmup_steps=10)
     with pytest.raises(InputError, match="max_seconds: expected a time > 0"):
         make_trainer(tmp_path, max_seconds=0.0)
+
+
+# --- a method is asked, never named ------------------------------------------------------------------------------
+
+
+class OwnPairs(DistiLLM2):
+    """A subclass under a name that nothing knows."""
+
+
+class TwoAnswers(BaseMethod):
+    """Rows with two responses under names of its own, which it trains on one after the other."""
+
+    responses = ("short", "long")
+
+    def collator(self, collator: Any) -> Any:
+        def collate(rows: Any) -> Any:
+            kinds = ("word_spans", "phrase_spans")
+            return collator(
+                [
+                    {"prompt": row["prompt"], "output": row[name], **{kind: row[f"{name}_{kind}"] for kind in kinds}}
+                    for name in self.responses
+                    for row in rows
+                ]
+            )
+
+        return collate
+
+    def counts(self, batch: Any) -> torch.Tensor:
+        return (batch["labels"][:, 1:] != -100).sum()[None]
+
+    def sums(self, student: Any, teacher: Any, batch: Any) -> torch.Tensor:
+        return skewed_reverse_kl(student.logits, teacher.logits, batch["labels"], reduction="sum")[None]
+
+
+@pytest.mark.parametrize(("loss", "names"), [("OwnPairs", ("chosen", "rejected")), ("TwoAnswers", ("short", "long"))])
+def test_a_method_of_ones_own_reads_its_rows_from_yaml(tmp_path: Path, loss: str, names: tuple[str, str]) -> None:
+    from mta_fast.distill.training.run import build_trainer
+    from mta_fast.distill.training.settings import TrainSettings
+
+    tokenizer = make_tokenizer()
+    for name, layers in (("teacher", 8), ("student", 4)):
+        make_model("gpt2", layers, vocabulary=len(tokenizer)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [{"prompt": f"Say {i}.", names[0]: f"It is {i}.", names[1]: f"The answer is {i}."} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.yaml").write_text(
+        f"output_dir: {tmp_path}/run\nteacher: {{path: {tmp_path}/teacher}}\nstudent: {{path: {tmp_path}/student}}\n"
+        f"data: {{train: {tmp_path}/rows.jsonl}}\nspans: {{cache: {tmp_path}/cache}}\n"
+        f"base: {{loss: '{__name__}:{loss}'}}\n"
+        "training: {max_steps: 1, per_device_train_batch_size: 4, use_cpu: true, logging_steps: 1, save_strategy: 'no',"
+        " max_length: 160}\n"
+    )
+    trainer = build_trainer(TrainSettings.from_yaml(tmp_path / "run.yaml"))
+    assert set(trainer.train_dataset.column_names) == {
+        *("prompt", *names),
+        *(f"{name}_{kind}_spans" for name in names for kind in ("word", "phrase")),
+    }
+    assert len(next(iter(trainer.get_train_dataloader()))["input_ids"]) == 2 * 4
+    trainer.train()
+    assert logged(trainer, "base")[0] > 0
+    assert logged(trainer, "dsa")[0] > 0
+
+
+def test_a_collator_of_ones_own_beside_a_method_with_batches(tmp_path: Path) -> None:
+    class Shouting(SpanCollator):
+        def __call__(self, rows: Any) -> dict[str, Any]:
+            return super().__call__(rows) | {"seen": len(rows)}
+
+    own = Shouting(make_tokenizer(), max_length=64)
+    extractor = SpanExtractor()
+    options: dict[str, Any] = {"data_collator": own, "span_extractor": extractor, "max_steps": 2}
+    method = DistiLLM(threshold=1.0, increase=0.0, schedule="constant", capacity=4, generation={"max_new_tokens": 4})
+    trainer = make_trainer(tmp_path / "one", base_loss=method, **options)
+    assert next(iter(trainer.get_train_dataloader()))["seen"] == 4
+    trainer.train()
+    assert len(method.replay) == 4
+    with pytest.raises(InputError, match="data_collator: expected a SpanCollator, as DistiLLM also makes .* got funct"):
+        make_trainer(tmp_path / "two", base_loss=DistiLLM(increase=0.0), **options | {"data_collator": lambda rows: {}})
+    pairs = make_pairs(make_rows())
+    paired = make_trainer(tmp_path / "three", base_loss="distillm2", rows=pairs, data_collator=own)
+    assert len(next(iter(paired.get_train_dataloader()))["input_ids"]) == 2 * 4
+
+
+def test_nothing_outside_the_registry_tells_methods_by_name_or_type() -> None:
+    from mta_fast.distill.methods.registry import METHODS
+
+    package = Path(__file__).parents[1] / "mta_fast"
+    classes = "|".join(("BaseMethod", "NoBaseLoss", *(getattr(m, "func", m).__name__ for m in METHODS.values())))
+    names = "|".join(METHODS.keys() - {"none"})
+    told = re.compile(
+        rf"base\.loss *[!=]=|isinstance\([^\n]*\b({classes})\b|[!=]= *[\"']({names})[\"']|[\"']({names})[\"'] *[!=]="
+    )
+    files = [file for file in package.rglob("*.py") if file.name != "registry.py" and "kernels" not in file.parts]
+    assert len(files) > 50
+    found = {str(file.relative_to(package)): told.findall(file.read_text(encoding="utf-8")) for file in files}
+    assert not {file: each for file, each in found.items() if each}

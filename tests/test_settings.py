@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,63 @@ def test_examples_are_valid(path: Path) -> None:
     )
     assert (settings.mta_config(24, 24) is None) == (settings.teacher is None)
     assert training_arguments(settings).projection_learning_rate == 5e-4
+
+
+# --- the schema for editors --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    pytest.importorskip("transformers")
+    jsonschema = pytest.importorskip("jsonschema")
+    from mta_fast.distill.training.schema import json_schema
+
+    schema = json.loads(json.dumps(json_schema()))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_examples_follow_the_schema(validator: Any, path: Path) -> None:
+    from mta_fast import _yaml
+
+    assert not [error.message for error in validator.iter_errors(_yaml.read(path))]
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("trainig={}", ""),
+        ("student.lora.rank=4", "student.lora"),
+        ("student.dtype=float8", "student.dtype"),
+        ("mta.weighting=heavy", "mta"),
+        ("mta.lambda_dsaa=1", "mta"),
+        ("training.learning_rat=1", "training"),
+        ("training.max_steps=many", "training.max_steps"),
+        ("training.lr_scheduler_type=[1]", "training.lr_scheduler_type"),
+        ("base.loss=distilm", "base.loss"),
+    ],
+)
+def test_the_schema_finds_what_is_wrong(validator: Any, override: str, place: str) -> None:
+    from mta_fast import _yaml
+
+    values = _yaml.loads(MINIMAL, "here")
+    assert not list(validator.iter_errors(values))
+    key, _, value = override.partition("=")
+    inner = values
+    *path, last = key.split(".")
+    for part in path:
+        inner = inner.setdefault(part, {})
+    inner[last] = _yaml.loads(value, "here")
+    assert {".".join(error.absolute_path) for error in validator.iter_errors(values)} == {place}
+
+
+def test_the_command_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    from mta_fast.__main__ import main
+
+    assert main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert {"student", "teacher", "mta", "training"} <= schema["properties"].keys()
+    described = [field for part in schema["$defs"].values() for field in part.get("properties", {}).values()]
+    assert all(field.get("description") for field in described)

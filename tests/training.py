@@ -59,6 +59,7 @@ def make_trainer(
     span_extractor: Any = None,
     rows: list[dict[str, Any]] | None = None,
     callbacks: Any = None,
+    data_collator: Any = None,
     **arguments: Any,
 ) -> MTATrainer:
     """A trainer of four steps over four rows each; ``arguments`` change MTATrainingArguments."""
@@ -90,6 +91,7 @@ def make_trainer(
         train_dataset=rows[:16],
         eval_dataset=rows[16:],
         callbacks=callbacks,
+        data_collator=data_collator,
     )
 
 

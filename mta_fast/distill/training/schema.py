@@ -24,6 +24,9 @@ def json_schema() -> dict[str, Any]:
     """
     schema = TypeAdapter(TrainSettings).json_schema()
     definitions, parts = schema["$defs"], schema["properties"]
+    model = definitions["ModelSettings"]["properties"]
+    for name, field in definitions["StudentSettings"]["properties"].items():  # pydantic inherits no description
+        field.setdefault("description", model.get(name, {}).get("description"))
     parts["mta"]["anyOf"][0] = _mta(definitions)
     parts["training"] |= {"properties": _training(definitions), "additionalProperties": False}
     definitions["BaseSettings"]["properties"]["loss"]["anyOf"] = [{"enum": list(METHODS)}, {"pattern": "^[^:]+:[^:]+$"}]
