@@ -10,6 +10,7 @@ It runs in either version: PYTHONPATH names the tree whose package is taken, and
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import importlib
@@ -39,7 +40,8 @@ sys.path.insert(0, str(TREE / "tests"))
 # ruff: noqa: E402
 
 from batches import EDGE_ROWS, LAYOUTS, make_batch, random_rows
-from models import make_model, make_tokenizer
+from models import make_model
+from models import make_tokenizer as shared_tokenizer
 
 from mta_fast import LayerMap, MTAConfig, MTALoss, SpanBatch, SpanCollator, SpanExtractor
 
@@ -57,6 +59,11 @@ HOMES = {
     "pairs": ("mta_fast.distill.pairs", "mta_fast.distill.responses.pairs"),
     "evaluation": ("mta_fast.distill.evaluation", "mta_fast.distill.responses.evaluation"),
 }
+
+
+def make_tokenizer(vocabulary: int = 512) -> Any:
+    """One of its own for every case: a tokenizer that another case had changed would be saved with the change."""
+    return copy.deepcopy(shared_tokenizer(vocabulary))
 
 
 def public(home: str, name: str) -> Any:
@@ -662,6 +669,13 @@ training:
 """
 
 
+def several(*values: str) -> list[str]:
+    """Values of one option: with commas between them, or one after the other as before."""
+    from mta_fast import cli
+
+    return list(values) if hasattr(cli, "_ManyValues") else [",".join(values)]
+
+
 def run_command(*words: str) -> tuple[int, str]:
     """Exit code and standard output of mta-fast."""
     from mta_fast.__main__ import main
@@ -706,7 +720,7 @@ def commands() -> Found:
                 "generate", "--teacher", "teacher", "--student", "student", "--out", "pairs.jsonl", *short
             )
             yield "generate", [*made, Path("pairs.jsonl").read_bytes()]
-            yield "eval", run_command("eval", "student", "--seeds", "1", "2", "--out", "scores", *short)
+            yield "eval", run_command("eval", "student", "--seeds", *several("1", "2"), "--out", "scores", *short)
             scores = json.loads(Path("scores/results.json").read_text())
             yield "scores", [untimed(part) for part in scores["data"]]
             answers = files_of(Path("scores"), "**/*.jsonl")
@@ -714,7 +728,7 @@ def commands() -> Found:
                 "answers",
                 {name: [untimed(json.loads(line)) for line in text.splitlines()] for name, text in answers.items()},
             )
-            code, _ = run_command("ablate", "run.yaml", "--rows", "base", "full", "--seeds", "1",
+            code, _ = run_command("ablate", "run.yaml", "--rows", *several("base", "full"), "--seeds", "1",
                                   "--override", "output_dir=rows", "--override", "training.max_steps=2")  # fmt: skip
             yield "ablate", [code, files_of(Path("rows"), "**/student/*.safetensors")]
         finally:
