@@ -658,6 +658,13 @@ training:
 """
 
 
+def several(*values: str) -> tuple[str, ...]:
+    """The values of an option that takes several: words of their own before, a comma list now."""
+    import mta_fast.cli
+
+    return values if hasattr(mta_fast.cli, "_ManyValues") else (",".join(values),)
+
+
 def run_command(*words: str) -> tuple[int, str]:
     """Exit code and standard output of mta-fast."""
     from mta_fast.__main__ import main
@@ -702,7 +709,7 @@ def commands() -> Found:
                 "generate", "--teacher", "teacher", "--student", "student", "--out", "pairs.jsonl", *short
             )
             yield "generate", [*made, Path("pairs.jsonl").read_bytes()]
-            yield "eval", run_command("eval", "student", "--seeds", "1", "2", "--out", "scores", *short)
+            yield "eval", run_command("eval", "student", "--seeds", *several("1", "2"), "--out", "scores", *short)
             scores = json.loads(Path("scores/results.json").read_text())
             yield "scores", [{k: v for k, v in untimed(part).items() if k != "runs"} for part in scores["data"]]
             answers = files_of(Path("scores"), "**/*.jsonl")
@@ -710,7 +717,7 @@ def commands() -> Found:
                 "answers",
                 {name: [untimed(json.loads(line)) for line in text.splitlines()] for name, text in answers.items()},
             )
-            code, _ = run_command("ablate", "run.yaml", "--rows", "base", "full", "--seeds", "1",
+            code, _ = run_command("ablate", "run.yaml", "--rows", *several("base", "full"), "--seeds", "1",
                                   "--override", "output_dir=rows", "--override", "training.max_steps=2")  # fmt: skip
             yield "ablate", [code, files_of(Path("rows"), "**/student/*.safetensors")]
         finally:
