@@ -17,9 +17,9 @@ PACKAGE = "mta_fast"
 
 
 def room(module: str, folders: set[str]) -> str:
-    """The folder that a module lies in; one directly in the package stands for itself."""
+    """The folder that a module lies in; one that lies beside folders stands for itself."""
     home = module if module in folders else module.rpartition(".")[0]
-    return module if home == PACKAGE else home
+    return module if any(folder.startswith(home + ".") for folder in folders) else home
 
 
 def circles(edges: Iterable[tuple[str, str]]) -> list[list[str]]:
