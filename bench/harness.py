@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import binom
 from torch import Tensor
 
 Call = Callable[[], Any]
@@ -130,10 +131,5 @@ def check_parity(what: str, made: Tensors, expected: Tensors, limit: float = PAR
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the median, from order statistics: it assumes no distribution."""
     ordered, n = sorted(values), len(values)
-    outside, below = 0.0, 0  # the probability that fewer than ``below`` + 1 values lie below the median
-    for k in range(n // 2):
-        outside += math.comb(n, k) / 2**n
-        if outside > 0.025:
-            break
-        below = k
+    below = max(int(binom.ppf(0.025, n, 0.5)) - 1, 0)
     return ordered[below], ordered[n - 1 - below]

@@ -1,8 +1,8 @@
 """What the Triton backend moves, multiplies and launches, and the time data sheets allow for it: nothing is timed.
 
-``mta-fast bench model``. A forward and backward pass of MTALoss on tensors without data (device "meta") records every
-launch. ``bench.costs`` turns each of the package's own into operations and bytes; GEMMs and torch's other launches
-are counted from the shapes of their tensors. Reading a value on the host (``.item()``, ``.cpu()``, ``nonzero``)
+``python -m bench model``. A forward and backward pass of MTALoss on tensors without data (device "meta") records every
+launch. ``costs`` turns each of the package's own into operations and bytes; GEMMs and torch's other launches are
+counted from the shapes of their tensors. Reading a value on the host (``.item()``, ``.cpu()``, ``nonzero``)
 raises on such tensors, so that a pass that ends has no synchronisation.
 """
 
@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +23,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.costs import GEMMS, GPUS, Batch, Cost, Gpu, cost, is_half, precision, torch_cost
-from bench.report import Row, check_report, make_row, write_report
-from bench.workload import COVERED_SHARE
-from mta_fast import MTAConfig, MTALoss, SpanBatch, __version__
+from bench.gpu_model.costs import GEMMS, GPUS, Batch, Cost, Gpu, cost, is_half, precision, torch_cost
+from bench.report import Entry, Report, Section, entry, markdown_table
+from bench.workload import COVERED_SHARE, standard_spans
+from mta_fast import MTAConfig, MTALoss, __version__
 from mta_fast.errors import BackendUnavailableError
 from mta_fast.kernels._launch import INTERPRETED, Launch, observe
 
@@ -143,25 +141,11 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _spans(shape: Shape) -> dict[str, SpanBatch]:
-    """As in the standard workload: words of one token on the first part of every row, phrases of two tokens."""
-    covered = int(COVERED_SHARE * shape.seq_len)
-    tokens = {
-        "word": [(j, j + 1) for j in range(covered)],
-        "phrase": [(j, j + 2) for j in range(0, covered - 1, 2)],
-    }
-    offsets = (torch.arange(shape.seq_len)[:, None] * 3 + torch.arange(2)).expand(shape.batch, -1, -1)
-    return {
-        kind: SpanBatch.from_char_spans([[(3 * start, 3 * end - 2) for start, end in rows]] * shape.batch, offsets)
-        for kind, rows in tokens.items()
-    }
-
-
 def record(shape: Shape) -> Recorder:
     """Every launch and allocation of a forward and backward pass: bf16 states and projections, paper preset."""
     batches: dict[int, Batch] = {}
     spans = {}
-    for kind, made in _spans(shape).items():
+    for kind, made in standard_spans(shape.batch, shape.seq_len).spans.items():
         spans[kind] = made.to("meta")
         index = [*spans[kind].index_tensors(), spans[kind].rows.table]
         batches |= dict.fromkeys((_storage(t) for t in index), Batch.of(made))
@@ -271,105 +255,96 @@ def summarise(shape: Shape, recorder: Recorder) -> dict[str, Any]:
     }
 
 
-def targets(shapes: Sequence[dict[str, Any]]) -> list[Row]:
+def targets(shapes: Sequence[dict[str, Any]]) -> list[Entry]:
     """What the kernels must reach."""
-    rows = []
-    for made in shapes:
-        seq_len = made["shape"]["seq_len"]
+    made = []
+    for each in shapes:
+        seq_len = each["shape"]["seq_len"]
         most = 1.0 if seq_len <= 256 else 1 + 128 / seq_len
-        what = f"importance products / one S x S x d_T product, {made['shape']['name']}"
-        rows.append(make_row(what, "x", "<=", most, [made["importance_products"]]))
+        what = f"importance products / one S x S x d_T product, {each['shape']['name']}"
+        made.append(entry(what, [each["importance_products"]], target=f"<= {most:g}"))
     for name in TRAFFIC:
-        ratios = [made["bytes_over_minimum"][name] for made in shapes]
-        rows.append(make_row(f"bytes / minimum, {name}, worst shape", "x", "<=", 1.3, [max(ratios)]))
+        worst = max(each["bytes_over_minimum"][name] for each in shapes)
+        made.append(entry(f"bytes / minimum, {name}, worst shape", [worst], target="<= 1.3"))
     first = shapes[0]
-    ms = {part: made["H100"] for part, made in first["ms"].items()}
+    ms = {part: on["H100"] for part, on in first["ms"].items()}
     what = f"{first['shape']['name']} on H100, all pairs: own kernels and GEMMs (torch's other launches: {ms['torch']})"
-    rows.append(make_row(what, "ms", "<", 0.25, [round(ms["kernels"] + ms["GEMMs"], 6)]))
-    launches = max(made["launches_per_pair"]["kernels"] for made in shapes)
-    rows.append(make_row("own launches per layer pair beside align, worst shape", "launches", "<=", 14, [launches]))
-    forbidden = sum(made["forbidden_allocations"] for made in shapes)
-    rows.append(make_row("tensors [S, S], [spans, spans] or [tokens, d_T] made", "tensors", "<=", 0, [forbidden]))
-    return rows
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
-
-
-def _markdown(report: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {value}" for name, value in report["about"].items())
-    lines = ["# Modelled, not measured", "", f"{versions}.", "", *(f"- {text}" for text in ASSUMPTIONS)]
-    lines += [f"- {gpu['name']}: {gpu['sheet']}." for gpu in report["gpus"]]
-    reached = [
-        [row["what"], row["target"], f"{row['median']:.4g} {row['unit']}", "yes" if row["reached"] else "NO"]
-        for row in report["rows"]
+    launches = max(each["launches_per_pair"]["kernels"] for each in shapes)
+    forbidden = sum(each["forbidden_allocations"] for each in shapes)
+    return [
+        *made,
+        entry(what, [round(ms["kernels"] + ms["GEMMs"], 6)], "ms", "< 0.25"),
+        entry("own launches per layer pair beside align, worst shape", [launches], "launches", "<= 14"),
+        entry("tensors [S, S], [spans, spans] or [tokens, d_T] made", [forbidden], "tensors", "<= 0"),
     ]
-    lines += ["", "## Targets", "", *_table(("figure", "target", "modelled", "reached"), reached)]
-    lines += ["## Shapes", "", *_shape_tables(report["shapes"])]
-    for made in report["shapes"]:
-        lines += [f"## {made['shape']['name']}", "", *_kernel_table(made)]
+
+
+def _markdown(content: dict[str, Any], reached: Sequence[Entry]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in content["about"].items())
+    lines = ["# Modelled, not measured", "", f"{versions}.", "", *(f"- {text}" for text in ASSUMPTIONS)]
+    lines += [f"- {gpu.name}: {gpu.sheet}." for gpu in GPUS]
+    judged = [[each.what, each.target, f"{each.median:.4g} {each.unit}", each.verdict] for each in reached]
+    lines += ["", "## Targets", "", *markdown_table(("figure", "target", "modelled", "reached"), judged), ""]
+    lines += ["## Shapes", "", *_shape_tables(content["shapes"])]
+    for made in content["shapes"]:
+        lines += [f"## {made['shape']['name']}", "", *_kernel_table(made), ""]
     return "\n".join(lines)
 
 
 def _shape_tables(shapes: Sequence[dict[str, Any]]) -> list[str]:
     work, memory, times = [], [], []
     for made in shapes:
-        shape, launches = made["shape"], made["launches_per_pair"]
-        sizes = [shape[name] for name in ("batch", "seq_len", "student_dim", "teacher_dim", "pairs")]
+        name, *sizes = made["shape"].values()
+        counts = (f"{made['launches_per_pair'][part]:g}" for part in ("kernels", "align", GEMM, OTHER))
         traffic = (
-            f"{made['bytes_over_minimum'][name]:.2f} ({made['bytes_over_minimum_without_l2'][name]:.2f})"
-            for name in TRAFFIC
+            f"{made['bytes_over_minimum'][kernel]:.2f} ({made['bytes_over_minimum_without_l2'][kernel]:.2f})"
+            for kernel in TRAFFIC
         )
-        largest = made["largest_allocation"]
-        counts = (f"{launches[name]:g}" for name in ("kernels", "align", GEMM, OTHER))
-        work.append([shape["name"], *sizes, *counts, f"{made['importance_products']:.4f}", *traffic])
+        work.append([name, *sizes, *counts, f"{made['importance_products']:.4f}", *traffic])
         scratch = (f"{made['scratch_bytes'][op] / 1e6:.2f}" for op in SCRATCH_OPS)
-        made_tensor = f"{largest['shape']} {largest['dtype']}, {largest['bytes'] / 1e6:.1f}"
-        memory.append([shape["name"], *scratch, f"{made['importance_scratch_per_row']:,}", made_tensor])
-        for part, ms in made["ms"].items():
-            times.append([shape["name"], part, *(f"{value:.3f}" for value in ms.values())])
-    head = [
-        *("shape", "B", "S", "d_S", "d_T", "pairs"),
-        "own launches a pair",
-        "align",
-        "GEMMs",
-        "torch launches beside",
+        largest = "{shape} {dtype}, {megabytes:.1f}".format(
+            **made["largest_allocation"], megabytes=made["largest_allocation"]["bytes"] / 1e6
+        )
+        memory.append([name, *scratch, f"{made['importance_scratch_per_row']:,}", largest])
+        times += [[name, part, *(f"{value:.3f}" for value in ms.values())] for part, ms in made["ms"].items()]
+    head = "shape", "B", "S", "d_S", "d_T", "pairs", "own launches a pair", "align", "GEMMs", "torch launches beside"
+    over_minimum = (f"{name}: bytes / minimum (without L2)" for name in TRAFFIC)
+    scratch_head = (f"scratch of {op}, MB" for op in SCRATCH_OPS)
+    return [
+        *markdown_table((*head, "importance products", *over_minimum), work),
+        "",
+        *markdown_table(("shape", *scratch_head, "importance scratch, bytes a row", "largest tensor made, MB"), memory),
+        "",
+        *markdown_table(("shape", "ms, modelled", *(gpu.name for gpu in GPUS)), times),
+        "",
     ]
-    head += ["importance products", *(f"{name}: bytes / minimum (without L2)" for name in TRAFFIC)]
-    scratch_head = ("shape", *(f"scratch of {op}, MB" for op in SCRATCH_OPS), "importance scratch, bytes a row")
-    lines = _table(head, work) + _table((*scratch_head, "largest tensor made, MB"), memory)
-    return lines + _table(("shape", "ms, modelled", *(gpu.name for gpu in GPUS)), times)
 
 
 def _kernel_table(made: dict[str, Any]) -> list[str]:
-    rows = [
-        [row["kernel"], row["products"], row["launches"], f"{row['flops'] / 1e9:.2f}"]
-        + [f"{row[name] / 1e6:.1f}" for name in ("bytes", "minimum_bytes")]
-        + [f"{ms:.4f} {row['bound'][gpu]}" for gpu, ms in row["ms"].items()]
-        for row in made["kernels"]
+    lines = [
+        [each["kernel"], each["products"], each["launches"], f"{each['flops'] / 1e9:.2f}"]
+        + [f"{each[name] / 1e6:.1f}" for name in ("bytes", "minimum_bytes")]
+        + [f"{ms:.4f} {each['bound'][gpu]}" for gpu, ms in each["ms"].items()]
+        for each in made["kernels"]
     ]
     head = ("kernel", "products in", "launches", "GFLOP", "MB", "minimum MB", *(f"{gpu.name}, ms" for gpu in GPUS))
-    return _table(head, rows)
+    return markdown_table(head, lines)
 
 
-def main(out: Path | None) -> int:
-    """Print the report, write OUT.json and OUT.md; 1 if a target is missed."""
+def measure() -> Report:
+    """Every shape.
+
+    Raises:
+        BackendUnavailableError: the kernels are interpreted.
+    """
     if INTERPRETED:
         raise BackendUnavailableError(
             "bench model: expected the kernels as they are compiled, got TRITON_INTERPRET=1; unset it"
         )
     shapes = [summarise(shape, record(shape)) for shape in SHAPES]
-    rows = targets(shapes)
-    report = {
-        "about": {"mta_fast": __version__, "torch": torch.__version__, "triton": importlib.metadata.version("triton")},
-        "gpus": [asdict(gpu) for gpu in GPUS],
-        "rows": [asdict(row) for row in rows],
-        "shapes": shapes,
-    }
-    text = _markdown(report)
-    print(text)
-    if out is not None:
-        write_report(check_report(out), json.dumps(report, indent=1) + "\n", text)
-    return 0 if all(row.reached for row in rows) else 1
+    reached = targets(shapes)
+    about = {"mta_fast": __version__, "torch": torch.__version__, "triton": importlib.metadata.version("triton")}
+    gpus, rows = ([asdict(each) for each in of] for of in (GPUS, reached))
+    content = {"about": about, "gpus": gpus, "rows": rows, "shapes": shapes}
+    sections = [Section("Targets", reached)]
+    return Report("mta-fast bench model", about, sections, content=content, text=_markdown(content, reached))
