@@ -11,6 +11,7 @@ from bench.report import Entry, Report, Section, markdown_table, number
 from mta_fast.errors import InputError
 from mta_fast.files import user_path
 
+PAGES = 1.0  # MB: what allocators round to
 NOISE = 0.1  # medians this near each other say nothing: identical runs differ as much
 WORKLOAD = ("sizes", "widths", "pair", "teacher", "batch", "texts")  # what a report's facts say of the work
 TESTED = ("mta_fast", "C++ kernels")  # what a comparison is made for; every other fact is the machine's
@@ -63,7 +64,7 @@ def compare(report: Report, earlier: Report, file: Path) -> Section:
 
 
 def _text(machines: list[str], single: int) -> str:
-    text = f"Medians. Beyond noise: more than {NOISE:.0%} apart, and no overlap of the ranges from p10 to p90."
+    text = f"Medians. Beyond noise: more than {NOISE:.0%} (memory: and {PAGES:g} MB) apart, no overlap of p10 to p90."
     if machines:
         text += (
             f" The machine or its versions differ ({', '.join(machines)}): times can't be compared and are left out, "
@@ -99,7 +100,8 @@ def _ratio(new: Entry, old: Entry) -> float | None:
 def _verdict(new: Entry, old: Entry) -> str:
     """better, worse, or other where no side is the better one; empty within the noise."""
     (low, now, high), (least, then, most) = ((e.p10 or 0.0, e.median or 0.0, e.p90 or 0.0) for e in (new, old))
-    if abs(now - then) <= NOISE * abs(then) or (low <= most and least <= high):
+    least_change = PAGES if new.unit == "MB" else 0.0
+    if abs(now - then) <= max(NOISE * abs(then), least_change) or (low <= most and least <= high):
         return ""
     relation = (new.target or old.target or ("<" if new.unit in ("ms", "MB") else "")).partition(" ")[0]
     if not relation:

@@ -135,14 +135,14 @@ class Found:
 
     def over_public(self, name: str, preset: str = "paper") -> list[float]:
         """The public algorithm's time over a backend's; empty where it isn't timed beside it."""
-        if self.public is None or name not in self.public.samples:
+        if self.public is None or name not in self.public:
             return []
         return self.public.ratio(PUBLIC, name if preset == "paper" else _same(name))
 
     @property
     def sides(self) -> list[str]:
         """The sides whose times are of this shape."""
-        return [name for name in self.kernels.samples if f" at {SMALL}" not in name]
+        return [name for name in self.kernels if f" at {SMALL}" not in name]
 
     def against_public(self) -> list[Entry]:
         """In both presets."""
@@ -179,7 +179,7 @@ class Found:
 
     def growth(self) -> list[Entry]:
         """Time here over that of the small shape, where both were measured side by side."""
-        names = [name for name in self.names if _small(name) in self.kernels.samples]
+        names = [name for name in self.names if _small(name) in self.kernels]
         ratios = {name: self.kernels.ratio(name, _small(name)) for name in names}
         return [entry(f"{name}: {LARGE} / {SMALL}", each, target=GROWTH) for name, each in ratios.items()]
 
@@ -231,8 +231,8 @@ def measure(backends: Sequence[str] | None = None, rounds: int | None = None, qu
         each.shape.name: {
             "floor flops": each.flops,
             "gemm flops a second": each.rates,
-            "seconds": each.kernels.samples,
-            "seconds beside the public algorithm": each.public.samples if each.public else {},
+            "seconds": each.kernels,
+            "seconds beside the public algorithm": each.public or {},
             "megabytes": each.megabytes,
         }
         for each in found
@@ -251,8 +251,8 @@ def _measure(shape: Shape, plan: Plan, names: Sequence[str], compiled: Sequence[
     gemm, check = GemmRate(plan.gemm_sizes), partial(_check, shape.name, workload)
     around: dict[str, Call] = {GEMM: gemm, **sides, GEMM_AGAIN: gemm}
     times = alternate(around, shape.kernels.asked(rounds), check)
-    taken = gemm.last(2 * len(times.samples.pop(GEMM)))
-    times.samples.pop(GEMM_AGAIN)
+    taken = gemm.last(2 * len(times.pop(GEMM)))
+    times.pop(GEMM_AGAIN)
     rates = [max(pair) for pair in zip(taken[::2], taken[1::2], strict=True)]
     found = Found(shape, names, loss_flops(workload.loss, workload.spans), times, rates, public, reason)
     for name in found.sides if plan is FULL else ():  # tiny products don't show the machine's rate
@@ -325,7 +325,7 @@ def _grid(plan: Plan, names: Sequence[str], rounds: int | None) -> list[Entry]:
 
 def _over(what: str, times: Times, side: str, names: Sequence[str], target: str = "") -> list[Entry]:
     """A side's time over every backend's."""
-    if side not in times.samples:
+    if side not in times:
         return []
     return [entry(f"{what}: {side} / {n}", times.ratio(side, n), target=target) for n in names if n != side]
 

@@ -123,7 +123,7 @@ def measure(backends: Sequence[str] | None = None, rounds: int | None = None, qu
     ]
     samples = {
         each.sweep.size: {
-            str(value): {"seconds": times.samples, "megabytes": peaks}
+            str(value): {"seconds": times, "megabytes": peaks}
             for value, times, peaks in zip(each.sweep.values, each.times, each.megabytes or cycle([{}]), strict=False)
         }
         for each in found

@@ -40,7 +40,7 @@ from bench.report import (
     number,
     texts_name,
 )  # fmt: skip
-from bench.step import Setting, full_rows, setting, small_setting
+from bench.step import Setting, full_rows, setting, small_setting, with_spans
 from mta_fast import SpanCollator, SpanExtractor
 from mta_fast.errors import MissingPackageError
 from mta_fast.spans.extract import DEFAULT_MODEL, load_pipeline
@@ -73,7 +73,7 @@ def measure(rounds: int | None = None, texts: Path | None = None, quick: bool = 
         with_teachers = teachers(made, WAITS[:1] if quick else WAITS)
         taken = [run(made, teacher, rows, pools, effort) for teacher in with_teachers]
     about = {"teacher": made.name.partition(" <- ")[0], "batch": f"B={made.batch} S={made.length}"}
-    samples = {t.teacher.name: {"whole": t.times.samples, "held up": t.held_up} for t in taken}
+    samples = {t.teacher.name: {"whole": t.times, "held up": t.held_up} for t in taken}
     stalls, whole = [e for t in taken for e in t.stalls()], [e for t in taken for e in t.whole()]
     left = [e for t in taken for e in t.left("" if quick else SHARE)]
     sections = [
@@ -105,9 +105,7 @@ def generated_rows(made: Setting, texts: Path | None) -> Rows:
         end = made.tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"][-1][1]
         prompt = row["prompt"][:end]
         rows.append({"prompt": prompt, "output": text[len(prompt) : end]})
-    rows = rows[: len(rows) // made.batch * made.batch]
-    spans = SpanExtractor()([row["prompt"] + row["output"] for row in rows])
-    return [row | {name: column[i] for name, column in spans.items()} for i, row in enumerate(rows)]
+    return with_spans(rows[: len(rows) // made.batch * made.batch])
 
 
 @dataclass(frozen=True, eq=False)

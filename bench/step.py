@@ -117,8 +117,13 @@ def full_rows(made: Setting, texts: Path | None) -> Rows:
             break
         else:
             joined.append({"prompt": row["prompt"], "output": row["output"]})
-    spans = SpanExtractor()([row["prompt"] + row["output"] for row in joined])
-    return [row | {name: column[i] for name, column in spans.items()} for i, row in enumerate(joined)]
+    return with_spans(joined)
+
+
+def with_spans(rows: Rows) -> Rows:
+    """Every row with its words and phrases."""
+    spans = SpanExtractor()([row["prompt"] + row["output"] for row in rows])
+    return [row | {name: column[i] for name, column in spans.items()} for i, row in enumerate(rows)]
 
 
 def _trainer(made: Setting, side: str, folder: str) -> Any:

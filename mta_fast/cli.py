@@ -363,7 +363,7 @@ def bench(context: typer.Context) -> None:
     """What the package costs, from a checkout: python -m bench, from anywhere; --help lists its commands."""
     load_bench()
     commands = importlib.import_module("bench.commands")
-    raise typer.Exit(commands.app(context.args, prog_name=context.command_path, standalone_mode=False))
+    raise typer.Exit(commands.app(context.args, prog_name="mta-fast bench", standalone_mode=False))
 
 
 def load_bench() -> None:

@@ -43,6 +43,7 @@ def test_what_moved_beyond_noise() -> None:
         entry("ratio", [2, 2, 2], target=">= 1"),
         entry("unjudged", [2, 2, 2]),
         entry("difference", [-1, -1, -1], "%"),
+        entry("page", [0.1], "MB"),
         entry("then alone", [1]),
         skipped("skipped", "no reason"),
     )
@@ -53,6 +54,7 @@ def test_what_moved_beyond_noise() -> None:
         entry("ratio", [3, 3, 3], target=">= 1"),
         entry("unjudged", [1, 1, 1]),
         entry("difference", [2, 2, 2], "%", "<= 4"),
+        entry("page", [1.0], "MB"),
         entry("now alone", [1]),
         skipped("skipped", "no reason"),
         mta_fast="0.2.0",
@@ -65,6 +67,7 @@ def test_what_moved_beyond_noise() -> None:
         "ratio": (1.5, True, "better"),
         "unjudged": (0.5, None, "other"),
         "difference": (None, False, "worse"),
+        "page": (10.0, None, ""),
     }
     assert made.table[2] == "| Times: slower | 10.00 ms | 13.00 ms | 1.30 | worse |"
     assert made.text.endswith("2 figures stand in one of the two alone.")

@@ -188,29 +188,27 @@ ASSUMPTIONS = (
 )
 
 
-def _kernel_rows(works: Sequence[Work]) -> list[dict[str, Any]]:
-    """A row for each kernel, in the order of their first launches; then GEMMs, and torch's other launches."""
-    rows = []
+def _kernels(works: Sequence[Work]) -> dict[str, dict[str, Any]]:
+    """The figures of each kernel, in the order of their first launches; of GEMMs, and of torch's other launches."""
+    found = {}
     names = dict.fromkeys(work.name for work in works)
     for name in (*(name for name in names if name not in (GEMM, OTHER)), GEMM, OTHER):
         made = [work for work in works if work.name == name]
         times = {gpu.name: [work.seconds(gpu) for work in made] for gpu in GPUS}
         products = {gpu: sum(p for p, m in pairs if p > m) for gpu, pairs in times.items()}
         total = {gpu: sum(map(max, pairs)) for gpu, pairs in times.items()}
-        rows.append(
-            {
-                "kernel": name,
-                "products": ", ".join(sorted({work.precision for work in made if work.cost.flops})),
-                "launches": len(made),
-                "flops": sum(work.cost.flops for work in made),
-                "bytes": sum(work.cost.bytes for work in made),
-                "minimum_bytes": sum(work.cost.minimum for work in made),
-                "shared_bytes": sum(work.cost.shared for work in made),
-                "ms": {gpu: round(1e3 * seconds, 6) for gpu, seconds in total.items()},
-                "bound": {gpu: "products" if 2 * products[gpu] > total[gpu] else "memory" for gpu in total},
-            }
-        )
-    return rows
+        found[name] = {
+            "kernel": name,
+            "products": ", ".join(sorted({work.precision for work in made if work.cost.flops})),
+            "launches": len(made),
+            "flops": sum(work.cost.flops for work in made),
+            "bytes": sum(work.cost.bytes for work in made),
+            "minimum_bytes": sum(work.cost.minimum for work in made),
+            "shared_bytes": sum(work.cost.shared for work in made),
+            "ms": {gpu: round(1e3 * seconds, 6) for gpu, seconds in total.items()},
+            "bound": {gpu: "products" if 2 * products[gpu] > total[gpu] else "memory" for gpu in total},
+        }
+    return found
 
 
 def _forbidden(shape: Shape, recorder: Recorder) -> int:
@@ -224,34 +222,30 @@ def _forbidden(shape: Shape, recorder: Recorder) -> int:
 
 def summarise(shape: Shape, recorder: Recorder) -> dict[str, Any]:
     """The figures of one shape."""
-    rows = _kernel_rows(recorder.works)
-    own = [row for row in rows if row["kernel"] not in (GEMM, OTHER)]
-    by_name = {row["kernel"]: row for row in rows}
-    own_launches = sum(row["launches"] for row in own)
-    products = sum(row["flops"] for row in own if row["kernel"] in IMPORTANCE)
-    largest = max(recorder.allocations)
-    parts = {"kernels": own, "GEMMs": [by_name[GEMM]], "torch": [by_name[OTHER]], "all": rows}
+    kernels, scratch = _kernels(recorder.works), recorder.scratch
+    own = [each for name, each in kernels.items() if name not in (GEMM, OTHER)]
+    launches = {name: kernels[name]["launches"] for name in ("align", GEMM, OTHER)}
+    launches = {"kernels": sum(each["launches"] for each in own) - launches["align"], **launches}
+    products = sum(each["flops"] for each in own if each["kernel"] in IMPORTANCE)
+    moved = [kernels[name] for name in TRAFFIC]
+    over = {each["kernel"]: each["bytes"] / each["minimum_bytes"] for each in moved}
+    without = {each["kernel"]: (each["bytes"] + each["shared_bytes"]) / each["minimum_bytes"] for each in moved}
+    parts = {"kernels": own, "GEMMs": [kernels[GEMM]], "torch": [kernels[OTHER]], "all": [*kernels.values()]}
     return {
         "shape": asdict(shape),
-        "launches_per_pair": {
-            "kernels": (own_launches - by_name["align"]["launches"]) / shape.pairs,
-            **{name: by_name[name]["launches"] / shape.pairs for name in ("align", GEMM, OTHER)},
-        },
+        "launches_per_pair": {name: count / shape.pairs for name, count in launches.items()},
         "importance_products": products / (2 * shape.pairs * shape.batch * shape.seq_len**2 * shape.teacher_dim),
-        "bytes_over_minimum": {name: by_name[name]["bytes"] / by_name[name]["minimum_bytes"] for name in TRAFFIC},
-        "bytes_over_minimum_without_l2": {
-            name: (by_name[name]["bytes"] + by_name[name]["shared_bytes"]) / by_name[name]["minimum_bytes"]
-            for name in TRAFFIC
-        },
+        "bytes_over_minimum": over,
+        "bytes_over_minimum_without_l2": without,
         "forbidden_allocations": _forbidden(shape, recorder),
-        "largest_allocation": {"bytes": largest[0], "shape": largest[1], "dtype": largest[2]},
-        "scratch_bytes": dict(recorder.scratch),
-        "importance_scratch_per_row": recorder.scratch["token_importance"] // shape.batch,
+        "largest_allocation": dict(zip(("bytes", "shape", "dtype"), max(recorder.allocations), strict=True)),
+        "scratch_bytes": dict(scratch),
+        "importance_scratch_per_row": scratch["token_importance"] // shape.batch,
         "ms": {
-            part: {gpu.name: round(sum(row["ms"][gpu.name] for row in made), 6) for gpu in GPUS}
-            for part, made in parts.items()
+            part: {gpu.name: round(sum(each["ms"][gpu.name] for each in of), 6) for gpu in GPUS}
+            for part, of in parts.items()
         },
-        "kernels": rows,
+        "kernels": [*kernels.values()],
     }
 
 
@@ -296,28 +290,21 @@ def _shape_tables(shapes: Sequence[dict[str, Any]]) -> list[str]:
     for made in shapes:
         name, *sizes = made["shape"].values()
         counts = (f"{made['launches_per_pair'][part]:g}" for part in ("kernels", "align", GEMM, OTHER))
-        traffic = (
-            f"{made['bytes_over_minimum'][kernel]:.2f} ({made['bytes_over_minimum_without_l2'][kernel]:.2f})"
-            for kernel in TRAFFIC
-        )
+        over = zip(*(made[f"bytes_over_minimum{l2}"].values() for l2 in ("", "_without_l2")), strict=True)
+        traffic = (f"{with_l2:.2f} ({without:.2f})" for with_l2, without in over)
         work.append([name, *sizes, *counts, f"{made['importance_products']:.4f}", *traffic])
         scratch = (f"{made['scratch_bytes'][op] / 1e6:.2f}" for op in SCRATCH_OPS)
-        largest = "{shape} {dtype}, {megabytes:.1f}".format(
-            **made["largest_allocation"], megabytes=made["largest_allocation"]["bytes"] / 1e6
-        )
+        size, *kind = made["largest_allocation"].values()
+        largest = f"{kind[0]} {kind[1]}, {size / 1e6:.1f}"
         memory.append([name, *scratch, f"{made['importance_scratch_per_row']:,}", largest])
         times += [[name, part, *(f"{value:.3f}" for value in ms.values())] for part, ms in made["ms"].items()]
     head = "shape", "B", "S", "d_S", "d_T", "pairs", "own launches a pair", "align", "GEMMs", "torch launches beside"
     over_minimum = (f"{name}: bytes / minimum (without L2)" for name in TRAFFIC)
     scratch_head = (f"scratch of {op}, MB" for op in SCRATCH_OPS)
-    return [
-        *markdown_table((*head, "importance products", *over_minimum), work),
-        "",
-        *markdown_table(("shape", *scratch_head, "importance scratch, bytes a row", "largest tensor made, MB"), memory),
-        "",
-        *markdown_table(("shape", "ms, modelled", *(gpu.name for gpu in GPUS)), times),
-        "",
-    ]
+    memory_head = ("shape", *scratch_head, "importance scratch, bytes a row", "largest tensor made, MB")
+    lines = [*markdown_table((*head, "importance products", *over_minimum), work), ""]
+    lines += [*markdown_table(memory_head, memory), ""]
+    return [*lines, *markdown_table(("shape", "ms, modelled", *(gpu.name for gpu in GPUS)), times), ""]
 
 
 def _kernel_table(made: dict[str, Any]) -> list[str]:

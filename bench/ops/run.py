@@ -60,10 +60,8 @@ def measure(backends: Sequence[str] | None = None, rounds: int | None = None, qu
             found = [_measure(op, shape, mode, names, others, plan, rounds) for op in OPS for mode in op.modes]
             sections.append(Section(f"Times, {shape.name}", (), TEXT, _table(found, names[0])))
             sections.append(Section(f"Ratios, {shape.name}", [e for each in found for e in _ratios(each, names)]))
-            samples |= {f"{each.label}, {shape.name}": each.times.samples | {"floor": each.floor} for each in found}
-            points = [
-                (each.label, side, entry("", each.over_floor(side))) for each in found for side in each.times.samples
-            ]
+            samples |= {f"{each.label}, {shape.name}": each.times | {"floor": each.floor} for each in found}
+            points = [(each.label, side, entry("", each.over_floor(side))) for each in found for side in each.times]
             panels.append(plots.Panel(shape.name, "time / floor (lower is better)", points))
     figures = {"": partial(plots.dots, panels, title="Single ops, float32")}
     return Report("mta-fast bench ops", machine(widths="768 and 1600"), sections, samples, figures)
@@ -82,7 +80,7 @@ def _measure(
     work = op.work(inputs, mode)
     rate = GemmRate(plan.gemm_sizes) if work.flops else CopyRate(plan.copied_megabytes)
     times = alternate({"machine": rate, **sides}, plan.effort.asked(rounds), check)
-    floor = [(work.flops or work.bytes) / each for each in rate.last(len(times.samples.pop("machine")))]
+    floor = [(work.flops or work.bytes) / each for each in rate.last(len(times.pop("machine")))]
     found = Found(label, floor, times)
     # tiny products don't show the machine's rate, and what only moves bytes may find them in a cache
     for name in sides if work.flops and plan is FULL else ():
@@ -100,7 +98,7 @@ def _ratios(found: Found, names: Sequence[str]) -> list[Entry]:
     """The reference against every backend, which must not be slower; everything else against the first backend."""
     return [
         entry(f"{found.label}: {side} / {name}", found.times.ratio(side, name), target=">= 1" * (side == REFERENCE))
-        for side in found.times.samples
+        for side in found.times
         for name in (names if side == REFERENCE else names[:1])
         if side != name
     ]
@@ -109,7 +107,7 @@ def _ratios(found: Found, names: Sequence[str]) -> list[Entry]:
 def _table(found: Sequence[Found], first: str) -> list[str]:
     lines = []
     for each in found:
-        for side, values in each.times.samples.items():
+        for side, values in each.times.items():
             time, floor = milliseconds("", values), entry("", each.over_floor(side))
             spread = f"{number(time.p10)} to {number(time.p90)}"
             ratio = entry("", each.times.ratio(side, first))
