@@ -39,6 +39,7 @@ def test_what_moved_beyond_noise() -> None:
     then = _report(
         entry("slower", [10, 10, 11], "ms"),
         entry("same", [10, 10, 11], "ms"),
+        entry("near", [10, 10, 10], "ms"),
         entry("wide", [10, 20, 40], "ms"),
         entry("ratio", [2, 2, 2], target=">= 1"),
         entry("unjudged", [2, 2, 2]),
@@ -50,6 +51,7 @@ def test_what_moved_beyond_noise() -> None:
     now = _report(
         entry("slower", [12, 13, 14], "ms"),
         entry("same", [10.5, 10.5, 10.5], "ms"),
+        entry("near", [10.8, 10.8, 10.8], "ms"),
         entry("wide", [30, 35, 50], "ms"),
         entry("ratio", [3, 3, 3], target=">= 1"),
         entry("unjudged", [1, 1, 1]),
@@ -63,6 +65,7 @@ def test_what_moved_beyond_noise() -> None:
     assert _verdicts(made) == {
         "slower": (1.3, False, "worse"),
         "same": (1.05, None, ""),
+        "near": (1.08, None, ""),
         "wide": (1.75, None, ""),
         "ratio": (1.5, True, "better"),
         "unjudged": (0.5, None, "other"),
