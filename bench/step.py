@@ -246,7 +246,7 @@ def _check(side: str, module: MTALoss, inputs: tuple[Any, ...], output: Any) -> 
     reference.config = replace(module.config, backend="reference")
     spans = module.found_spans() if isinstance(module, PublicWay) else inputs[2]
     with torch.no_grad():
-        expected = MTALoss.forward(reference, inputs[0], inputs[1], spans)
+        expected: Any = MTALoss.forward(reference, inputs[0], inputs[1], spans)
     check_parity(f"step, {side}: DSA and Hid", output.per_layer.means(), expected.per_layer.means(), PARITY)
 
 
