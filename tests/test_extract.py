@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from processes import LIMIT, wait_for, wait_until_gone
 
 from mta_fast import SpanExtractor
 from mta_fast.errors import InputError, MissingPackageError, MTAFastError
-from mta_fast.spans import pool
-from mta_fast.spans.extract import decode_spans, load_pipeline
+from mta_fast.spans import processes
+from mta_fast.spans.extract import load_pipeline
 from mta_fast.spans.rules import drop_nested, verb_phrases
 
 spacy = pytest.importorskip("spacy", reason="needs spaCy")
@@ -87,14 +86,13 @@ def test_a_slow_first_text_keeps_its_place(tmp_path: Path) -> None:
 
 
 def test_any_function_works_in_forked_processes_and_a_plain_one_in_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_context", lambda: get_context("fork"))
+    monkeypatch.setattr(processes, "_start_method", lambda: "fork")
     expected = SpanExtractor(_whole)(["a", "bc"])
     assert SpanExtractor(lambda text: _whole(text), n_process=2)(["a", "bc"]) == expected
-    monkeypatch.setattr(pool, "_context", lambda: get_context("spawn"))
-    with pytest.raises(InputError, match="n_process: expected a function that can be pickled"):
+    monkeypatch.setattr(processes, "_start_method", lambda: "spawn")
+    with pytest.raises(InputError, match="extractor: expected one that can be pickled for the processes"):
         SpanExtractor(lambda text: _whole(text), n_process=2)(["a", "bc"])
-    (made,) = pool.map_in_processes(SpanExtractor(_whole)._encode_chunk, [["a", "bc"]], 1)
-    assert [decode_spans(words) for words, _ in made] == expected["word_spans"]
+    assert SpanExtractor(_whole, n_process=2)(["a", "bc"]) == expected
 
 
 class _TwoPartError(Exception):
@@ -117,7 +115,11 @@ def _crash(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("kill", MTAFastError, "one stopped (signal 9, often the system's out-of-memory killer); try again with a sm"),
+        (
+            "kill",
+            MTAFastError,
+            "text of row 50: expected a process to parse it, 3 stopped over it (signal 9, often the sys",
+        ),
         ("odd", MTAFastError, "span extraction: _TwoPartError in a worker process: can't be pickled"),
         ("raise", KeyError, "mine"),
     ],
@@ -136,10 +138,10 @@ def test_ctrl_c_is_left_to_the_parent() -> None:
     assert made["word_spans"] == [[[0, 1]]] * 3
 
 
-def test_no_processes_inside_a_daemonic_one() -> None:
-    work = SpanExtractor(_crash, n_process=2)
-    with pytest.raises(InputError, match="expected 1 in a daemonic worker process"):
-        list(pool.map_in_processes(work, [["a", "b"]], 1))
+def test_no_processes_inside_a_daemonic_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="got a daemonic worker process; use n_process=1 there, without skip_unpars"):
+        SpanExtractor(_crash, n_process=2)(["a", "b"])
 
 
 _SLOW = """

@@ -23,7 +23,7 @@ from mta_fast.distill.distillm import DistiLLM
 from mta_fast.distill.distillm2 import DistiLLM2
 from mta_fast.distill.fdd import FDD
 from mta_fast.errors import InputError
-from mta_fast.spans.live import LazySpans
+from mta_fast.spans.lazy import LazySpans
 
 
 def _close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

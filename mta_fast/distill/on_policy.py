@@ -15,7 +15,8 @@ from mta_fast.distill.generation import GenerationSettings, encode_prompts, gene
 from mta_fast.errors import InputError
 from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor
-from mta_fast.spans.live import LazySpans, PendingSpans, SpanPool, pending_batch
+from mta_fast.spans.lazy import LazySpans, pending_batch
+from mta_fast.spans.parser_pool import ParserPool, PendingSpans
 
 Batch = dict[str, Any]
 
@@ -58,7 +59,7 @@ class OnPolicyBatches:
         except TypeError as error:
             raise InputError(f"generation: expected fields of GenerationSettings: {error}") from None
         self._extractor = extractor
-        self._pool: SpanPool | None = None
+        self._pool: ParserPool | None = None
         self._pending: list[tuple[PendingSpans, list[Row]]] = []
         self._counts: Counter[str] = Counter()
 
@@ -99,7 +100,7 @@ class OnPolicyBatches:
 
     def __enter__(self) -> OnPolicyBatches:
         if self._extractor is not None:
-            self._pool = SpanPool(self._extractor, self._extractor.n_process)
+            self._pool = ParserPool(self._extractor, self._extractor.n_process)
             self._pool.start()
         return self
 
