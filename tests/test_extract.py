@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,7 +13,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from processes import LIMIT, wait_for, wait_until_gone
 from mta_fast import SpanExtractor
 from mta_fast.errors import InputError, MissingPackageError, MTAFastError
 from mta_fast.spans import processes
+from mta_fast.spans.encoding import decode_spans
 from mta_fast.spans.extract import load_pipeline
 from mta_fast.spans.rules import drop_nested, verb_phrases
 
@@ -130,6 +133,83 @@ def test_a_crash_in_a_worker_is_raised_here(kind: str, error: type[Exception], m
     if kind != "kill":
         assert "_crash" in caught.value.__notes__[0]
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("n_process", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_text_over_which_processes_die_may_be_left_without_spans(n_process: int, batch_size: int) -> None:
+    texts = ["ok"] * 20 + ["kill"] + ["ok"] * 20
+    extract = SpanExtractor(_crash, n_process=n_process, batch_size=batch_size, skip_unparsable=True)
+    with pytest.warns(UserWarning, match="without spans") as told:
+        made = extract(texts)
+    assert made == {"word_spans": [[[0, 1]]] * 20 + [[]] + [[[0, 1]]] * 20, "phrase_spans": [[]] * 41}
+    (left,) = {str(each.message) for each in told if "expected its processes to live" not in str(each.message)}
+    assert left.startswith("text of row 20: expected a process to parse it, 3 stopped over it (signal 9")
+    assert left.endswith("it is left without spans, 1 so far; it begins with 'kill'")
+    assert not multiprocessing.active_children()
+
+
+def _dies_answering(folder: Path, text: str) -> dict[str, Any]:
+    """The first time, the process ends in the middle of its answer."""
+    if not (folder / text).exists():
+        (folder / text).touch()
+        frame = sys._getframe()
+        while frame.f_code.co_name != "_process_worker" and frame.f_back is not None:
+            frame = frame.f_back
+        os.write(frame.f_locals["result_queue"]._writer.fileno(), b"\0\0\1\0half")  # 256 bytes were to come
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _whole(text)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[processes.Processes]:
+    parse = SpanExtractor(functools.partial(_dies_answering, tmp_path)).encoded
+    crew = processes.Processes(parse, 1, "fork", max_pending=9, skip=False)
+    yield crew
+    crew.stop()
+
+
+@pytest.mark.filterwarnings("ignore:span extraction. expected its processes to live")
+def test_a_death_in_the_middle_of_an_answer(one_process: processes.Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "WATCH_SECONDS", 0.05)
+    (spans,) = one_process.result(one_process.submit(["text"], [0]))
+    assert spans is not None
+    assert decode_spans(spans[0]) == [[0, 4]]
+    assert one_process.replaced == 1
+
+
+@pytest.mark.filterwarnings("ignore:span extraction. expected its processes to live")
+def test_a_death_over_nothing_is_not_the_next_texts(
+    one_process: processes.Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "ATTEMPTS", 1)
+    (tmp_path / "text").touch()
+    for _ in range(2):
+        (spans,) = one_process.result(one_process.submit(["text"], [0]))
+        assert spans is not None
+        process = one_process._processes[0]
+        process.kill()
+        assert process.exit_code() == -signal.SIGKILL
+    assert one_process.replaced == 1
+
+
+def test_a_function_that_exits_does_not_end_the_run() -> None:
+    with pytest.raises(MTAFastError, match="span extraction: SystemExit in a worker process: 3"):
+        SpanExtractor(lambda text: sys.exit(3), n_process=2)(["a", "b"])
+
+
+def test_results_do_not_run_ahead_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed, submit = list[str](), processes.Processes.submit
+
+    def counted(crew: processes.Processes, texts: list[str], rows: range) -> Any:
+        handed.extend(texts)
+        return submit(crew, texts, rows)
+
+    monkeypatch.setattr(processes.Processes, "submit", counted)
+    texts = [str(i) for i in range(100)]
+    with closing(SpanExtractor(_whole, n_process=2, batch_size=1).encoded(texts)) as made:
+        for taken, _ in enumerate(itertools.islice(made, 20)):
+            assert len(handed) == taken + 2 * processes.CHUNKS_AHEAD
 
 
 @pytest.mark.usefixtures("interruptible")

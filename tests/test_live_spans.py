@@ -223,6 +223,12 @@ def test_a_text_that_kills_is_named_and_the_others_are_parsed(
     with pytest.raises(MTAFastError, match=message):
         pending.result()
     assert pool.replaced == replaced + 2
+    monkeypatch.setattr(processes, "ATTEMPTS", 1)
+    monkeypatch.setattr(pool._processes, "_skip", True)
+    with pytest.warns(UserWarning, match="text of row 1: .* it is left without spans, 1 so far; it begins with 'die:'"):
+        made = pool.submit(["a", "die:"]).result()
+    assert made == {"word_spans": [[[0, 1]], []], "phrase_spans": [[[0, 1]], []]}
+    assert pool.skipped == 1
     assert pool.submit(["a", "b", "c"]).result() == EXTRACTOR(["a", "b", "c"])
 
 
@@ -354,6 +360,7 @@ def test_errors_name_expected_and_received(tmp_path: Path, monkeypatch: pytest.M
     for name in ("n_process", "max_pending"):
         with pytest.raises(InputError, match=f"{name}: expected an integer >= 1, got 0"):
             ParserPool(EXTRACTOR, **{name: 0})
+    assert ParserPool(SpanExtractor(spans_of, skip_unparsable=True))._processes._skip
     with pytest.raises(InputError, match="extractor: expected one that can be pickled for the processes, got one that"):
         ParserPool(SpanExtractor(lambda text: {}))
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]

@@ -105,11 +105,13 @@ class SpanSettings:
         model: a spaCy pipeline.
         cache: folder of the span cache; None: ``$MTA_FAST_CACHE`` or ``~/.cache/mta_fast/spans``.
         n_process: processes that parse.
+        skip_unparsable: leave a text over which these die again and again without spans, and say so.
     """
 
     model: str = DEFAULT_MODEL
     cache: str | None = None
     n_process: int = 1
+    skip_unparsable: bool = False
 
     def __post_init__(self) -> None:
         _open_paths(self, "model", "cache")
