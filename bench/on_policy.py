@@ -1,7 +1,7 @@
 """What spans of texts generated during training cost a step: ``python -m bench on-policy``.
 
 A step is here what lies between generated texts and MTA's loss: tokenising, the spans, the teacher's pass, and their
-alignment. The spans are known before (what is left is the floor), parsed in the step, parsed by a SpanPool while the
+alignment. The spans are known before (what is left is the floor), parsed in the step, parsed by a ParserPool while the
 teacher runs, or parsed in the public scripts' way, which start four spaCy processes in each step. What holds the step
 up is timed within it, above the same parts of the step whose spans are known; that the teacher runs slower while its
 cores parse shows in the whole step's time alone.
@@ -44,7 +44,8 @@ from bench.step import Setting, full_rows, setting, small_setting, with_spans
 from mta_fast import SpanCollator, SpanExtractor
 from mta_fast.errors import MissingPackageError
 from mta_fast.spans.extract import DEFAULT_MODEL, load_pipeline
-from mta_fast.spans.live import SpanPool, pending_batch
+from mta_fast.spans.lazy import pending_batch
+from mta_fast.spans.parser_pool import ParserPool
 from mta_fast.spans.rules import phrases, words
 
 KNOWN, IN_STEP, PUBLIC = "spans known", "parsed in the step", "four new spaCy processes a step"
@@ -67,7 +68,7 @@ def measure(rounds: int | None = None, texts: Path | None = None, quick: bool = 
         return nothing(command, error)
     rows, effort = generated_rows(made, texts), Effort(rounds or (2 if quick else ROUNDS))
     with ExitStack() as stack:
-        pools = {_pool(n): stack.enter_context(SpanPool(SpanExtractor(), n_process=n)) for n in POOLS}
+        pools = {_pool(n): stack.enter_context(ParserPool(SpanExtractor(), n_process=n)) for n in POOLS}
         for pool in pools.values():
             pool.start()
         with_teachers = teachers(made, WAITS[:1] if quick else WAITS)
@@ -189,7 +190,7 @@ class Taken:
         return [known, *(entry(f"{name}: {way}", self.times.ratio(way, KNOWN)) for way in ways)]
 
 
-def run(made: Setting, teacher: Teacher, rows: Rows, pools: Mapping[str, SpanPool], effort: Effort) -> Taken:
+def run(made: Setting, teacher: Teacher, rows: Rows, pools: Mapping[str, ParserPool], effort: Effort) -> Taken:
     """Time the ways in turn, each round on another batch, after the spans of the first were compared."""
     batches = [rows[first : first + made.batch] for first in range(0, len(rows), made.batch)]
     steps = {way: Step(teacher, itertools.cycle(batches), prepare) for way, prepare in ways(made, pools).items()}
@@ -202,7 +203,7 @@ def run(made: Setting, teacher: Teacher, rows: Rows, pools: Mapping[str, SpanPoo
     return Taken(teacher, times, {way: step.held_up[1:] for way, step in steps.items()})
 
 
-def ways(made: Setting, pools: Mapping[str, SpanPool]) -> dict[str, Callable[[Rows], Prepared]]:
+def ways(made: Setting, pools: Mapping[str, ParserPool]) -> dict[str, Callable[[Rows], Prepared]]:
     """From rows to a batch and its spans."""
     collator = SpanCollator(made.tokenizer, max_length=made.length)
     extractor, pipeline = SpanExtractor(), load_pipeline(DEFAULT_MODEL)
@@ -216,7 +217,7 @@ def ways(made: Setting, pools: Mapping[str, SpanPool]) -> dict[str, Callable[[Ro
         spans = collator.align(tokenized, extract(tokenized.texts))["spans"]
         return tokenized.batch, lambda: spans
 
-    def pooled(pool: SpanPool, rows: Rows) -> Prepared:
+    def pooled(pool: ParserPool, rows: Rows) -> Prepared:
         batch = pending_batch(pool, collator, rows)
         return batch, batch["spans"].result
 

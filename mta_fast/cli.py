@@ -329,13 +329,16 @@ def spans_make(
     split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
     template: Annotated[str, typer.Option(help="paper, plain, or a text with {instruction} and {input}.")] = "paper",
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them.")] = False,
+    skip_unparsable: Annotated[
+        bool, typer.Option("--skip-unparsable", help="Leave out and name texts over which parsers die.")
+    ] = False,
 ) -> None:
     """Extract the spans of all rows into the cache; a run that was interrupted goes on where it was."""
     from mta_fast.distill.data import describe_rows, load_rows, texts_of
     from mta_fast.spans.cache import SpanCache
     from mta_fast.spans.extract import SpanExtractor
 
-    cached = SpanCache(SpanExtractor(model, n_process=n_process), cache)
+    cached = SpanCache(SpanExtractor(model, n_process=n_process, skip_unparsable=skip_unparsable), cache)
     for source in data:
         loaded = load_rows(source, split=split, template=template, skip_bad_rows=skip_bad_rows)
         typer.echo(f"{source}: {describe_rows(loaded)}")

@@ -116,6 +116,8 @@ class SpanSettings:
     """Folder of the span cache; null: ``$MTA_FAST_CACHE`` or ``~/.cache/mta_fast/spans``."""
     n_process: StrictInt = 1
     """Processes that parse."""
+    skip_unparsable: StrictBool = False
+    """Leave a text over which these die again and again without spans, and say so."""
 
 
 @dataclass(frozen=True, config=_OF_A_RUN)
