@@ -513,7 +513,11 @@ TIMES = ("runtime", "per_second", "mta_share", "seconds", "_time")
 
 
 def untimed(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if not any(time in name for time in TIMES)}
+    kept = {name: value for name, value in entry.items() if not any(time in name for time in TIMES)}
+    for name, value in kept.items():
+        if isinstance(value, list):
+            kept[name] = [untimed(item) if isinstance(item, Mapping) else item for item in value]
+    return kept
 
 
 def make_trainer(folder: Path, *, student: Any = None, teacher: Any = "llama", **options: Any) -> Any:
@@ -693,7 +697,7 @@ def commands() -> Found:
             yield "cut", run_command("cut", "teacher", "student", "--layers", "4")
             yield "student", files_of(Path("student"), "*.safetensors", "*config.json")
             yield "spans make", run_command("spans", "make", "rows.jsonl", "--cache", "spans")[0]
-            yield "train", run_command("train", "run.yaml")
+            yield "train", run_command("train", "run.yaml")[0]
             results = json.loads(Path("run/results.json").read_text())
             yield "results", untimed(results)
             yield "weights", files_of(Path("run"), "student/*.safetensors", "checkpoint-*/*.safetensors",
@@ -711,7 +715,7 @@ def commands() -> Found:
             yield "generate", [*made, Path("pairs.jsonl").read_bytes()]
             yield "eval", run_command("eval", "student", "--seeds", *several("1", "2"), "--out", "scores", *short)
             scores = json.loads(Path("scores/results.json").read_text())
-            yield "scores", [{k: v for k, v in untimed(part).items() if k != "runs"} for part in scores["data"]]
+            yield "scores", [untimed(part) for part in scores["data"]]
             answers = files_of(Path("scores"), "**/*.jsonl")
             yield (
                 "answers",

@@ -8,22 +8,12 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from mta_fast.distill.training import ranks
 from mta_fast.interrupt import Request, handling, stop_at_once
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Stoppable(Protocol):
-    """A trainer that asks at the end of each step whether to stop."""
-
-    accelerator: Any
-    stop_wanted: Callable[[], bool] | None
-
-    def add_callback(self, callback: Any) -> None:
-        """As transformers' Trainer has it."""
 
 
 class FinishStep:
@@ -53,8 +43,8 @@ class FinishStep:
     ) -> None:
         self._handling.__exit__(kind, error, trace)
 
-    def watch(self, trainer: Stoppable) -> None:
-        """From the beginning of this trainer's first step on, finish the step."""
+    def watch(self, trainer: Any) -> None:
+        """From the beginning of this trainer's first step on, finish the step; it asks ``stop_wanted`` after each."""
         from transformers import TrainerCallback
 
         outer, accelerator = self, trainer.accelerator
