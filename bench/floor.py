@@ -7,6 +7,8 @@ and backward together. Not counted: anything that reads memory or takes an expon
 
 from __future__ import annotations
 
+import statistics
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -50,6 +52,20 @@ def loss_flops(loss: MTALoss, spans: dict[str, SpanBatch]) -> int:
     return total
 
 
+SYMMETRY = 0.5  # the products that tell the same twice, of which a kernel may leave out one half
+
+
+def check_floor(what: str, ratios: Sequence[float]) -> None:
+    """End the run where a side takes less time than its products can: then the benchmark is wrong.
+
+    Args:
+        ratios: time / floor of each round.
+    """
+    least = statistics.median(ratios)
+    if least < SYMMETRY:
+        sys.exit(f"bench: {what}: expected at least {SYMMETRY:g} of the floor, got {least:.2f}: the benchmark is wrong")
+
+
 class Rate:
     """A side of ``alternate`` that measures the machine: each call adds the best rate of a few tries to ``rates``."""
 
@@ -74,13 +90,9 @@ class GemmRate(Rate):
         best = 0.0
         for left, right, out in self._products:
             flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
-            fastest = min(seconds(_multiply, left, right, out) for _ in range(TRIES))
+            fastest = min(seconds(lambda a=left, b=right, c=out: torch.mm(a, b, out=c)) for _ in range(TRIES))
             best = max(best, flops / fastest)
         self.rates.append(best)
-
-
-def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    torch.mm(left, right, out=out)
 
 
 class CopyRate(Rate):

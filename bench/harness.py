@@ -45,14 +45,8 @@ def seconds(run: Callable[..., Any], *args: Any) -> float:
     return time.perf_counter() - begun
 
 
-class Times:
+class Times(dict[str, list[float]]):
     """Seconds a call of each side, round by round."""
-
-    def __init__(self, samples: dict[str, list[float]]) -> None:
-        self.samples = samples
-
-    def __getitem__(self, side: str) -> list[float]:
-        return self.samples[side]
 
     def ratio(self, side: str, other: str) -> list[float]:
         """side / other of each round."""
@@ -87,7 +81,7 @@ def alternate(
     if check is not None:
         check(results)
     results.clear()
-    samples: dict[str, list[float]] = {name: [] for name in sides}
+    times = Times({name: [] for name in sides})
     collecting = gc.isenabled()
     gc.collect()
     if not collect:
@@ -100,11 +94,11 @@ def alternate(
                 break
             for name in order if done % 2 == 0 else reversed(order):
                 count, call = repeats[name], sides[name]
-                samples[name].append(seconds(_repeat, call, count) / count)
+                times[name].append(seconds(_repeat, call, count) / count)
     finally:
         if collecting:
             gc.enable()
-    return Times(samples)
+    return times
 
 
 def _repeat(call: Call, count: int) -> None:
@@ -129,11 +123,8 @@ def check_parity(what: str, made: Tensors, expected: Tensors, limit: float = PAR
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the median, from order statistics: it assumes no distribution."""
+    from scipy.stats import binom
+
     ordered, n = sorted(values), len(values)
-    outside, below = 0.0, 0  # the probability that fewer than ``below`` + 1 values lie below the median
-    for k in range(n // 2):
-        outside += math.comb(n, k) / 2**n
-        if outside > 0.025:
-            break
-        below = k
+    below = max(int(binom.ppf(0.025, n, 0.5)) - 1, 0)
     return ordered[below], ordered[n - 1 - below]

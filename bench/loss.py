@@ -1,4 +1,4 @@
-"""The loss, forward + backward, against the public algorithm, the floor, the reference: ``mta-fast bench loss``.
+"""The loss, forward + backward, against the public algorithm, the floor, the reference: ``python -m bench loss``.
 
 Two groups of sides are timed at each shape. One holds the machine's matrix multiplication, every backend and, at the
 first shape, the compiled reference; the other the public algorithm and the backends in both presets. The paper preset
@@ -13,37 +13,37 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from bench import peak, plots
 from bench.compiled import compiled_reference
-from bench.floor import SIZES, GemmRate, loss_flops
+from bench.floor import SIZES, GemmRate, check_floor, loss_flops
 from bench.harness import Call, Effort, Times, alternate, check_parity
-from bench.machine import machine
-from bench.report import Report, Row, Section, cell, make_row, markdown_table, publish, skipped_row
-from bench.sides import PUBLIC, REFERENCE, cpu_backends, loss_side, public_gigabytes
-from bench.workload import STUDENT_DIM, TEACHER_DIM, Workload, standard_workload
+from bench.report import Entry, Report, Section, entry, machine, markdown_table, milliseconds, skipped
+from bench.workload import (
+    PUBLIC,
+    REFERENCE,
+    STUDENT_DIM,
+    TEACHER_DIM,
+    Workload,
+    cpu_backends,
+    loss_side,
+    public_gigabytes,
+    standard_workload,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One line of the table, and how long to measure it.
-
-    Attributes:
-        kernels: rounds of the backends and the floor; public: of the public algorithm beside them.
-        all_beside_public: whether all backends are timed beside it, or the first alone (a call takes half a minute).
-        without_public: why the public algorithm is not timed.
-        public_memory: whether its peak is measured too.
-    """
+    """One line of the table, and how long to measure it."""
 
     batch: int
     seq_len: int
-    kernels: Effort
-    public: Effort | None = None
-    all_beside_public: bool = True
-    without_public: str = ""
-    public_memory: bool = False
+    kernels: Effort  # rounds of the backends and the floor
+    public: Effort | None = None  # of the public algorithm beside them
+    all_beside_public: bool = True  # or the first backend alone: a call takes half a minute
+    without_public: str = ""  # why the public algorithm is not timed
+    public_memory: bool = False  # whether its peak is measured too
     dims: tuple[int, int] = (STUDENT_DIM, TEACHER_DIM)
     hid: bool = True
 
@@ -91,32 +91,33 @@ QUICK = Plan(
 
 @dataclass(frozen=True)
 class Target:
-    """What a backend must reach at a shape; None where nothing is asked."""
+    """What a backend must reach at a shape; empty where nothing is asked."""
 
-    public: float | None = None
-    floor: float | None = None
-    megabytes: float | None = None
+    public: str = ""
+    floor: str = ""
+    megabytes: str = ""
 
 
 TARGETS = {
-    ("cpp", "B=16 S=256"): Target(2.9, 1.25, 120),
-    ("cpp", "B=16 S=512"): Target(5.5, 1.25, 200),
-    ("cpp", "B=64 S=256"): Target(11, 1.25, 350),
-    ("cpp", "B=64 S=512"): Target(None, 1.25, 700),
-    ("cpp", "B=1 S=8192, without Hid"): Target(None, 1.35, 400),
-    ("cpp", "B=16 S=256, without Hid"): Target(10),
-    (REFERENCE, "B=16 S=256"): Target(2.5),
-    (REFERENCE, "B=16 S=512"): Target(3.8),
+    ("cpp", "B=16 S=256"): Target(">= 2.9", "<= 1.25", "<= 120"),
+    ("cpp", "B=16 S=512"): Target(">= 5.5", "<= 1.25", "<= 200"),
+    ("cpp", "B=64 S=256"): Target(">= 11", "<= 1.25", "<= 350"),
+    ("cpp", "B=64 S=512"): Target("", "<= 1.25", "<= 700"),
+    ("cpp", "B=1 S=8192, without Hid"): Target("", "<= 1.35", "<= 400"),
+    ("cpp", "B=16 S=256, without Hid"): Target(">= 10"),
+    (REFERENCE, "B=16 S=256"): Target(">= 2.5"),
+    (REFERENCE, "B=16 S=512"): Target(">= 3.8"),
 }
 GEMM, GEMM_AGAIN = "GEMM", "GEMM again"  # at both ends of a round: the better one counts
-GROWTH, SMALL, LARGE = 5.0, "B=16 S=256", "B=64 S=256"  # four times the rows
+GROWTH, SMALL, LARGE = "< 5", "B=16 S=256", "B=64 S=256"  # four times the rows
 
 
 @dataclass
 class Found:
-    """What was measured at one shape."""
+    """What was measured at one shape; ``names`` are the backends."""
 
     shape: Shape
+    names: Sequence[str]
     flops: int
     kernels: Times
     rates: list[float]
@@ -124,9 +125,83 @@ class Found:
     without_public: str
     megabytes: dict[str, list[float]] = field(default_factory=dict)
 
+    def target(self, name: str) -> Target:
+        """What a backend must reach here."""
+        return TARGETS.get((name, self.shape.name), Target())
 
-def main(backends: Sequence[str] | None, rounds: int | None, out: Path | None, quick: bool = False) -> int:
-    """Measure, print, write, and return 1 if a target was missed."""
+    def over_floor(self, name: str, best: float | None = None) -> list[float]:
+        """Time / floor of each round, at the round's own GEMM rate or at ``best``."""
+        return [t * (best or rate) / self.flops for t, rate in zip(self.kernels[name], self.rates, strict=True)]
+
+    def over_public(self, name: str, preset: str = "paper") -> list[float]:
+        """The public algorithm's time over a backend's; empty where it isn't timed beside it."""
+        if self.public is None or name not in self.public:
+            return []
+        return self.public.ratio(PUBLIC, name if preset == "paper" else _same(name))
+
+    @property
+    def sides(self) -> list[str]:
+        """The sides whose times are of this shape."""
+        return [name for name in self.kernels if f" at {SMALL}" not in name]
+
+    def against_public(self) -> list[Entry]:
+        """In both presets."""
+        made = []
+        for name in self.names:
+            what, ratios = f"{self.shape.name}: {PUBLIC} / {name}", self.over_public(name)
+            if not ratios:
+                made.append(skipped(what, self.without_public or f"{self.names[0]} alone is timed beside it"))
+                continue
+            made.append(entry(f"{what}, paper preset", ratios, target=self.target(name).public))
+            made.append(entry(f"{what}, public preset (the same numbers)", self.over_public(name, "public")))
+        return made
+
+    def against_floor(self, best: float) -> list[Entry]:
+        """At both rates."""
+        made = []
+        for name in self.names:
+            what, target = f"{self.shape.name}: {name} / floor", self.target(name).floor
+            made.append(entry(f"{what}, GEMM rate of the same round", self.over_floor(name), target=target))
+            made.append(entry(f"{what}, best GEMM rate of the whole run", self.over_floor(name, best), target=target))
+        return made
+
+    def peaks(self) -> list[Entry]:
+        """Of every side, or why there are none."""
+        if not self.megabytes:
+            return [skipped(f"{self.shape.name}: {name}", peak.why_not()) for name in self.names]
+        of = self.megabytes.items()
+        return [entry(f"{self.shape.name}: {name}", each, "MB", self.target(name).megabytes) for name, each in of]
+
+    def against_reference(self, compiled: Sequence[str]) -> list[Entry]:
+        """The reference, and compiled ones, over every backend."""
+        made = _over(self.shape.name, self.kernels, REFERENCE, self.names, ">= 1")
+        return made + [each for other in compiled for each in _over(self.shape.name, self.kernels, other, self.names)]
+
+    def growth(self) -> list[Entry]:
+        """Time here over that of the small shape, where both were measured side by side."""
+        names = [name for name in self.names if _small(name) in self.kernels]
+        ratios = {name: self.kernels.ratio(name, _small(name)) for name in names}
+        return [entry(f"{name}: {LARGE} / {SMALL}", each, target=GROWTH) for name, each in ratios.items()]
+
+    def times(self) -> list[Entry]:
+        """Of every side."""
+        public = {} if self.public is None else {PUBLIC: self.public[PUBLIC]}
+        taken = public | {name: self.kernels[name] for name in self.sides}
+        return [milliseconds(f"{self.shape.name}: {name}", each) for name, each in taken.items()]
+
+    def summary(self, name: str, best: float) -> list[str]:
+        """A backend's line in the table that must be reached."""
+        target, ratios = self.target(name), self.over_public(name)
+        public = entry("", ratios, target=target.public).cell if ratios else self.without_public or "-"
+        floor = entry("", self.over_floor(name), target=target.floor).cell
+        strict = statistics.median(self.over_floor(name, best))
+        megabytes = self.megabytes.get(name)
+        memory = "-" if megabytes is None else entry("", megabytes, "MB", target.megabytes).cell
+        return [name, self.shape.name, public, f"{floor} [{strict:.2f}]", memory]
+
+
+def measure(backends: Sequence[str] | None = None, rounds: int | None = None, quick: bool = False) -> Report:
+    """Every shape, the grid against the reference, and the peaks."""
     plan, names = QUICK if quick else FULL, cpu_backends(backends)
     with ExitStack() as stack:
         compiled = [] if quick else [stack.enter_context(compiled_reference())]
@@ -136,32 +211,34 @@ def main(backends: Sequence[str] | None, rounds: int | None, out: Path | None, q
         grid = _grid(plan, names, rounds)
     _measure_memory(found, names)
     best = max(rate for each in found for rate in each.rates)
+    head = ("backend", "shape", "faster than the public algorithm", "time / floor", "peak memory")
+    summary = [each.summary(name, best) for name in names for each in found]
+    text = (
+        "Medians. Against the public algorithm and the floor: ratios within a round. Floor: the products of the "
+        "formulas at the GEMM rate measured in the same round; in brackets at the best rate of the whole run, "
+        f"{best / 1e9:.0f} GFLOP/s. Peak memory: above inputs and returned gradients."
+    )
     sections = [
-        Section("Must reach", (), _summary_text(best), _summary(found, names, best)),
-        Section("Against the public algorithm", _public_rows(found, names)),
-        Section("Against the floor", _floor_rows(found, names, best)),
-        Section("Peak memory", _memory_rows(found, names)),
-        Section("Against the reference", [*_reference_rows(found, names, compiled), *grid]),
-        Section("Growth with the batch", _growth_rows(found, names)),
-        Section("Times", _time_rows(found)),
+        Section("Must reach", (), text, markdown_table(head, summary)),
+        Section("Against the public algorithm", [e for each in found for e in each.against_public()]),
+        Section("Against the floor", [e for each in found for e in each.against_floor(best)]),
+        Section("Peak memory", [e for each in found for e in each.peaks()]),
+        Section("Against the reference", [*(e for each in found for e in each.against_reference(compiled)), *grid]),
+        Section("Growth with the batch", [e for each in found for e in each.growth()]),
+        Section("Times", [e for each in found for e in each.times()]),
     ]
     samples = {
         each.shape.name: {
             "floor flops": each.flops,
             "gemm flops a second": each.rates,
-            "seconds": each.kernels.samples,
-            "seconds beside the public algorithm": each.public.samples if each.public else {},
+            "seconds": each.kernels,
+            "seconds beside the public algorithm": each.public or {},
             "megabytes": each.megabytes,
         }
         for each in found
     }
-    panels = _panels(found, names)
-    figures = {"": lambda path: plots.dots(panels, path, "Loss, forward + backward, float32")}
-    about = machine(widths="768 and 1600, 3 layer pairs")
-    return publish(Report("mta-fast bench loss", about, sections, samples, figures), out)
-
-
-# --- measuring ---------------------------------------------------------------------------------------------------
+    figures = {"": partial(plots.dots, _panels(found), title="Loss, forward + backward, float32")}
+    return Report("mta-fast bench loss", machine(widths="768 and 1600, 3 layer pairs"), sections, samples, figures)
 
 
 def _measure(shape: Shape, plan: Plan, names: Sequence[str], compiled: Sequence[str], rounds: int | None) -> Found:
@@ -172,12 +249,15 @@ def _measure(shape: Shape, plan: Plan, names: Sequence[str], compiled: Sequence[
         small = standard_workload(16, 256)
         sides |= {_small(name): loss_side(small, name) for name in names}
     gemm, check = GemmRate(plan.gemm_sizes), partial(_check, shape.name, workload)
-    around = {GEMM: gemm, **sides, GEMM_AGAIN: gemm}
+    around: dict[str, Call] = {GEMM: gemm, **sides, GEMM_AGAIN: gemm}
     times = alternate(around, shape.kernels.asked(rounds), check)
-    taken = gemm.last(2 * len(times.samples.pop(GEMM)))
-    times.samples.pop(GEMM_AGAIN)
+    taken = gemm.last(2 * len(times.pop(GEMM)))
+    times.pop(GEMM_AGAIN)
     rates = [max(pair) for pair in zip(taken[::2], taken[1::2], strict=True)]
-    return Found(shape, loss_flops(workload.loss, workload.spans), times, rates, public, reason)
+    found = Found(shape, names, loss_flops(workload.loss, workload.spans), times, rates, public, reason)
+    for name in found.sides if plan is FULL else ():  # tiny products don't show the machine's rate
+        check_floor(f"{shape.name}: {name}", found.over_floor(name))
+    return found
 
 
 def _check(what: str, workload: Workload, results: dict[str, Any]) -> None:
@@ -222,169 +302,42 @@ def _measure_memory(found: Sequence[Found], names: Sequence[str]) -> None:
     """Fill in the peaks of all shapes, from one process."""
     if peak.why_not():
         return
-    probes = {
-        (each.shape.name, side): peak.Probe(
-            "bench.sides:loss_call",
-            {
-                "side": side,
-                "batch": each.shape.batch,
-                "seq_len": each.shape.seq_len,
-                "dims": list(each.shape.dims),
-                "hid": each.shape.hid,
-            },
-            {"batch": 1, "seq_len": 16},
-        )
-        for each in found
-        for side in (*names, *([PUBLIC] if each.shape.public_memory else []))
-    }
-    for (shape, side), megabytes in zip(probes, peak.peaks(list(probes.values())), strict=True):
-        next(each for each in found if each.shape.name == shape).megabytes[side] = [megabytes]
+    probed = [(each, side) for each in found for side in (*names, *([PUBLIC] if each.shape.public_memory else []))]
+    probes = []
+    for each, side in probed:
+        shape = each.shape
+        sizes = {"batch": shape.batch, "seq_len": shape.seq_len, "dims": list(shape.dims), "hid": shape.hid}
+        probes.append(peak.Probe("bench.workload:loss_call", {"side": side, **sizes}, {"batch": 1, "seq_len": 16}))
+    for (each, side), megabytes in zip(probed, peak.peaks(probes), strict=True):
+        each.megabytes[side] = [megabytes]
 
 
-def _grid(plan: Plan, names: Sequence[str], rounds: int | None) -> list[Row]:
-    rows = []
+def _grid(plan: Plan, names: Sequence[str], rounds: int | None) -> list[Entry]:
+    made = []
     for batch, seq_len, dims in plan.grid if set(names) - {REFERENCE} else ():
         workload = standard_workload(batch, seq_len, dims)
         sides = {name: loss_side(workload, name) for name in dict.fromkeys((*names, REFERENCE))}
         what = f"B={batch} S={seq_len}, widths {dims[0]} and {dims[1]}"
         times = alternate(sides, plan.grid_effort.asked(rounds), partial(_check, what, workload))
-        rows += [
-            make_row(f"{what}: {REFERENCE} / {name}", "x", ">=", 1.0, times.ratio(REFERENCE, name))
-            for name in names
-            if name != REFERENCE
-        ]
-    return rows
+        made += _over(what, times, REFERENCE, names, ">= 1")
+    return made
 
 
-# --- figures -----------------------------------------------------------------------------------------------------
+def _over(what: str, times: Times, side: str, names: Sequence[str], target: str = "") -> list[Entry]:
+    """A side's time over every backend's."""
+    if side not in times:
+        return []
+    return [entry(f"{what}: {side} / {n}", times.ratio(side, n), target=target) for n in names if n != side]
 
 
-def _target(name: str, shape: Shape) -> Target:
-    return TARGETS.get((name, shape.name), Target())
-
-
-def _public_rows(found: Sequence[Found], names: Sequence[str]) -> list[Row]:
-    rows = []
-    for each in found:
-        for name in names:
-            target = _target(name, each.shape).public
-            what = f"{each.shape.name}: {PUBLIC} / {name}"
-            if each.public is None or name not in each.public.samples:
-                rows.append(skipped_row(what, each.without_public or f"{names[0]} alone is timed beside it"))
-                continue
-            rows.append(make_row(f"{what}, paper preset", "x", ">=", target, each.public.ratio(PUBLIC, name)))
-            ratios = each.public.ratio(PUBLIC, _same(name))
-            rows.append(make_row(f"{what}, public preset (the same numbers)", "x", ">=", None, ratios))
-    return rows
-
-
-def _floor(each: Found, name: str, best: float | None = None) -> list[float]:
-    """Time / floor of each round, at the round's own GEMM rate or at ``best``."""
-    return [t * (best or rate) / each.flops for t, rate in zip(each.kernels[name], each.rates, strict=True)]
-
-
-def _floor_rows(found: Sequence[Found], names: Sequence[str], best: float) -> list[Row]:
-    rows = []
-    for each in found:
-        for name in names:
-            what, target = f"{each.shape.name}: {name} / floor", _target(name, each.shape).floor
-            rows.append(make_row(f"{what}, GEMM rate of the same round", "x", "<=", target, _floor(each, name)))
-            ratios = _floor(each, name, best)
-            rows.append(make_row(f"{what}, best GEMM rate of the whole run", "x", "<=", target, ratios))
-    return rows
-
-
-def _memory_rows(found: Sequence[Found], names: Sequence[str]) -> list[Row]:
-    rows = []
-    for each in found:
-        for name in each.megabytes or names:
-            what, target = f"{each.shape.name}: {name}", _target(name, each.shape).megabytes
-            if name not in each.megabytes:
-                rows.append(skipped_row(what, str(peak.why_not())))
-                continue
-            rows.append(make_row(what, "MB", "<=", target, each.megabytes[name]))
-    return rows
-
-
-def _reference_rows(found: Sequence[Found], names: Sequence[str], compiled: Sequence[str]) -> list[Row]:
-    rows = []
-    for each in found:
-        times = each.kernels
-        if REFERENCE in times.samples:
-            rows += [
-                make_row(f"{each.shape.name}: {REFERENCE} / {name}", "x", ">=", 1.0, times.ratio(REFERENCE, name))
-                for name in names
-                if name != REFERENCE
-            ]
-        rows += [
-            make_row(f"{each.shape.name}: {other} / {name}", "x", ">=", None, times.ratio(other, name))
-            for other in compiled
-            for name in names
-            if other in times.samples
-        ]
-    return rows
-
-
-def _growth_rows(found: Sequence[Found], names: Sequence[str]) -> list[Row]:
+def _panels(found: Sequence[Found]) -> list[plots.Panel]:
+    ratios = [(each, name, each.over_public(name)) for each in found for name in each.names if each.over_public(name)]
+    floors = [(each, name, each.over_floor(name)) for each in found for name in each.sides]
+    labels = {
+        "Against the public algorithm": ("public algorithm / side (higher is better)", ratios),
+        "Against the floor": ("time / floor (lower is better)", floors),
+    }
     return [
-        make_row(f"{name}: {LARGE} / {SMALL}", "x", "<", GROWTH, each.kernels.ratio(name, _small(name)))
-        for each in found
-        for name in names
-        if _small(name) in each.kernels.samples
+        plots.Panel(title, label, [(each.shape.name, name, entry("", values)) for each, name, values in of])
+        for title, (label, of) in labels.items()
     ]
-
-
-def _time_rows(found: Sequence[Found]) -> list[Row]:
-    rows = []
-    for each in found:
-        public = {} if each.public is None else {PUBLIC: each.public[PUBLIC]}
-        for name, values in (public | each.kernels.samples).items():
-            if f" at {SMALL}" not in name:
-                rows.append(make_row(f"{each.shape.name}: {name}", "ms", "", None, [1e3 * t for t in values]))
-    return rows
-
-
-def _panels(found: Sequence[Found], names: Sequence[str]) -> list[plots.Panel]:
-    ratios, floors = [], []
-    for each in found:
-        for name in names:
-            if each.public is not None and name in each.public.samples:
-                row = make_row("", "x", "", None, each.public.ratio(PUBLIC, name))
-                ratios.append(plots.Point(each.shape.name, name, row))
-        for name in each.kernels.samples:
-            if f" at {SMALL}" not in name:
-                floors.append(plots.Point(each.shape.name, name, make_row("", "x", "", None, _floor(each, name))))
-    return [
-        plots.Panel("Against the public algorithm", "public algorithm / side (higher is better)", ratios),
-        plots.Panel("Against the floor", "time / floor (lower is better)", floors),
-    ]
-
-
-# --- the table that must be reached ------------------------------------------------------------------------------
-
-
-def _summary_text(best: float) -> str:
-    return (
-        "Medians. Against the public algorithm and the floor: ratios within a round. Floor: the products of the "
-        "formulas at the GEMM rate measured in the same round; in brackets at the best rate of the whole run, "
-        f"{best / 1e9:.0f} GFLOP/s. Peak memory: above inputs and returned gradients."
-    )
-
-
-def _summary(found: Sequence[Found], names: Sequence[str], best: float) -> list[str]:
-    lines = []
-    for name in names:
-        for each in found:
-            target = _target(name, each.shape)
-            public = each.without_public or "-"
-            if each.public is not None and name in each.public.samples:
-                public = cell(make_row("", "x", ">=", target.public, each.public.ratio(PUBLIC, name)))
-            floor = cell(make_row("", "x", "<=", target.floor, _floor(each, name)))
-            strict = statistics.median(_floor(each, name, best))
-            memory = "-"
-            if name in each.megabytes:
-                memory = cell(make_row("", "MB", "<=", target.megabytes, each.megabytes[name]))
-            lines.append([name, each.shape.name, public, f"{floor} [{strict:.2f}]", memory])
-    return markdown_table(
-        ("backend", "shape", "faster than the public algorithm", "time / floor", "peak memory"), lines
-    )

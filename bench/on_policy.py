@@ -1,7 +1,7 @@
-"""What spans of texts generated during training cost a step: ``mta-fast bench on-policy``.
+"""What spans of texts generated during training cost a step: ``python -m bench on-policy``.
 
 A step is here what lies between generated texts and MTA's loss: tokenising, the spans, the teacher's pass, and their
-alignment. The spans are known before (what is left is the floor), parsed in the step, parsed by a SpanPool while the
+alignment. The spans are known before (what is left is the floor), parsed in the step, parsed by a ParserPool while the
 teacher runs, or parsed in the public scripts' way, which start four spaCy processes in each step. What holds the step
 up is timed within it, above the same parts of the step whose spans are known; that the teacher runs slower while its
 cores parse shows in the whole step's time alone.
@@ -27,14 +27,25 @@ import torch
 from torch import Tensor
 
 from bench.harness import Effort, Times, alternate
-from bench.machine import machine, texts_name
-from bench.plots import Panel, Point, dots
-from bench.report import Report, Row, Section, make_row, markdown_table, number, publish, skipped_row
-from bench.step import Setting, full_rows, setting, small_setting
+from bench.plots import Panel, dots
+from bench.report import (
+    Entry,
+    Report,
+    Section,
+    entry,
+    machine,
+    markdown_table,
+    milliseconds,
+    nothing,
+    number,
+    texts_name,
+)  # fmt: skip
+from bench.step import Setting, full_rows, setting, small_setting, with_spans
 from mta_fast import SpanCollator, SpanExtractor
 from mta_fast.errors import MissingPackageError
 from mta_fast.spans.extract import DEFAULT_MODEL, load_pipeline
-from mta_fast.spans.live import SpanPool, pending_batch
+from mta_fast.spans.lazy import pending_batch
+from mta_fast.spans.parser_pool import ParserPool
 from mta_fast.spans.rules import phrases, words
 
 KNOWN, IN_STEP, PUBLIC = "spans known", "parsed in the step", "four new spaCy processes a step"
@@ -43,41 +54,36 @@ POOLS = (1, 2)  # processes
 WAITS = (0.05, 0.1, 0.2, 0.4)  # seconds that a teacher on a device takes
 ROUNDS = 6
 ENOUGH = 0.4  # seconds in which one process parses a batch
-SHARE = 0.1  # what a pool may leave of the time that parsing in the step takes, where a core and the time are there
+SHARE = "<= 0.1"  # that a pool may leave of the stall of parsing in the step, where a core and the time are there
 Rows = list[dict[str, Any]]
 
 
-def main(rounds: int | None, out: Path | None, texts: Path | None = None, quick: bool = False) -> int:
-    """Measure, print, write, and return 1 if a target was missed."""
+def measure(rounds: int | None = None, texts: Path | None = None, quick: bool = False) -> Report:
+    """Every way to the spans, with every teacher."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the public way forks
     command = "mta-fast bench on-policy"
     try:
         made = small_setting() if quick else setting()
     except MissingPackageError as error:
-        return publish(Report(command, machine(), [Section("Skipped", [skipped_row("all", str(error))])]), out)
+        return nothing(command, error)
     rows, effort = generated_rows(made, texts), Effort(rounds or (2 if quick else ROUNDS))
-    taken: dict[Teacher, Taken] = {}
     with ExitStack() as stack:
-        pools = {_pool(n): stack.enter_context(SpanPool(SpanExtractor(), n_process=n)) for n in POOLS}
+        pools = {_pool(n): stack.enter_context(ParserPool(SpanExtractor(), n_process=n)) for n in POOLS}
         for pool in pools.values():
             pool.start()
-        for teacher in teachers(made, WAITS[:1] if quick else WAITS):
-            taken[teacher] = measure(made, teacher, rows, pools, effort)
-    about = machine(
-        "transformers",
-        "spacy",
-        teacher=made.name.partition(" <- ")[0],
-        batch=f"B={made.batch} S={made.length}",
-        texts=texts_name(texts),
-    )
-    samples = {teacher.name: {"whole": t.times.samples, "held up": t.held_up} for teacher, t in taken.items()}
-    whole = step_rows(taken)
+        with_teachers = teachers(made, WAITS[:1] if quick else WAITS)
+        taken = [run(made, teacher, rows, pools, effort) for teacher in with_teachers]
+    about = {"teacher": made.name.partition(" <- ")[0], "batch": f"B={made.batch} S={made.length}"}
+    samples = {t.teacher.name: {"whole": t.times, "held up": t.held_up} for t in taken}
+    stalls, whole = [e for t in taken for e in t.stalls()], [e for t in taken for e in t.whole()]
+    left = [e for t in taken for e in t.left("" if quick else SHARE)]
     sections = [
-        Section("Stall", stalls := stall_rows(taken), STALL_TEXT, pivot(stalls)),
-        Section("What a pool leaves of it", left_rows(taken, None if quick else SHARE), LEFT_TEXT),
+        Section("Stall", stalls, STALL_TEXT, pivot(stalls)),
+        Section("What a pool leaves of it", left, LEFT_TEXT),
         Section("Whole step", whole, STEP_TEXT, pivot(whole)),
     ]
-    return publish(Report(command, about, sections, samples, {"": partial(draw, whole)}), out)
+    facts = machine("transformers", "spacy", **about, texts=texts_name(texts))
+    return Report(command, facts, sections, samples, {"": partial(draw, whole)})
 
 
 STALL_TEXT = "Medians. What the step spends outside of the teacher's pass, above the same with the spans known before."
@@ -100,28 +106,17 @@ def generated_rows(made: Setting, texts: Path | None) -> Rows:
         end = made.tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"][-1][1]
         prompt = row["prompt"][:end]
         rows.append({"prompt": prompt, "output": text[len(prompt) : end]})
-    rows = rows[: len(rows) // made.batch * made.batch]
-    spans = SpanExtractor()([row["prompt"] + row["output"] for row in rows])
-    return [row | {name: column[i] for name, column in spans.items()} for i, row in enumerate(rows)]
-
-
-# --- teachers ----------------------------------------------------------------------------------------------------
+    return with_spans(rows[: len(rows) // made.batch * made.batch])
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """What runs while a pool parses.
-
-    Attributes:
-        threads: of torch.
-        run: called with input_ids and attention_mask.
-        judged: whether it leaves a core and the time to parse.
-    """
+    """What runs while a pool parses."""
 
     name: str
-    threads: int
-    run: Callable[[Tensor, Tensor], Any]
-    judged: bool
+    threads: int  # of torch
+    run: Callable[[Tensor, Tensor], Any]  # called with input_ids and attention_mask
+    judged: bool  # whether it leaves a core and the time to parse
 
 
 def teachers(made: Setting, waits: Sequence[float]) -> list[Teacher]:
@@ -133,31 +128,23 @@ def teachers(made: Setting, waits: Sequence[float]) -> list[Teacher]:
 
     cores = torch.get_num_threads()
     models = [Teacher(f"{n} of {cores} threads", n, run, n < cores) for n in dict.fromkeys((1, cores))]
-    devices = [Teacher(f"a device, {1e3 * wait:.0f} ms", cores, partial(_wait, wait), wait >= ENOUGH) for wait in waits]
-    return models + devices
+    return models + [
+        Teacher(f"a device, {1e3 * wait:.0f} ms", cores, lambda *_, wait=wait: time.sleep(wait), wait >= ENOUGH)
+        for wait in waits
+    ]
 
-
-def _wait(length: float, ids: Tensor, mask: Tensor) -> None:
-    time.sleep(length)
-
-
-# --- steps -------------------------------------------------------------------------------------------------------
 
 Prepared = tuple[Mapping[str, Any], Callable[[], Mapping[str, Any]]]  # a batch, and its spans when they are needed
 
 
 @dataclass
 class Step:
-    """One way to the spans; a call is a step.
-
-    Attributes:
-        held_up: seconds of each call outside of the teacher's pass.
-    """
+    """One way to the spans; a call is a step."""
 
     teacher: Teacher
     batches: Iterator[Rows]
     prepare: Callable[[Rows], Prepared]
-    held_up: list[float] = field(default_factory=list)
+    held_up: list[float] = field(default_factory=list)  # seconds of each call outside of the teacher's pass
     keeps_its_own = True  # of the harness: once in each round
 
     def __call__(self) -> list[Tensor]:
@@ -174,8 +161,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds of each way's steps, whole and outside of the teacher's pass, round by round."""
+    """Seconds of each way's steps with a teacher, whole and outside of the teacher's pass, round by round."""
 
+    teacher: Teacher
     times: Times
     held_up: dict[str, list[float]]
 
@@ -183,8 +171,26 @@ class Taken:
         """Seconds outside of the teacher's pass above those with the spans known."""
         return [a - b for a, b in zip(self.held_up[way], self.held_up[KNOWN], strict=True)]
 
+    def stalls(self) -> list[Entry]:
+        """Of each way."""
+        return [milliseconds(f"{self.teacher.name}: {way}", self.stall(way)) for way in self.held_up if way != KNOWN]
 
-def measure(made: Setting, teacher: Teacher, rows: Rows, pools: Mapping[str, SpanPool], effort: Effort) -> Taken:
+    def left(self, share: str) -> list[Entry]:
+        """Of each pool, over parsing in the step."""
+        made, target = [], share if self.teacher.judged else ""
+        for pool in map(_pool, POOLS):
+            ratios = [a / b for a, b in zip(self.stall(pool), self.stall(IN_STEP), strict=True)]
+            made.append(entry(f"{self.teacher.name}: {pool}", ratios, target=target))
+        return made
+
+    def whole(self) -> list[Entry]:
+        """The time with the spans known, and what the other ways take over that."""
+        name, ways = self.teacher.name, [way for way in self.held_up if way != KNOWN]
+        known = milliseconds(f"{name}: {KNOWN}", self.times[KNOWN])
+        return [known, *(entry(f"{name}: {way}", self.times.ratio(way, KNOWN)) for way in ways)]
+
+
+def run(made: Setting, teacher: Teacher, rows: Rows, pools: Mapping[str, ParserPool], effort: Effort) -> Taken:
     """Time the ways in turn, each round on another batch, after the spans of the first were compared."""
     batches = [rows[first : first + made.batch] for first in range(0, len(rows), made.batch)]
     steps = {way: Step(teacher, itertools.cycle(batches), prepare) for way, prepare in ways(made, pools).items()}
@@ -194,10 +200,10 @@ def measure(made: Setting, teacher: Teacher, rows: Rows, pools: Mapping[str, Spa
         times = alternate(steps, effort, _check, collect=True)
     finally:
         torch.set_num_threads(threads)
-    return Taken(times, {way: step.held_up[1:] for way, step in steps.items()})
+    return Taken(teacher, times, {way: step.held_up[1:] for way, step in steps.items()})
 
 
-def ways(made: Setting, pools: Mapping[str, SpanPool]) -> dict[str, Callable[[Rows], Prepared]]:
+def ways(made: Setting, pools: Mapping[str, ParserPool]) -> dict[str, Callable[[Rows], Prepared]]:
     """From rows to a batch and its spans."""
     collator = SpanCollator(made.tokenizer, max_length=made.length)
     extractor, pipeline = SpanExtractor(), load_pipeline(DEFAULT_MODEL)
@@ -211,7 +217,7 @@ def ways(made: Setting, pools: Mapping[str, SpanPool]) -> dict[str, Callable[[Ro
         spans = collator.align(tokenized, extract(tokenized.texts))["spans"]
         return tokenized.batch, lambda: spans
 
-    def pooled(pool: SpanPool, rows: Rows) -> Prepared:
+    def pooled(pool: ParserPool, rows: Rows) -> Prepared:
         batch = pending_batch(pool, collator, rows)
         return batch, batch["spans"].result
 
@@ -233,57 +239,18 @@ def _check(made: Mapping[str, list[Tensor]]) -> None:
             sys.exit(f"bench: on-policy, {way}: expected the spans known before, got others; nothing timed")
 
 
-# --- figures -----------------------------------------------------------------------------------------------------
-
-
-def stall_rows(taken: Mapping[Teacher, Taken]) -> list[Row]:
-    """Of each teacher and way, ms."""
-    return [
-        make_row(f"{teacher.name}: {way}", "ms", "", None, [1e3 * stall for stall in found.stall(way)])
-        for teacher, found in taken.items()
-        for way in found.held_up
-        if way != KNOWN
-    ]
-
-
-def left_rows(taken: Mapping[Teacher, Taken], share: float | None) -> list[Row]:
-    """Of each teacher and pool, over parsing in the step."""
-    return [
-        make_row(
-            f"{teacher.name}: {_pool(n)}",
-            "x",
-            "<=",
-            share if teacher.judged else None,
-            [a / b for a, b in zip(found.stall(_pool(n)), found.stall(IN_STEP), strict=True)],
-        )
-        for teacher, found in taken.items()
-        for n in POOLS
-    ]
-
-
-def step_rows(taken: Mapping[Teacher, Taken]) -> list[Row]:
-    """Of each teacher, ms with the spans known, and what the ways take over that."""
-    made = []
-    for teacher, found in taken.items():
-        made.append(make_row(f"{teacher.name}: {KNOWN}", "ms", "", None, [1e3 * t for t in found.times[KNOWN]]))
-        for way in found.held_up:
-            if way != KNOWN:
-                made.append(make_row(f"{teacher.name}: {way}", "x", "", None, found.times.ratio(way, KNOWN)))
-    return made
-
-
-def pivot(rows: Sequence[Row]) -> list[str]:
+def pivot(entries: Sequence[Entry]) -> list[str]:
     """A line a teacher, a column a way."""
     cells: dict[str, dict[str, str]] = {}
-    for row in rows:
-        teacher, _, way = row.what.partition(": ")
-        cells.setdefault(teacher, {})[way] = number(row.median, row.unit)
-    ways = list(next(iter(cells.values())))
-    return markdown_table(["teacher", *ways], [[teacher, *line.values()] for teacher, line in cells.items()])
+    for each in entries:
+        teacher, _, way = each.what.partition(": ")
+        cells.setdefault(teacher, {"teacher": teacher})[way] = number(each.median, each.unit)
+    lines = [list(line.values()) for line in cells.values()]
+    return markdown_table(list(next(iter(cells.values()))), lines)
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
+def draw(entries: Sequence[Entry], path: Path) -> None:
     """The whole step of each way over that with known spans, a line a teacher."""
-    points = [Point(*row.what.split(": "), row) for row in rows if row.unit == "x"]
+    points = [(*each.what.partition(": ")[::2], each) for each in entries if each.unit == "x"]
     panel = Panel("Tokenising, spans and the teacher's pass", f"time / time with {KNOWN}", points)
     dots([panel], path, "Spans of texts generated during training")

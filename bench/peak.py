@@ -28,17 +28,17 @@ CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Probe:
-    """A call to measure.
+    """A call to measure."""
 
-    Attributes:
-        maker: "module:function", called with ``arguments``; it makes the inputs and returns the call.
-        arguments: JSON values.
-        warm_up: arguments of the tiny size that differ.
-    """
+    maker: str  # "module:function", called with ``arguments``; it makes the inputs and returns the call
+    arguments: dict[str, Any]  # JSON values
+    warm_up: dict[str, Any] = field(default_factory=dict)  # of the tiny size: the arguments that differ
 
-    maker: str
-    arguments: dict[str, Any]
-    warm_up: dict[str, Any] = field(default_factory=dict)
+    def call(self, tiny: bool = False) -> Call:
+        """Make the call; ``tiny``: of the size that warms up."""
+        module, name = self.maker.split(":")
+        made: Call = getattr(importlib.import_module(module), name)(**self.arguments | (self.warm_up if tiny else {}))
+        return made
 
 
 def why_not() -> str | None:
@@ -57,18 +57,9 @@ def peaks(probes: Sequence[Probe]) -> list[float]:
 
 
 def _measure(probes: Sequence[Probe]) -> list[float]:
-    warm_ups = {
-        repr((probe.maker, arguments := probe.arguments | probe.warm_up)): (probe, arguments) for probe in probes
-    }
-    for probe, arguments in warm_ups.values():
-        _make(probe, arguments)()
-    return [_peak(_make(probe, probe.arguments)) for probe in probes]
-
-
-def _make(probe: Probe, arguments: dict[str, Any]) -> Call:
-    module, name = probe.maker.split(":")
-    made: Call = getattr(importlib.import_module(module), name)(**arguments)
-    return made
+    for probe in {repr((probe.maker, probe.arguments | probe.warm_up)): probe for probe in probes}.values():
+        probe.call(tiny=True)()
+    return [_peak(probe.call()) for probe in probes]
 
 
 def _peak(call: Call) -> float:

@@ -6,6 +6,8 @@ the batch)^2 cosine matrices that are masked to pairs within a row afterwards.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ def public_loss(
 
 
 def layer_loss(
-    projection: nn.Module | None,
+    projection: Any,  # of weight and bias, or None
     mask: Tensor,
     student: Tensor,
     teacher: Tensor,

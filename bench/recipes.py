@@ -1,4 +1,4 @@
-"""``mta-fast bench recipes``: time and memory that the recipes of examples/ should take on a GPU. Nothing is run.
+"""``python -m bench recipes``: time and memory that the recipes of examples/ should take on a GPU. Nothing is run.
 
 A coarse model, to know whether a recipe takes an hour or a week and fits a GPU. Products alone, at a share of the data
 sheet's peak: the teacher's pass 2 P T, the student's passes 6 P T (4 P T with an adapter, whose base has no weight
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.costs import GPUS
-from bench.report import Report, Section, markdown_table, publish
+from bench.gpu_model.costs import GPUS
+from bench.report import Entry, Report, Section, entry, markdown_table
 from mta_fast import __version__
 from mta_fast.distill.training.settings import TrainSettings
 
@@ -36,10 +36,14 @@ class Size:
     vocabulary: int
 
 
-def main(out: Path | None) -> int:
-    """Print the report and write it."""
-    table = [_line(name) for name in NAMES]
+def measure() -> Report:
+    """Every recipe's minutes and memory."""
+    found = [_recipe(name) for name in NAMES]
     head = ("recipe", "steps", *(f"{gpu.name}, minutes" for gpu in GPUS), "memory, GB")
+    table = [
+        (name, f"{steps:,}", *(f"{each.median:.0f}" for each in figures))
+        for name, (steps, figures) in zip(NAMES, found, strict=True)
+    ]
     text = (
         f"Modelled, not measured: products at {SHARE:.0%} of the data sheet's bf16 peak, every row a full window of "
         f"256 tokens, {ROWS:,} rows. Without what the student writes during training (DistiLLM), evaluation and "
@@ -47,11 +51,12 @@ def main(out: Path | None) -> int:
         f"checkpointing, logits."
     )
     about = {"mta_fast": __version__, **{gpu.name: gpu.sheet for gpu in GPUS}}
-    section = Section("Recipes", (), text, markdown_table(head, table))
-    return publish(Report("mta-fast bench recipes", about, [section]), out)
+    entries = [each for _, figures in found for each in figures]
+    return Report("mta-fast bench recipes", about, [Section("Recipes", entries, text, markdown_table(head, table))])
 
 
-def _line(name: str) -> tuple[str, ...]:
+def _recipe(name: str) -> tuple[int, list[Entry]]:
+    """Steps; minutes on each GPU, and memory."""
     settings = TrainSettings.from_yaml(ROOT / "examples" / f"{name}.yaml")
     family = name.removesuffix("-fdd").removesuffix("-distillm2")
     student, teacher = (_size(side) for side in FAMILIES[family])
@@ -71,7 +76,8 @@ def _line(name: str) -> tuple[str, ...]:
     activations = ACTIVATIONS * student.layers * student.width * tokens
     logits = LOGIT_COPIES * 4 * tokens * student.vocabulary
     memory = (weights + activations + logits) / 1e9
-    return name, f"{steps:,}", *(f"{each:.0f}" for each in minutes), f"{memory:.0f}"
+    times = [entry(f"{name}, {gpu.name}", [each], "minutes") for gpu, each in zip(GPUS, minutes, strict=True)]
+    return steps, [*times, entry(f"{name}, memory", [memory], "GB")]
 
 
 def _size(make: Callable[[Any], Any]) -> Size:
@@ -95,13 +101,8 @@ def _qwen(width: int, inner: int, tied: bool) -> Callable[[Any], Any]:
 
 
 def _opt(layers: int, width: int) -> Callable[[Any], Any]:
-    return lambda tf: tf.OPTConfig(
-        num_hidden_layers=layers,
-        hidden_size=width,
-        ffn_dim=4 * width,
-        num_attention_heads=32,
-        word_embed_proj_dim=width,
-    )
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "ffn_dim": 4 * width, "word_embed_proj_dim": width}
+    return lambda tf: tf.OPTConfig(**sizes, num_attention_heads=32)
 
 
 FAMILIES = {  # student, teacher, as published

@@ -1,103 +1,130 @@
-"""What every benchmark here prints and writes: figures with their target and spread, and the machine.
+"""What every benchmark prints and writes: entries with their target and spread, and the machine.
 
-``publish`` writes OUT.json (everything, the samples too), OUT.csv (one figure a line) and OUT.md (tables).
+``publish`` is the one way out: OUT.json (everything, the samples too), OUT.csv (an entry a line), OUT.md (tables) and
+OUT.png. The JSON calls entries "rows", as reports always have.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+import operator
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from mta_fast import __version__
+from mta_fast._extension import build_info, why_missing
 from mta_fast.files import Kind, atomic_file, check_target, marked, user_path, write_whole
 
 
 @dataclass(frozen=True)
-class Row:
-    """One figure, what it must reach, and the spread of the rounds.
-
-    Attributes:
-        target: such as ">= 2.9"; empty where there is none.
-        median, p10, p90: over the rounds; None where nothing was measured, and ``note`` says why.
-        reached: None where there is nothing to judge.
-    """
+class Entry:
+    """One figure, what it must reach, and the spread of the rounds."""
 
     what: str
     unit: str
-    target: str
-    median: float | None
+    target: str  # such as ">= 2.9"; empty where there is none
+    median: float | None  # over the rounds; None where nothing was measured, and ``note`` says why
     p10: float | None
     p90: float | None
     rounds: int
-    reached: bool | None
+    reached: bool | None  # None where there is nothing to judge
     note: str = ""
 
+    @property
+    def verdict(self) -> str:
+        """yes, NO, or - where there is nothing to judge."""
+        return {True: "yes", False: "NO", None: "-"}[self.reached]
 
-def make_row(what: str, unit: str, relation: str, target: float | None, values: Sequence[float], note: str = "") -> Row:
-    """A row from the rounds' values; ``relation`` is ">=", "<=" or "<", and ``target`` None where there is none."""
+    @property
+    def cell(self) -> str:
+        """The figure with its target in one cell of a summary."""
+        if self.median is None:
+            return self.note
+        return number(self.median, self.unit) + (f" ({self.target}: {self.verdict})" if self.target else "")
+
+
+RELATIONS: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
+
+
+def entry(what: str, values: Sequence[float], unit: str = "x", target: str = "", note: str = "") -> Entry:
+    """An entry from the rounds' values; ``target`` is a relation and a number, such as "< 1"."""
     p10, median, p90 = (float(value) for value in np.percentile(values, (10, 50, 90)))
-    if target is None:
-        return Row(what, unit, "", median, p10, p90, len(values), None, note)
-    reached = {">=": median >= target, "<=": median <= target, "<": median < target}[relation]
-    return Row(what, unit, f"{relation} {target:g}", median, p10, p90, len(values), reached, note)
+    relation, _, limit = target.partition(" ")
+    reached = RELATIONS[relation](median, float(limit)) if target else None
+    return Entry(what, unit, target, median, p10, p90, len(values), reached, note)
 
 
-def skipped_row(what: str, why: str, target: str = "") -> Row:
-    """A row without a figure, and why."""
-    return Row(what, "", target, None, None, None, 0, None, f"skipped: {why}")
+def milliseconds(what: str, seconds: Sequence[float], target: str = "") -> Entry:
+    """A time."""
+    return entry(what, [1e3 * value for value in seconds], "ms", target)
+
+
+def skipped(what: str, why: object, target: str = "") -> Entry:
+    """An entry without a figure, and why."""
+    return Entry(what, "", target, None, None, None, 0, None, f"skipped: {why}")
 
 
 @dataclass(frozen=True)
 class Section:
-    """One table of a report.
+    """One table of a report."""
 
-    Attributes:
-        title: names the table; ``bench.docs`` finds it by this name.
-        rows: its figures.
-        text: what the figures are, above the table.
-        table: lines to print instead of one line a figure; a section may only show figures of others.
-    """
-
-    title: str
-    rows: Sequence[Row]
-    text: str = ""
-    table: Sequence[str] = ()
+    title: str  # names the table; ``bench.docs`` finds it by this name
+    entries: Sequence[Entry]
+    text: str = ""  # what the figures are, above the table
+    table: Sequence[str] = ()  # lines to print instead of one line an entry; they may show figures of others
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one benchmark found.
+    """What one benchmark found."""
 
-    Attributes:
-        command: how it is run.
-        about: machine, versions, data.
-        samples: the single measurements, by shape and side.
-        figures: PNG files by the ending of their name; each is called with the file to write.
-    """
-
-    command: str
-    about: Mapping[str, Any]
+    command: str  # how it is run
+    about: Mapping[str, Any]  # machine, versions, data
     sections: Sequence[Section]
-    samples: Mapping[str, Any] = field(default_factory=dict)
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    samples: Mapping[str, Any] = field(default_factory=dict)  # the single measurements, by shape and side
+    figures: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)  # PNG files by the ending of their name
+    content: Mapping[str, Any] = field(default_factory=dict)  # OUT.json where its figures are no entries
+    text: str = ""  # OUT.md likewise
 
     @property
-    def rows(self) -> list[Row]:
-        """The figures of all sections."""
-        return [row for section in self.sections for row in section.rows]
+    def missed(self) -> bool:
+        """Whether an entry misses its target."""
+        return any(each.reached is False for section in self.sections for each in section.entries)
+
+    def markdown(self) -> str:
+        """As OUT.md holds it."""
+        if self.text:
+            return self.text
+        lines = [f"`{self.command}`", *(line for section in self.sections for line in _lines(section))]
+        about = markdown_table(list(self.about), [list(self.about.values())])
+        return "\n".join([*lines, "", "## Machine", "", *about]) + "\n"
+
+    def json(self) -> str:
+        """As OUT.json holds it."""
+        sections = [{"title": s.title, "rows": [asdict(each) for each in s.entries]} for s in self.sections]
+        named = {"command": self.command, "machine": dict(self.about), "sections": sections, "samples": self.samples}
+        return json.dumps(self.content or named, indent=1) + "\n"
 
 
-def markdown_table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
+def nothing(command: str, why: object) -> Report:
+    """The report of a benchmark that can't run here."""
+    return Report(command, machine(), [Section("Skipped", [skipped("all", why)])])
+
+
+def markdown_table(head: Sequence[Any], lines: Sequence[Sequence[Any]]) -> list[str]:
     """The lines of a table."""
-    return ["| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *rows)]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *lines)]
 
 
-def number(value: float | None, unit: str) -> str:
+def number(value: float | None, unit: str = "") -> str:
     """Three digits, or two after the point."""
     if value is None:
         return "-"
@@ -107,35 +134,17 @@ def number(value: float | None, unit: str) -> str:
     return f"{value:,.{digits}f} {unit}".rstrip()
 
 
-def verdict(row: Row) -> str:
-    """yes, NO, or - where there is nothing to judge."""
-    return {True: "yes", False: "NO", None: "-"}[row.reached]
-
-
-def cell(row: Row) -> str:
-    """The figure with its target in one cell of a summary."""
-    if row.median is None:
-        return row.note
-    return number(row.median, row.unit) + (f" ({row.target}: {verdict(row)})" if row.target else "")
-
-
 def _lines(section: Section) -> list[str]:
-    if not section.rows and not section.table:
+    if not section.entries and not section.table:
         return []
-    head = ("figure", "target", "median", "p10", "p90", "rounds", "reached")
     made = []
-    for row in section.rows:
-        note = f" ({row.note})" if row.note else ""
-        numbers = [number(value, row.unit) for value in (row.median, row.p10, row.p90)]
-        made.append([row.what + note, row.target or "-", *numbers, row.rounds or "-", verdict(row)])
+    for each in section.entries:
+        note = f" ({each.note})" if each.note else ""
+        numbers = [number(value, each.unit) for value in (each.median, each.p10, each.p90)]
+        made.append([each.what + note, each.target or "-", *numbers, each.rounds or "-", each.verdict])
+    head = ("figure", "target", "median", "p10", "p90", "rounds", "reached")
     table = section.table or markdown_table(head, made)
     return ["", f"## {section.title}", "", *([section.text, ""] if section.text else []), *table]
-
-
-def markdown(report: Report) -> str:
-    """The report as OUT.md holds it."""
-    lines = [f"`{report.command}`", *(line for s in report.sections for line in _lines(s)), "", "## Machine", ""]
-    return "\n".join([*lines, *markdown_table(list(report.about), [list(report.about.values())])]) + "\n"
 
 
 ENDINGS = (".json", ".md", ".csv", ".png", "_crossover.png")  # of every benchmark
@@ -153,7 +162,7 @@ def check_report(out: Path) -> Path:
         InputError: another file is there, or nothing can be written there.
     """
     out = user_path(out)
-    out = out.with_suffix("") if out.suffix in (".json", ".md", ".csv", ".png") else out
+    out = out.with_suffix("") if out.suffix in ENDINGS else out
     lead = beside(out, ".json")
     check_target(lead, Kind("an earlier report", marked(b'"mta_fast": "')))
     if not lead.exists():  # the JSON file is written first and tells whose the others are
@@ -162,31 +171,55 @@ def check_report(out: Path) -> Path:
     return out
 
 
-def write_report(out: Path, data: str, text: str) -> None:
-    """OUT.json and OUT.md, of a place that ``check_report`` gave."""
-    write_whole(beside(out, ".json"), data)
-    write_whole(beside(out, ".md"), text)
-
-
-def publish(report: Report, out: Path | None) -> int:
+def publish(report: Report, out: Path | None = None) -> int:
     """Print the report, write OUT.json, OUT.csv, OUT.md and the pictures; 1 if a target was missed."""
-    text = markdown(report)
+    text = report.markdown()
     print(text, end="")
-    rows = report.rows
     if out is not None:
         out = check_report(out)
-        content = {
-            "command": report.command,
-            "machine": dict(report.about),
-            "sections": [{"title": s.title, "rows": [asdict(row) for row in s.rows]} for s in report.sections],
-            "samples": report.samples,
-        }
-        write_report(out, json.dumps(content, indent=1) + "\n", text)
+        write_whole(beside(out, ".json"), report.json())
+        write_whole(beside(out, ".md"), text)
         with atomic_file(beside(out, ".csv")) as partial, partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["section", *(f.name for f in fields(Row))])
-            writer.writerows([s.title, *asdict(row).values()] for s in report.sections for row in s.rows)
+            writer.writerow(["section", *(f.name for f in fields(Entry))])
+            writer.writerows([s.title, *asdict(each).values()] for s in report.sections for each in s.entries)
         for ending, draw in report.figures.items():
             with atomic_file(beside(out, f"{ending}.png")) as partial:
                 draw(partial)
-    return 1 if any(row.reached is False for row in rows) else 0
+    return int(report.missed)
+
+
+# --- the machine -------------------------------------------------------------------------------------------------
+
+
+def machine(*packages: str, **more: Any) -> dict[str, Any]:
+    """What a run was measured on: processor, threads, memory, versions, and how the C++ kernels were built.
+
+    Args:
+        packages: further distributions whose version matters.
+        more: further facts.
+    """
+    found = {
+        "processor": _proc("/proc/cpuinfo", "model name") or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "memory": f"{int((_proc('/proc/meminfo', 'MemTotal') or '0').split()[0]) / 2**20:.0f} GB",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "mta_fast": __version__,
+    }
+    built = str(build_info()) if why_missing() is None else ""
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return found | ({"C++ kernels": built} if built else {}) | versions | more
+
+
+def texts_name(texts: Path | None) -> str:
+    """The text file as a report names it: the last two parts of its path."""
+    return "bundled sample" if texts is None else "/".join(texts.parts[-2:])
+
+
+def _proc(path: str, name: str) -> str:
+    """What a file of the system says of a name; empty where there is none."""
+    file = Path(path)
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

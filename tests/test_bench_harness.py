@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, peak, plots
+from bench import harness, loss, peak, plots
 from bench.compiled import compiled_reference
-from bench.floor import GemmRate, loss_flops, pair_flops
+from bench.floor import GemmRate, Rate, check_floor, loss_flops, pair_flops
 from bench.harness import Effort, alternate, check_parity, median_interval
 from bench.memory import crossing
-from bench.report import Report, Section, cell, make_row, publish, skipped_row
-from bench.sides import cpu_backends, loss_side
-from bench.workload import standard_workload
+from bench.ops import run as ops
+from bench.report import Report, Section, entry, publish, skipped
+from bench.workload import cpu_backends, loss_side, standard_workload
 from mta_fast.backends import BACKENDS
+from mta_fast.contract import gram_from
 from mta_fast.errors import BackendUnavailableError, InputError
-from mta_fast.reference import gram_from
 
 # --- times -------------------------------------------------------------------------------------------------------
 
@@ -179,13 +179,13 @@ def _report(*rows: object) -> Report:
 
 
 def test_losing_and_skipped_rows_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    won = make_row("ours / theirs", "x", "<", 1.0, [0.5] * 9)
-    lost = make_row("theirs / ours", "x", ">=", 2.0, list(range(11)), note="by hand")
+    won = entry("ours / theirs", [0.5] * 9, target="< 1")
+    lost = entry("theirs / ours", list(range(11)), target=">= 2", note="by hand")
     assert (lost.p10, lost.median, lost.p90, lost.rounds, lost.reached) == (1, 5, 9, 11, True)
-    lost = make_row("theirs / ours", "x", ">=", 6.0, list(range(11)), note="by hand")
-    skipped = skipped_row("too large", "it needs 27 GB")
+    lost = entry("theirs / ours", list(range(11)), target=">= 6", note="by hand")
+    left_out = skipped("too large", "it needs 27 GB")
     out = tmp_path / "made" / "up.json"
-    assert publish(_report(won, lost, skipped), out) == 1
+    assert publish(_report(won, lost, left_out), out) == 1
     text = (tmp_path / "made" / "up.md").read_text()
     assert text == capsys.readouterr().out
     assert "| ours / theirs | < 1 | 0.50 x | 0.50 x | 0.50 x | 9 | yes |" in text
@@ -198,6 +198,25 @@ def test_losing_and_skipped_rows_stay(tmp_path: Path, capsys: pytest.CaptureFixt
         rows = list(csv.DictReader(file))
     assert [(row["section"], row["median"]) for row in rows] == [("First", "0.5"), ("Second", "5.0"), ("Second", "")]
     assert (tmp_path / "made" / "up_plot.png").exists()
-    assert publish(_report(won, skipped), None) == 0
-    assert cell(lost) == "5.00 x (>= 6: NO)"
-    assert cell(skipped) == "skipped: it needs 27 GB"
+    assert publish(_report(won, left_out), None) == 0
+    assert lost.cell == "5.00 x (>= 6: NO)"
+    assert left_out.cell == "skipped: it needs 27 GB"
+
+
+def test_a_time_below_the_floor_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_floor("one", [0.1, 0.6, 0.7])
+    with pytest.raises(SystemExit, match=r"bench: one: expected at least 0\.5 of the floor, got 0\.40: the b"):
+        check_floor("one", [0.4, 0.4, 0.9])
+    monkeypatch.setattr(loss, "FULL", loss.QUICK)
+    monkeypatch.setattr(loss, "loss_flops", lambda *args: 10**15)
+    with pytest.raises(SystemExit, match="B=1 S=16, without Hid: reference: expected at least"):
+        loss._measure(loss.QUICK.shapes[1], loss.QUICK, ["reference"], [], 1)
+    monkeypatch.setattr(ops, "FULL", ops.QUICK)
+    monkeypatch.setattr(ops, "GemmRate", lambda sizes: _Slow())
+    with pytest.raises(SystemExit, match="importance, forward, B=2 S=12: reference: expected at least"):
+        ops._measure(ops.OPS[0], ops.QUICK.shapes[0], "forward", ["reference"], [], ops.QUICK, 1)
+
+
+class _Slow(Rate):
+    def __call__(self) -> None:
+        self.rates.append(1.0)

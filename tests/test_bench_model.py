@@ -27,8 +27,8 @@ pytest.importorskip("typer")
 
 from triton.runtime.interpreter import InterpreterBuilder
 
-from bench.costs import COSTS, SCRATCH, Batch, Cost, cost
-from bench.model import Recorder
+from bench.gpu_model.costs import COSTS, SCRATCH, Batch, Cost, cost
+from bench.gpu_model.model import Recorder
 from mta_fast.kernels._launch import INTERPRETED, Launch, observe
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"

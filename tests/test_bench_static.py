@@ -21,11 +21,11 @@ pytest.importorskip("typer")
 
 import triton
 
-from bench import static
-from bench.machine_code import Code, compile_all
-from bench.static import faults
-from bench.targets import TARGETS, occupancy
-from bench.variants import Variant
+from bench.gpu_model import static
+from bench.gpu_model.machine_code import Code, compile_all
+from bench.gpu_model.static import faults
+from bench.gpu_model.targets import TARGETS, occupancy
+from bench.gpu_model.variants import Variant
 from mta_fast.kernels._table import OVERRIDES, TABLE
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -172,8 +172,8 @@ def test_what_has_changed_is_compiled_again() -> None:
     code = """if True:
         import os, sys
         from pathlib import Path
-        from bench import static
-        from bench.machine_code import Code
+        from bench.gpu_model import static
+        from bench.gpu_model.machine_code import Code
         from mta_fast.kernels import _device
         def compile_all(found):
             print(*sorted({variant.kernel for variant in found}), file=sys.stderr, flush=True)
@@ -184,7 +184,7 @@ def test_what_has_changed_is_compiled_again() -> None:
                 os.wait()
                 continue
             _device.load._unsafe_update_src(_device.load.src + change)
-            static.main(["sm_80"], None, Path("bench/results/static.json"))
+            static.measure(["sm_80"], Path("bench/results/static.json"))
             os._exit(0)
         """
     same, changed = _run("-c", code).stderr.splitlines()
@@ -197,7 +197,7 @@ def test_a_file_that_is_no_report_is_refused(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "other.json").write_text("[]")
     for name in ("other.json", "none.json"):
         with pytest.raises(InputError, match=f"--reuse: expected a report of bench static in .*{name}"):
-            static.main(["sm_80"], None, tmp_path / name)
+            static.measure(["sm_80"], tmp_path / name)
 
 
 # --- what is a fault ---------------------------------------------------------------------------------------------
@@ -240,15 +240,16 @@ def test_a_row_that_asks_for_too_much_is_found(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from unittest import mock
-        from bench import static, variants as found_by
+        from bench.gpu_model import static, variants as found_by
+        from bench.report import publish
         from mta_fast.kernels._table import OVERRIDES, Row
-        from bench.machine_code import compile_variant
+        from bench.gpu_model.machine_code import compile_variant
         OVERRIDES["statistics", "half", "sm_80"] = Row({"TILE": 256, "BLOCK_D": 64}, 4, 3)
         call = ("bfloat16", "highest", lambda: found_by._importance(static.torch.bfloat16))
         variants = lambda target: [v for v in made(target) if v.kernel == "statistics"]
         made, static.compile_all = static.variants, lambda found: [compile_variant(v) for v in found]
         with mock.patch.object(found_by, "_calls", lambda: [call]), mock.patch.object(static, "variants", variants):
-            sys.exit(static.main(["sm_80"], Path(sys.argv[1])))
+            sys.exit(publish(static.measure(["sm_80"]), Path(sys.argv[1])))
         """
     ran = _run("-c", code, str(tmp_path / "report"))
     assert ran.returncode == 1, ran.stderr
@@ -271,7 +272,7 @@ def test_a_compiler_that_fails_or_dies_fails_its_own_variant(tmp_path: Path, mon
     died, failed = compile_all([deadly, wrong])
     assert died.error == "the compiler's process died"
     assert failed.error.startswith("AttributeError: ")
-    assert static._row(made, died)["faults"] == ["does not compile (the compiler's process died)"]
+    assert static._line(made, died)["faults"] == ["does not compile (the compiler's process died)"]
 
 
 @pytest.mark.parametrize(
@@ -316,4 +317,4 @@ def test_interpreted_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match="expected the package triton, got none; pip install"):
-        static.main(None, None)
+        static.measure()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,8 +13,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from processes import LIMIT, wait_for, wait_until_gone
 
 from mta_fast import SpanExtractor
 from mta_fast.errors import InputError, MissingPackageError, MTAFastError
-from mta_fast.spans import pool
-from mta_fast.spans.extract import decode_spans, load_pipeline
+from mta_fast.spans import processes
+from mta_fast.spans.encoding import decode_spans
+from mta_fast.spans.extract import load_pipeline
 from mta_fast.spans.rules import drop_nested, verb_phrases
 
 spacy = pytest.importorskip("spacy", reason="needs spaCy")
@@ -87,14 +89,13 @@ def test_a_slow_first_text_keeps_its_place(tmp_path: Path) -> None:
 
 
 def test_any_function_works_in_forked_processes_and_a_plain_one_in_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "_context", lambda: get_context("fork"))
+    monkeypatch.setattr(processes, "_start_method", lambda: "fork")
     expected = SpanExtractor(_whole)(["a", "bc"])
     assert SpanExtractor(lambda text: _whole(text), n_process=2)(["a", "bc"]) == expected
-    monkeypatch.setattr(pool, "_context", lambda: get_context("spawn"))
-    with pytest.raises(InputError, match="n_process: expected a function that can be pickled"):
+    monkeypatch.setattr(processes, "_start_method", lambda: "spawn")
+    with pytest.raises(InputError, match="extractor: expected one that can be pickled for the processes"):
         SpanExtractor(lambda text: _whole(text), n_process=2)(["a", "bc"])
-    (made,) = pool.map_in_processes(SpanExtractor(_whole)._encode_chunk, [["a", "bc"]], 1)
-    assert [decode_spans(words) for words, _ in made] == expected["word_spans"]
+    assert SpanExtractor(_whole, n_process=2)(["a", "bc"]) == expected
 
 
 class _TwoPartError(Exception):
@@ -117,7 +118,11 @@ def _crash(kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("kill", MTAFastError, "one stopped (signal 9, often the system's out-of-memory killer); try again with a sm"),
+        (
+            "kill",
+            MTAFastError,
+            "text of row 50: expected a process to parse it, 3 stopped over it (signal 9, often the sys",
+        ),
         ("odd", MTAFastError, "span extraction: _TwoPartError in a worker process: can't be pickled"),
         ("raise", KeyError, "mine"),
     ],
@@ -130,16 +135,93 @@ def test_a_crash_in_a_worker_is_raised_here(kind: str, error: type[Exception], m
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("n_process", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_text_over_which_processes_die_may_be_left_without_spans(n_process: int, batch_size: int) -> None:
+    texts = ["ok"] * 20 + ["kill"] + ["ok"] * 20
+    extract = SpanExtractor(_crash, n_process=n_process, batch_size=batch_size, skip_unparsable=True)
+    with pytest.warns(UserWarning, match="without spans") as told:
+        made = extract(texts)
+    assert made == {"word_spans": [[[0, 1]]] * 20 + [[]] + [[[0, 1]]] * 20, "phrase_spans": [[]] * 41}
+    (left,) = {str(each.message) for each in told if "expected its processes to live" not in str(each.message)}
+    assert left.startswith("text of row 20: expected a process to parse it, 3 stopped over it (signal 9")
+    assert left.endswith("it is left without spans, 1 so far; it begins with 'kill'")
+    assert not multiprocessing.active_children()
+
+
+def _dies_answering(folder: Path, text: str) -> dict[str, Any]:
+    """The first time, the process ends in the middle of its answer."""
+    if not (folder / text).exists():
+        (folder / text).touch()
+        frame = sys._getframe()
+        while frame.f_code.co_name != "_process_worker" and frame.f_back is not None:
+            frame = frame.f_back
+        os.write(frame.f_locals["result_queue"]._writer.fileno(), b"\0\0\1\0half")  # 256 bytes were to come
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _whole(text)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[processes.Processes]:
+    parse = SpanExtractor(functools.partial(_dies_answering, tmp_path)).encoded
+    crew = processes.Processes(parse, 1, "fork", max_pending=9, skip=False)
+    yield crew
+    crew.stop()
+
+
+@pytest.mark.filterwarnings("ignore:span extraction. expected its processes to live")
+def test_a_death_in_the_middle_of_an_answer(one_process: processes.Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "WATCH_SECONDS", 0.05)
+    (spans,) = one_process.result(one_process.submit(["text"], [0]))
+    assert spans is not None
+    assert decode_spans(spans[0]) == [[0, 4]]
+    assert one_process.replaced == 1
+
+
+@pytest.mark.filterwarnings("ignore:span extraction. expected its processes to live")
+def test_a_death_over_nothing_is_not_the_next_texts(
+    one_process: processes.Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "ATTEMPTS", 1)
+    (tmp_path / "text").touch()
+    for _ in range(2):
+        (spans,) = one_process.result(one_process.submit(["text"], [0]))
+        assert spans is not None
+        process = one_process._processes[0]
+        process.kill()
+        assert process.exit_code() == -signal.SIGKILL
+    assert one_process.replaced == 1
+
+
+def test_a_function_that_exits_does_not_end_the_run() -> None:
+    with pytest.raises(MTAFastError, match="span extraction: SystemExit in a worker process: 3"):
+        SpanExtractor(lambda text: sys.exit(3), n_process=2)(["a", "b"])
+
+
+def test_results_do_not_run_ahead_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed, submit = list[str](), processes.Processes.submit
+
+    def counted(crew: processes.Processes, texts: list[str], rows: range) -> Any:
+        handed.extend(texts)
+        return submit(crew, texts, rows)
+
+    monkeypatch.setattr(processes.Processes, "submit", counted)
+    texts = [str(i) for i in range(100)]
+    with closing(SpanExtractor(_whole, n_process=2, batch_size=1).encoded(texts)) as made:
+        for taken, _ in enumerate(itertools.islice(made, 20)):
+            assert len(handed) == taken + 2 * processes.CHUNKS_AHEAD
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_is_left_to_the_parent() -> None:
     made = SpanExtractor(_crash, n_process=2)(["ok", "Ctrl-C", "ok"])
     assert made["word_spans"] == [[[0, 1]]] * 3
 
 
-def test_no_processes_inside_a_daemonic_one() -> None:
-    work = SpanExtractor(_crash, n_process=2)
-    with pytest.raises(InputError, match="expected 1 in a daemonic worker process"):
-        list(pool.map_in_processes(work, [["a", "b"]], 1))
+def test_no_processes_inside_a_daemonic_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="got a daemonic worker process; use n_process=1 there, without skip_unpars"):
+        SpanExtractor(_crash, n_process=2)(["a", "b"])
 
 
 _SLOW = """

@@ -10,7 +10,9 @@ from mta_fast import backends, token_importance
 pytest.importorskip("triton", reason="the triton backend needs the package triton")
 from bench import gpu
 from bench import workload as workload_module
-from bench.model import Shape
+from bench.gpu_model.model import Shape
+from bench.harness import check_parity
+from bench.report import publish
 from bench.workload import Workload, loss_and_gradients, standard_workload
 
 needs_gpu = pytest.mark.skipif(
@@ -95,14 +97,14 @@ TINY = Shape("tiny", 2, 12, 8, 16, 2)
 def test_the_benchmark_skips_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert gpu.main(None) == 0
-    assert "skipped, no CUDA or ROCm device" in capsys.readouterr().out
+    assert publish(gpu.measure()) == 0
+    assert "skipped: no CUDA or ROCm device" in capsys.readouterr().out
 
 
 def test_the_harness_compares_and_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "WARM_UP", 0)
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
-    rows = gpu.loss_rows(TINY, "cuda" if torch.cuda.is_available() else "cpu", torch.float32, 1)
+    rows = gpu.of_loss(TINY, "cuda" if torch.cuda.is_available() else "cpu", torch.float32, 1)
     names = [row.what.split(": ")[1] for row in rows]
     others = ["reference", "compiled reference", "public algorithm"]
     assert names == ["triton, forward + backward", *(f"{name} / triton" for name in others)]
@@ -115,11 +117,11 @@ def test_nothing_is_timed_without_parity(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(gpu, "_time", lambda *args: pytest.fail("timed before the check"))
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     with pytest.raises(SystemExit, match="public algorithm: expected parity below"):
-        gpu.loss_rows(TINY, "cpu", torch.float32, 1)
+        gpu.of_loss(TINY, "cpu", torch.float32, 1)
 
 
 def test_the_longest_shape_is_checked_by_one_layer_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = standard_workload(2, 12, (8, 16), 2).with_backend("triton")
     ours, expected = gpu._first_pair(workload)
-    gpu._check_parity("one pair", ours, expected)
+    check_parity("one pair", ours, expected, gpu.PARITY)
     assert len(ours) == 4  # loss, states, projection and bias

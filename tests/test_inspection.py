@@ -53,36 +53,86 @@ from mta_fast.inspection.run import inspect_models
 # --- numbers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"student_pooling": "own"},
-        {"causal": True},
-        {"weighting": "uniform"},
-        {"weighting": "entropy"},
-        {"normalization": "sample", "lambda_dsa": 0.0},
-    ],
-    ids=str,
-)
-def test_numbers_are_those_of_the_ops_and_of_mta_loss(changes: dict[str, Any]) -> None:
+def terms_of_the_loss(loss: MTALoss, teacher_tokenizer: Any = None) -> tuple[list[float], list[float]]:
+    """DSA and Hid of each layer pair of TEXT, without the inspection's code."""
+    config, (teacher, student) = loss.config, models()
+    own, other = make_tokenizer(VOCABULARY), teacher_tokenizer or make_tokenizer(VOCABULARY)
+    hidden_t, offsets_t, logits = run(teacher, other, config.teacher_layers)
+    hidden_s, offsets_s, _ = run(student, own, config.student_layers)
+    spans, teacher_spans = {}, {}
+    for kind, found in char_spans(TEXT).items():
+        spans[kind], teacher_spans[kind] = SpanBatch.pair([found], (offsets_s, None), (offsets_t, None), texts=[TEXT])
+    output = loss(
+        hidden_s,
+        hidden_t,
+        spans,
+        teacher_spans=None if teacher_tokenizer is None else teacher_spans,
+        entropy_weights=entropy_weights(logits) if config.weighting == "entropy" else None,
+    )
+    dsa, hid = output.per_layer.quotients()
+    return dsa.tolist(), hid.tolist()
+
+
+ABLATIONS: list[dict[str, Any]] = [
+    {},
+    {"student_pooling": "own"},
+    {"causal": True},
+    {"count_padding": True},
+    {"weighting": "uniform"},
+    {"weighting": "entropy"},
+    {"normalization": "sample"},
+    {"normalization": "sample", "weighting": "uniform", "student_pooling": "own"},
+]
+
+
+@pytest.mark.parametrize("two_tokenizers", [False, True])
+@pytest.mark.parametrize("changes", ABLATIONS, ids=str)
+def test_what_is_shown_makes_the_terms_of_the_loss(changes: dict[str, Any], two_tokenizers: bool) -> None:
+    config, other = make_config(**changes), make_tokenizer(300) if two_tokenizers else None
+    loss = MTALoss(config, 32, 48)
+    inspection = inspect(config=config, projections=loss.projections, teacher_tokenizer=other)
+    dsa, hid = terms_of_the_loss(loss, other)
+    assert [pair.dsa for pair in inspection.layer_pairs] == dsa
+    assert [pair.hid for pair in inspection.layer_pairs] == hid
+    for pair in inspection.layer_pairs:
+        error = np.outer(pair.salience, pair.salience) * (pair.student_distances - pair.teacher_distances) ** 2
+        weights = pair.salience.sum() ** 2 - (pair.salience**2).sum()
+        assert error.sum() / weights == pytest.approx(pair.dsa, rel=1e-5)
+        assert len(pair.worst) == 10
+        first = pair.worst[0]
+        assert error[first.first, first.second] == error.max()
+        assert first.share == pytest.approx(2 * error.max() / error.sum())
+        assert [w.share for w in pair.worst] == sorted((w.share for w in pair.worst), reverse=True)
+
+
+def test_a_term_the_config_leaves_out_is_measured_all_the_same() -> None:
+    loss = MTALoss(make_config(), 32, 48)
+    whole = inspect(config=loss.config, projections=loss.projections).layer_pairs
+    for left_out in ("lambda_dsa", "lambda_hid"):
+        made = inspect(config=make_config(**{left_out: 0.0}), projections=loss.projections).layer_pairs
+        assert [(pair.dsa, pair.hid) for pair in made] == [(pair.dsa, pair.hid) for pair in whole]
+
+
+@pytest.mark.parametrize("changes", ABLATIONS[:6], ids=str)
+def test_numbers_are_those_of_the_ops(changes: dict[str, Any]) -> None:
     config = make_config(**changes)
     inspection = inspect(config=config)
     teacher, student = models()
     hidden_t, offsets, logits = run(teacher, make_tokenizer(VOCABULARY), config.teacher_layers)
     hidden_s, _, _ = run(student, make_tokenizer(VOCABULARY), config.student_layers)
-    spans = {
-        kind: SpanBatch.from_char_spans([found], offsets, texts=[TEXT]) for kind, found in char_spans(TEXT).items()
-    }
-    certainty = entropy_weights(logits) if config.weighting == "entropy" else None
-    loss = MTALoss(make_config(**(changes | {"lambda_dsa": 1.0, "lambda_hid": 0.0})), 32, 48)
-    terms = loss(hidden_s, hidden_t, spans, entropy_weights=certainty).per_layer
+    options = {"causal": config.causal, "count_padding": config.count_padding}
     for i, pair in enumerate(inspection.layer_pairs):
         assert (pair.student_layer, pair.teacher_layer) == PAIRS[i]
-        batch = spans[pair.granularity]
-        importance = token_importance(hidden_t[pair.teacher_layer], causal=config.causal)
+        assert pair.hid is None
+        batch = SpanBatch.from_char_spans([char_spans(TEXT)[pair.granularity]], offsets, texts=[TEXT])
+        importance = token_importance(hidden_t[pair.teacher_layer], rows=batch.rows, **options)
         np.testing.assert_array_equal(pair.importance, importance[0].double().numpy())
         weights = normalize_weights(importance, batch)
+        salience = weights.span
+        if config.weighting != "importance":
+            certain = config.weighting == "entropy"
+            salience = normalize_weights(entropy_weights(logits), batch).span if certain else torch.ones_like(salience)
+        np.testing.assert_array_equal(pair.salience, salience.double().numpy())
         own = weights.token
         if config.student_pooling == "own":
             own = normalize_weights(token_importance(hidden_s[pair.student_layer]), batch).token
@@ -95,57 +145,18 @@ def test_numbers_are_those_of_the_ops_and_of_mta_loss(changes: dict[str, Any]) -
             np.testing.assert_allclose(distances, 1 - cosine.numpy(), atol=1e-12)
             assert (distances == distances.T).all()
             assert (distances.diagonal() == 0).all()
-        dsa = terms.dsa_numerator[i] / terms.dsa_denominator[i]
-        assert pair.dsa == pytest.approx(dsa.item(), rel=1e-6)
-        assert pair.hid is None
-        # the matrices and saliences shown give the DSA shown
-        error = np.outer(pair.salience, pair.salience) * (pair.student_distances - pair.teacher_distances) ** 2
-        assert error.sum() / (pair.salience.sum() ** 2 - (pair.salience**2).sum()) == pytest.approx(pair.dsa, rel=1e-4)
-        assert len(pair.worst) == 10
-        first = pair.worst[0]
-        assert error[first.first, first.second] == error.max()
-        assert first.share == pytest.approx(2 * error.max() / error.sum())
-        assert [w.share for w in pair.worst] == sorted((w.share for w in pair.worst), reverse=True)
 
 
-def test_hid_goes_through_the_given_projections() -> None:
-    config = make_config()
-    teacher, student = models()
-    loss = MTALoss(config, 32, 48)
-    inspection = inspect(config=config, projections=loss.projections)
-    hidden_t, offsets, _ = run(teacher, make_tokenizer(VOCABULARY), config.teacher_layers)
-    hidden_s, _, _ = run(student, make_tokenizer(VOCABULARY), config.student_layers)
-    spans = {
-        kind: SpanBatch.from_char_spans([found], offsets, texts=[TEXT]) for kind, found in char_spans(TEXT).items()
-    }
-    terms = loss(hidden_s, hidden_t, spans).per_layer
-    expected = (terms.hid_numerator / terms.hid_denominator).tolist()
-    assert [pair.hid for pair in inspection.layer_pairs] == pytest.approx(expected)
+def test_projections_of_other_widths_are_refused() -> None:
     with pytest.raises(InputError, match=r"projections: expected \(student, teacher\) widths \[\(32, 48\), .*got \["):
-        inspect(projections=MTALoss(config, 16, 48).projections)
+        inspect(projections=MTALoss(make_config(), 16, 48).projections)
 
 
 def test_two_tokenizers() -> None:
-    other = make_tokenizer(300)
-    inspection = inspect(teacher_tokenizer=other)
+    inspection = inspect(teacher_tokenizer=make_tokenizer(300))
     assert inspection.two_tokenizers
     assert len(inspection.tokens) > len(inspection.student_tokens)
-    teacher, student = models()
-    config = make_config()
-    hidden_t, offsets_t, _ = run(teacher, other, config.teacher_layers)
-    hidden_s, offsets_s, _ = run(student, make_tokenizer(VOCABULARY), config.student_layers)
-    pairs = {
-        kind: SpanBatch.pair([found], (offsets_s, None), (offsets_t, None), texts=[TEXT])
-        for kind, found in char_spans(TEXT).items()
-    }
-    terms = MTALoss(make_config(lambda_hid=0.0), 32, 48)(
-        hidden_s,
-        hidden_t,
-        {kind: pair[0] for kind, pair in pairs.items()},
-        teacher_spans={kind: pair[1] for kind, pair in pairs.items()},
-    ).per_layer
-    for i, pair in enumerate(inspection.layer_pairs):
-        assert pair.dsa == pytest.approx((terms.dsa_numerator[i] / terms.dsa_denominator[i]).item())
+    for pair in inspection.layer_pairs:
         assert len(pair.importance) == len(inspection.tokens)
         for span in pair.spans:
             for tokens, (first, last) in (

@@ -1,4 +1,4 @@
-"""SpanPool and batches whose spans still come."""
+"""ParserPool and batches whose spans still come."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +23,10 @@ from processes import LIMIT, alive, wait_for, wait_until_gone
 
 from mta_fast import SpanBatch, SpanCollator, SpanExtractor
 from mta_fast.errors import InputError, MissingPackageError, MTAFastError
-from mta_fast.spans import crew, live
-from mta_fast.spans import pool as workers
+from mta_fast.spans import parser_pool, processes
 from mta_fast.spans.cache import SpanCache
-from mta_fast.spans.live import LazySpans, PendingSpans, SpanPool, pending_batch
+from mta_fast.spans.lazy import LazySpans, pending_batch
+from mta_fast.spans.parser_pool import ParserPool, PendingSpans
 
 TESTS = Path(__file__).parent
 
@@ -55,8 +54,8 @@ def spans_of(text: str) -> dict[str, Any]:
     return {"word": [(0, len(text))], "phrase": [(0, 1)]}
 
 
-def _pids(pool: SpanPool) -> list[int]:
-    return [worker.process.pid for worker in pool._crew._workers if worker.process.pid is not None]
+def _pids(pool: ParserPool) -> list[int]:
+    return [each._process.pid for each in pool._processes._processes if each._process.pid is not None]
 
 
 def _kill(pid: int, noticed: Callable[[], bool]) -> None:
@@ -69,9 +68,9 @@ EXTRACTOR = SpanExtractor(spans_of)
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[SpanPool]:
+def pool() -> Iterator[ParserPool]:
     """Two processes that the tests share; those that end them make their own."""
-    with SpanPool(EXTRACTOR, n_process=2) as pool:
+    with ParserPool(EXTRACTOR, n_process=2) as pool:
         pool.start()
         yield pool
     assert not multiprocessing.active_children()
@@ -85,7 +84,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def test_order_is_kept_within_and_between_submits(pool: SpanPool, tmp_path: Path) -> None:
+def test_order_is_kept_within_and_between_submits(pool: ParserPool, tmp_path: Path) -> None:
     go = tmp_path / "go"
     first = [f"until:{go}", *(f"{'x' * i}" for i in range(9))]
     second = [f"other {'y' * i}" for i in range(7)]
@@ -98,7 +97,7 @@ def test_order_is_kept_within_and_between_submits(pool: SpanPool, tmp_path: Path
     assert pending.result() == EXTRACTOR(first)  # and again
 
 
-def test_one_submit_is_parsed_by_all_processes(pool: SpanPool, tmp_path: Path) -> None:
+def test_one_submit_is_parsed_by_all_processes(pool: ParserPool, tmp_path: Path) -> None:
     go = tmp_path / "go"
     pending = pool.submit([f"until:{go}"] * 2)
     wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
@@ -107,13 +106,13 @@ def test_one_submit_is_parsed_by_all_processes(pool: SpanPool, tmp_path: Path) -
     assert len(pending.result()["word_spans"]) == 2
 
 
-def test_no_texts_and_wrong_ones(pool: SpanPool) -> None:
+def test_no_texts_and_wrong_ones(pool: ParserPool) -> None:
     assert pool.submit([]).result() == {"word_spans": [], "phrase_spans": []}
     with pytest.raises(InputError, match="text of row 1: expected a string, got NoneType"):
         pool.submit(["a", None])  # type: ignore[list-item]
 
 
-def test_an_exception_of_the_extractor_is_raised_by_result(pool: SpanPool) -> None:
+def test_an_exception_of_the_extractor_is_raised_by_result(pool: ParserPool) -> None:
     before = _pids(pool)
     pending = {kind: pool.submit(["a", "b", "c", f"{kind}:"]) for kind in ("wrong", "odd")}
     with pytest.raises(KeyError, match="mine") as caught:
@@ -125,7 +124,9 @@ def test_an_exception_of_the_extractor_is_raised_by_result(pool: SpanPool) -> No
     assert _pids(pool) == before
 
 
-def test_the_time_that_result_waits_is_counted(pool: SpanPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_that_result_waits_is_counted(
+    pool: ParserPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for text, seconds in (("a", 0), (f"until:{tmp_path / 'go'}", 3)):
         pending = pool.submit([text])
         if not seconds:
@@ -139,61 +140,64 @@ def test_the_time_that_result_waits_is_counted(pool: SpanPool, tmp_path: Path, m
             return 3.0 * done
 
         with monkeypatch.context() as patch:
-            patch.setattr(live, "time", SimpleNamespace(perf_counter=now))
+            patch.setattr(parser_pool, "time", SimpleNamespace(perf_counter=now))
             pending.result()
         assert pool.stall_seconds == before + seconds
         (tmp_path / "go").unlink()
 
 
-def test_submit_waits_for_room(pool: SpanPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool._crew, "_max_pending", 3)
+def test_submit_waits_for_room(pool: ParserPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool._processes, "_max_pending", 3)
     monkeypatch.setattr(pool, "max_pending", 3)
     go, made, waits = tmp_path / "go", list[Any](), threading.Event()
     held = pool.submit([f"until:{go}"] * 2)
     wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
     fits = pool.submit(["a"])
-    until = pool._crew._changed.wait_for
+    until = pool._processes._changed.wait_for
 
     def noted(condition: Callable[[], Any]) -> Any:
         if threading.current_thread() is thread and not condition():
             waits.set()
         return until(condition)
 
-    monkeypatch.setattr(pool._crew._changed, "wait_for", noted)
-    monkeypatch.setattr(live, "time", SimpleNamespace(perf_counter=lambda: 3.0 * go.exists()))
+    monkeypatch.setattr(pool._processes._changed, "wait_for", noted)
+    monkeypatch.setattr(parser_pool, "time", SimpleNamespace(perf_counter=lambda: 3.0 * go.exists()))
     before = pool.stall_seconds
     thread = threading.Thread(target=lambda: made.append(pool.submit(["b"] * 20)))
     thread.start()
     assert waits.wait(LIMIT)
     assert thread.is_alive()
-    assert pool._crew._pending == 3
+    assert pool._processes._pending == 3
     go.touch()
     thread.join(LIMIT)
     assert pool.stall_seconds == before + 3
     assert made[0].result() == EXTRACTOR(["b"] * 20)
     assert fits.result() == EXTRACTOR(["a"])
     assert held.done()
-    assert pool._crew._pending == 0
+    assert pool._processes._pending == 0
 
 
 def test_a_killed_process_is_replaced_and_its_texts_parsed_again(
-    pool: SpanPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pool: ParserPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, kept, go = BaseContext.Pipe, list[int](), tmp_path / "go"
+    make, kept, go = os.pipe, list[int](), tmp_path / "go"
 
-    def pipe(context: BaseContext) -> Any:
-        ours, theirs = make(context)
-        kept.append(os.dup(theirs.fileno()))  # as a process does that is forked before the parent closes it
-        return ours, theirs
+    def pipe() -> tuple[int, int]:
+        reader, writer = make()
+        kept.append(os.dup(writer))  # as a process does that is forked before the parent closes it
+        return reader, writer
 
-    monkeypatch.setattr(BaseContext, "Pipe", pipe)
+    monkeypatch.setattr(os, "pipe", pipe)
+    monkeypatch.setattr(processes, "WATCH_SECONDS", 0.1)
     texts = ["a", f"until:{go}", "bc", "def"]
     replaced, before = pool.replaced, _pids(pool)
     pending = pool.submit(texts)
     for deaths in (1, 2):  # the second dies behind a pipe that stays open
         wait_for(lambda n=deaths: len(list(tmp_path.iterdir())) == n)  # type: ignore[misc]
         (killed,) = {int(path.suffix[1:]) for path in tmp_path.iterdir()} & set(_pids(pool))
-        with pytest.warns(UserWarning, match="SpanPool: expected its processes to live, one stopped .signal 9, often"):
+        with pytest.warns(
+            UserWarning, match="span extraction: expected its processes to live, one stopped .signal 9, often"
+        ):
             _kill(killed, lambda n=deaths: pool.replaced == replaced + n)  # type: ignore[misc]
     go.touch()
     assert pending.result() == EXTRACTOR(texts)
@@ -204,22 +208,31 @@ def test_a_killed_process_is_replaced_and_its_texts_parsed_again(
 
 
 @pytest.mark.usefixtures("quiet")
-def test_a_text_that_kills_is_named_and_the_others_are_parsed(pool: SpanPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "ATTEMPTS", 2)
+def test_a_text_that_kills_is_named_and_the_others_are_parsed(
+    pool: ParserPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "ATTEMPTS", 2)
     replaced, poison = pool.replaced, f"die: {'long ' * 30}"
     pending, spared = pool.submit(["a", poison]), pool.submit(["x", "y"])
     assert spared.result() == EXTRACTOR(["x", "y"])
     message = re.escape(
         f"text of row 1: expected a process to parse it, 2 stopped over it (signal 9, often the system's "
-        f"out-of-memory killer); leave it out, it begins with {poison[:60]!r}"
+        f"out-of-memory killer); try a smaller n_process or batch_size if memory ran out, leave it out, or allow it to "
+        f"have no spans (skip_unparsable); it begins with {poison[:60]!r}"
     )
     with pytest.raises(MTAFastError, match=message):
         pending.result()
     assert pool.replaced == replaced + 2
+    monkeypatch.setattr(processes, "ATTEMPTS", 1)
+    monkeypatch.setattr(pool._processes, "_skip", True)
+    with pytest.warns(UserWarning, match="text of row 1: .* it is left without spans, 1 so far; it begins with 'die:'"):
+        made = pool.submit(["a", "die:"]).result()
+    assert made == {"word_spans": [[[0, 1]], []], "phrase_spans": [[[0, 1]], []]}
+    assert pool.skipped == 1
     assert pool.submit(["a", "b", "c"]).result() == EXTRACTOR(["a", "b", "c"])
 
 
-def test_a_fork_is_refused(pool: SpanPool) -> None:
+def test_a_fork_is_refused(pool: ParserPool) -> None:
     context = multiprocessing.get_context("fork")
     told = context.SimpleQueue()
 
@@ -233,29 +246,29 @@ def test_a_fork_is_refused(pool: SpanPool) -> None:
     process.start()
     process.join(LIMIT)
     assert process.exitcode == 0
-    assert "SpanPool: expected use in the process that made it, got a fork" in told.get()
+    assert "ParserPool: expected use in the process that made it, got a fork" in told.get()
     assert pool.submit(["a"]).result() == EXTRACTOR(["a"])  # the fork's end left the processes alone
 
 
-def test_close_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (crew, workers):
-        monkeypatch.setattr(module, "STOP_SECONDS", LIMIT)  # it is SIGTERM that ends them
-    started, pool = threading.active_count(), SpanPool(EXTRACTOR)
+def test_close_leaves_no_process(tmp_path: Path) -> None:
+    started, pool = threading.active_count(), ParserPool(EXTRACTOR)
     held, waiting = pool.submit([f"sleep:{tmp_path}"]), pool.submit(["a"])
     wait_for(lambda: any(tmp_path.iterdir()))
-    (process,) = (worker.process for worker in pool._crew._workers)
+    (process,) = (each._process for each in pool._processes._processes)
     pool.close()
-    assert process.exitcode == -signal.SIGTERM
-    assert threading.active_count() == started
+    assert process.exitcode == -signal.SIGKILL
+    wait_for(lambda: threading.active_count() == started)
     for call in (held.result, waiting.result, lambda: pool.submit(["a"]), pool.start, pool.__enter__):
-        with pytest.raises(MTAFastError, match="SpanPool: expected an open pool, got one that was closed; make a new"):
+        with pytest.raises(
+            MTAFastError, match="ParserPool: expected an open pool, got one that was closed; make a new"
+        ):
             call()
     assert pool.replaced == 0
     pool.close()
 
 
 def test_a_pool_that_is_dropped_stops_its_processes() -> None:
-    pool = SpanPool(EXTRACTOR)
+    pool = ParserPool(EXTRACTOR)
     pool.start()
     pids = _pids(pool)
     assert all(map(alive, pids))
@@ -267,10 +280,10 @@ def test_a_pool_that_is_dropped_stops_its_processes() -> None:
 _SCRIPT = """
 import sys
 from test_live_spans import EXTRACTOR
-from mta_fast.spans.live import SpanPool
+from mta_fast.spans.parser_pool import ParserPool
 
 if __name__ == "__main__":
-    pool = SpanPool(EXTRACTOR)
+    pool = ParserPool(EXTRACTOR)
     pending = pool.submit([f"sleep:{sys.argv[1]}"])
     if sys.argv[2] == "wait":
         pending.result()
@@ -327,9 +340,9 @@ def _load(pid: int) -> _OnlyHere:
 
 
 def test_processes_that_cannot_start_close_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "ATTEMPTS", 1)
+    monkeypatch.setattr(processes, "ATTEMPTS", 1)
     before = set(multiprocessing.active_children())
-    pool = SpanPool(SpanExtractor(_OnlyHere()))
+    pool = ParserPool(SpanExtractor(_OnlyHere()))
     pending = pool.submit(["a"])
     for call in (pending.result, pool.start, lambda: pool.submit(["a"])):
         with pytest.raises(MTAFastError, match="expected a process to load its pipeline, 1 stopped before .exit code"):
@@ -343,15 +356,16 @@ def test_errors_name_expected_and_received(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(
         InputError, match="extractor: expected a SpanExtractor, got SpanCache; of a SpanCache give .ext"
     ):
-        SpanPool(cache)  # type: ignore[arg-type]
+        ParserPool(cache)  # type: ignore[arg-type]
     for name in ("n_process", "max_pending"):
         with pytest.raises(InputError, match=f"{name}: expected an integer >= 1, got 0"):
-            SpanPool(EXTRACTOR, **{name: 0})
+            ParserPool(EXTRACTOR, **{name: 0})
+    assert ParserPool(SpanExtractor(spans_of, skip_unparsable=True))._processes._skip
     with pytest.raises(InputError, match="extractor: expected one that can be pickled for the processes, got one that"):
-        SpanPool(SpanExtractor(lambda text: {}))
+        ParserPool(SpanExtractor(lambda text: {}))
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match="SpanPool: expected a process that may have children, got a daemonic worker"):
-        SpanPool(EXTRACTOR)
+    with pytest.raises(InputError, match="span extraction: expected a process that may have children, got"):
+        ParserPool(EXTRACTOR)
 
 
 # --- with spaCy and a tokenizer ----------------------------------------------------------------------------------
@@ -365,10 +379,10 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def parsing() -> Iterator[SpanPool]:
+def parsing() -> Iterator[ParserPool]:
     """spaCy in one process."""
     pytest.importorskip("spacy", reason="needs spaCy")
-    with SpanPool(SpanExtractor(n_process=2), max_pending=2) as pool:  # the extractor's own number does not count
+    with ParserPool(SpanExtractor(n_process=2), max_pending=2) as pool:  # the extractor's own number does not count
         yield pool
 
 
@@ -381,7 +395,7 @@ def _same(made: Mapping[str, SpanBatch], expected: Mapping[str, SpanBatch]) -> N
 
 
 @pytest.mark.parametrize("vocabulary", [None, 300])
-def test_a_pending_batch_becomes_the_collators(parsing: SpanPool, vocabulary: int | None) -> None:
+def test_a_pending_batch_becomes_the_collators(parsing: ParserPool, vocabulary: int | None) -> None:
     pytest.importorskip("transformers")
     from models import make_tokenizer
 
@@ -399,7 +413,7 @@ def test_a_pending_batch_becomes_the_collators(parsing: SpanPool, vocabulary: in
             assert torch.equal(value, expected[name])
 
 
-def test_lazy_spans_move_without_being_asked_for(pool: SpanPool, tmp_path: Path) -> None:
+def test_lazy_spans_move_without_being_asked_for(pool: ParserPool, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     from accelerate.utils import send_to_device
     from models import make_tokenizer
@@ -423,7 +437,7 @@ def test_a_pool_of_other_granularity_is_refused() -> None:
     pytest.importorskip("transformers")
     from models import make_tokenizer
 
-    words = SpanPool(SpanExtractor(spans_of, granularity="word"))
+    words = ParserPool(SpanExtractor(spans_of, granularity="word"))
     collator = SpanCollator(make_tokenizer())
     with pytest.raises(InputError, match="pool: expected an extractor of the collator's granularity word, phrase, got"):
         pending_batch(words, collator, [{"text": "a"}])
@@ -431,7 +445,7 @@ def test_a_pool_of_other_granularity_is_refused() -> None:
         collator.align(collator.tokenize([{"text": "a"}]), {"word_spans": [[]]})
 
 
-def test_long_texts_and_lost_pipelines_are_told(parsing: SpanPool, tmp_path: Path) -> None:
+def test_long_texts_and_lost_pipelines_are_told(parsing: ParserPool, tmp_path: Path) -> None:
     import shutil
 
     import spacy
@@ -441,5 +455,5 @@ def test_long_texts_and_lost_pipelines_are_told(parsing: SpanPool, tmp_path: Pat
     spacy.blank("en").to_disk(tmp_path / "blank")
     extractor = SpanExtractor(str(tmp_path / "blank"), granularity="word")
     shutil.rmtree(tmp_path / "blank")
-    with SpanPool(extractor) as pool, pytest.raises(MissingPackageError, match="expected a package or the folder"):
+    with ParserPool(extractor) as pool, pytest.raises(MissingPackageError, match="expected a package or the folder"):
         pool.start()

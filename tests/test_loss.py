@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -13,6 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mta_fast import MTAConfig, MTALoss, MTAOutput, SpanBatch, reference
 from mta_fast.errors import InputError
+from mta_fast.loss import LayerPairTerms, MTAExplanation
+from mta_fast.ops.importance import token_importance
+from mta_fast.ops.pooling import pooled_spans
+from mta_fast.ops.span_pairs import span_pair_terms
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 
@@ -111,6 +116,63 @@ def test_micro_batches_with_denominators_equal_one_batch(changes: dict[str, Any]
     for i, gradient in enumerate(expected):
         pieces = [g[i] for g in grads]
         torch.testing.assert_close(torch.cat(pieces) if i < len(PAIRS) else sum(pieces), gradient)
+
+
+@pytest.mark.parametrize("two_tokenizers", [False, True])
+@pytest.mark.parametrize("changes", [*ABLATIONS[:6], ABLATIONS[7], ABLATIONS[9]], ids=str)
+def test_what_is_explained_makes_the_terms(changes: dict[str, Any], two_tokenizers: bool) -> None:
+    case = Case(**changes)
+    config = case.loss.config
+    options = (
+        {"teacher_spans": {kind: copy.copy(spans) for kind, spans in case.spans.items()}} if two_tokenizers else {}
+    )
+    plain = case(**options)
+    explanation = case.loss(
+        case.student, case.teacher, case.spans, entropy_weights=case.entropy, explain=True, **options
+    )
+    assert isinstance(explanation, MTAExplanation)
+    torch.testing.assert_close(explanation.output, plain, rtol=0, atol=0)
+    for i, ((student, teacher), kind, pair) in enumerate(zip(PAIRS, KINDS, explanation.layer_pairs, strict=True)):
+        spans = case.spans[kind]
+        dsa, hid = config.lambda_dsa > 0, config.lambda_hid > 0
+        assert [value is None for value in (pair.student_spans, pair.teacher_spans, pair.student_token_weights)] == (
+            [not (dsa or two_tokenizers)] * 3
+        )
+        terms = [torch.zeros((), dtype=torch.float64)] * 4
+        expected = token_importance(case.teacher[teacher], rows=spans.rows, causal=config.causal)
+        torch.testing.assert_close(pair.importance, expected, rtol=0, atol=0)
+        compared = case.student[student].flatten(0, 1), case.teacher[teacher].flatten(0, 1)
+        if pair.student_spans is not None:
+            for states, weights, pooled in zip(
+                compared,
+                (pair.student_token_weights, pair.token_weights),
+                (pair.student_spans.states, pair.teacher_spans.states),
+                strict=True,
+            ):
+                assert torch.equal(pooled_spans(states, weights, spans).states, pooled)
+        tokens = spans.covered
+        if two_tokenizers:
+            compared = pair.student_spans.states, pair.teacher_spans.states
+            tokens = torch.arange(spans.num_spans)
+        assert [pair.span_weights is None, pair.hid_weights is None] == [not dsa, not hid]
+        if dsa:
+            made = (pair.student_spans, pair.teacher_spans)
+            terms[:2] = span_pair_terms(
+                *(side.states for side in made),
+                pair.span_weights,
+                spans,
+                reduction=config.normalization,
+                method=config.dsa_method,
+                norms=tuple(side.norm for side in made),
+            )
+        if hid:
+            terms[2] = case.loss.projections[i](*compared, tokens, pair.hid_weights, "auto")
+            terms[3] = pair.hid_weights.sum()
+        if config.normalization == "sample":
+            terms[3] = pair.terms.hid_denominator  # counts rows, which no weight tells
+        torch.testing.assert_close(pair.terms, LayerPairTerms(*terms), rtol=0, atol=0)
+        for whole, part in zip(plain.per_layer, pair.terms, strict=True):
+            assert whole[i] == part
 
 
 def test_terms_are_unweighted_means_over_layer_pairs() -> None:

@@ -27,7 +27,7 @@ from mta_fast.distill.methods.fdd import FDD
 from mta_fast.distill.methods.losses import skewed_reverse_kl
 from mta_fast.distill.training import log
 from mta_fast.errors import InputError
-from mta_fast.spans.live import LazySpans
+from mta_fast.spans.lazy import LazySpans
 
 
 def _close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

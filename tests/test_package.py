@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -68,3 +69,18 @@ def test_wheel_holds_the_package_and_only_it(sdist: Path, tmp_path: Path) -> Non
     )
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")
     assert str(tmp_path) in _run("-c", code, cwd=tmp_path / "site")
+
+
+def test_modules_of_distill_are_found_under_their_earlier_names() -> None:
+    """As pages, scripts and pickled arguments name them; each is the module itself."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from mta_fast.distill._moved import MOVED
+
+    for earlier, now in MOVED.items():
+        module = importlib.import_module(earlier)
+        assert module is importlib.import_module(now)
+        assert module.__name__ == now
+        assert module.__spec__ is not None
+        assert module.__spec__.name == now
+    assert {"mta_fast.distill.losses", "mta_fast.distill.arguments"} <= MOVED.keys()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -204,8 +205,26 @@ def test_spans_make_and_show(run_folder: Path, capsys: pytest.CaptureFixture[str
     assert "span cache" in capsys.readouterr().err
 
 
-def test_train_reads_the_cache_that_spans_made(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["spans", "make", str(run_folder / "rows.jsonl"), "--cache", str(run_folder / "cache")]) == 0
-    capsys.readouterr()
-    assert _train(run_folder, *_override("training.max_steps=1", "training.save_strategy=no")) == 0
-    assert "12 of 12 texts from" in capsys.readouterr().err
+def test_train_reads_the_cache_that_spans_made_and_tries_again_what_killed_its_parser(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mta_fast.distill.data import load_rows, texts_of
+    from mta_fast.spans.extract import SpanExtractor
+
+    rows, cache = run_folder / "rows.jsonl", run_folder / "cache"
+    deadly, here, encode = texts_of(load_rows(rows).rows)[1], os.getpid(), SpanExtractor._encode
+
+    def encode_or_die(extractor: SpanExtractor, texts: Sequence[str]) -> Iterator[list[bytes]]:
+        if deadly in texts:
+            assert os.getpid() != here
+            os._exit(3)
+        return encode(extractor, texts)
+
+    monkeypatch.setattr(SpanExtractor, "_encode", encode_or_die)
+    with pytest.warns(UserWarning, match="text of row 1: .* it is left without spans"):
+        assert main(["spans", "make", str(rows), "--cache", str(cache), "--skip-unparsable"]) == 0
+    assert "23 texts in" in capsys.readouterr().out
+    step = _override("training.max_steps=1", "training.save_strategy=no", "spans.skip_unparsable=true")
+    with pytest.warns(UserWarning, match="text of row 1: .* it is left without spans"):
+        assert _train(run_folder, *step) == 0
+    assert "11 of 12 texts from" in capsys.readouterr().err

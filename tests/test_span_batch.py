@@ -111,6 +111,7 @@ def test_index_tensors() -> None:
     assert batch.host.tolist() == [[0, 0], [2, 5], [2, 5], [3, 6]]
     assert batch.rows.host.tolist() == [[2, 4], [6, 0], [16, 2]]
     assert all(tensor.dtype == torch.int32 for tensor in batch.index_tensors())
+    assert all(getattr(batch, name) is tensor for name, tensor in batch.index._asdict().items())
 
 
 def test_moves_and_travels() -> None:

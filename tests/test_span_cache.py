@@ -289,6 +289,40 @@ def test_errors_name_the_row_of_the_call(tmp_path: Path) -> None:
         cache(["a", "b", "abcd", "abcd"])
 
 
+class Deadly(Source):
+    """Ends its process over "bad", until it may live."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __call__(self, text: str) -> dict[str, Any]:
+        if text == "bad" and not (self.folder / "live").exists():
+            os._exit(3)
+        return super().__call__(text)
+
+
+@pytest.mark.filterwarnings("ignore:span extraction. expected its processes to live")
+def test_a_text_left_without_spans_is_tried_again_by_the_next_run(tmp_path: Path) -> None:
+    cache = _cache(tmp_path, Deadly(tmp_path), skip_unparsable=True)
+    texts = ["good one", "bad", "other", "bad"]
+    with pytest.warns(UserWarning, match="text of row 1: .* it is left without spans"):
+        assert cache.fill(texts) == 2
+    assert len(cache) == 2
+    assert look_up(cache.path, "bad") is None
+    expected = Source()
+    with pytest.warns(UserWarning, match="text of row 1: .* it is left without spans"):
+        made = cache(texts)
+    wanted = SpanExtractor(expected)(texts)
+    assert made == {
+        name: [[] if text == "bad" else spans for text, spans in zip(texts, column, strict=True)]
+        for name, column in wanted.items()
+    }
+    (tmp_path / "live").touch()
+    assert cache(texts) == wanted
+    assert len(cache) == 3
+
+
 def _write(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path

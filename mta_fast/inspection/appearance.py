@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ STRONG_IMPORTANCE = 3.0  # times an average token: the end of the colour scale
 WITHIN_SCALE = 0.98  # share of the span pairs inside the colour scales: one outlier would pale all others
 CONTINUED = "⋯"  # a token that only holds further bytes of the character before
 
+Length = TypeVar("Length", int, float)  # columns of a terminal, inches of a picture
 Colour = tuple[int, int, int]
 Ramp = tuple[tuple[float, Colour], ...]
 
@@ -147,6 +148,37 @@ def line_ends(tokens: Sequence[Token]) -> set[int]:
     return made
 
 
+class Box(NamedTuple, Generic[Length]):
+    """A token on its line."""
+
+    token: int  # its position in the text
+    text: str
+    left: Length
+    width: Length
+
+
+def lines(
+    tokens: Sequence[Token], width_of: Callable[[str], Length], room: Length, thinnest: Length
+) -> list[list[Box[Length]]]:
+    """The text in lines of at most ``room``; a token alone may be wider. None is drawn thinner than ``thinnest``."""
+    made: list[list[Box[Length]]] = [[]]
+    start = at = type(room)()
+    ends = line_ends(tokens)
+    for i, token in enumerate(tokens):
+        text = visible(token)
+        width = max(width_of(text), thinnest)
+        gap = width_of(shown(token.gap)) if token.gap and made[-1] else start
+        if made[-1] and at + gap + width > room:
+            made.append([])
+            at = gap = start
+        made[-1].append(Box(i, text, at + gap, width))
+        at += gap + width
+        if i in ends and i + 1 < len(tokens):
+            made.append([])
+            at = start
+    return made
+
+
 def right_to_left(text: str) -> bool:
     """Whether the first letter with a direction is written from right to left."""
     directions = (unicodedata.bidirectional(c) for c in text)
@@ -180,6 +212,11 @@ def most_salient(pair: LayerPair, count: int) -> list[int]:
 def plural(count: int, noun: str) -> str:
     """'1 word', '2 words'."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def title(inspection: Inspection) -> str:
+    """Of the page, the picture and what is printed."""
+    return f"What MTA sees: {inspection.teacher} teaches {inspection.student}"
 
 
 def summary(inspection: Inspection) -> list[str]:

@@ -24,7 +24,7 @@ DPI = 110
 # Everything below is in inches
 WIDTH, MARGIN = 18.1, 0.35
 HEADER, HEADING = 1.75, 0.62  # of the picture; of a row
-TEXT_WIDTH = 5.5
+TEXT_WIDTH, THINNEST = 5.5, 0.04  # of the text; of a token
 MATRIX, MATRIX_GAP, ROW_LABELS, COLUMN_LABELS, SCALE = 2.95, 0.35, 1.35, 1.0, 0.75
 SALIENCE = 0.55  # width of the salience bars
 LINE, MARK = 0.24, 0.075  # a line of text; a row of span marks
@@ -132,27 +132,19 @@ def _characters(font: str) -> frozenset[int]:
 # --- layout ------------------------------------------------------------------------------------------------------
 
 
-class _Box(NamedTuple):
-    """A token on its line."""
-
-    token: int
-    text: str
-    left: float
-    width: float
-
-
 class _Row(NamedTuple):
     """A layer pair, with its text broken into lines."""
 
     pair: LayerPair
-    lines: list[list[_Box]]
+    lines: list[list[look.Box[float]]]
     lanes: list[int]
     text_height: float
     height: float
 
     @classmethod
     def make(cls, tokens: Sequence[Token], pair: LayerPair, pen: _Pen) -> _Row:
-        lanes, lines = look.lanes(pair.spans), _lines(tokens, pen)
+        lanes = look.lanes(pair.spans)
+        lines = look.lines(tokens, lambda text: pen.width(text, TEXT_SIZE), TEXT_WIDTH, THINNEST)
         text_height = len(lines) * _line_height(lanes)
         left = text_height + 0.35 + WORST_LINE * (1 + min(len(pair.worst), WORST))
         right = 0.4 if look.nothing_to_compare(pair) else COLUMN_LABELS + MATRIX + SCALE
@@ -163,29 +155,11 @@ def _line_height(lanes: Sequence[int]) -> float:
     return LINE + MARK * (max(lanes, default=0) + 1) + 0.05
 
 
-def _lines(tokens: Sequence[Token], pen: _Pen) -> list[list[_Box]]:
-    lines: list[list[_Box]] = [[]]
-    at, ends = 0.0, look.line_ends(tokens)
-    for i, token in enumerate(tokens):
-        text = look.visible(token)
-        width = max(pen.width(text, TEXT_SIZE), 0.04)
-        gap = pen.width(look.shown(token.gap), TEXT_SIZE) if token.gap and lines[-1] else 0.0
-        if lines[-1] and at + gap + width > TEXT_WIDTH:
-            lines.append([])
-            at = gap = 0.0
-        lines[-1].append(_Box(i, text, at + gap, width))
-        at += gap + width
-        if i in ends and i + 1 < len(tokens):
-            lines.append([])
-            at = 0.0
-    return lines
-
-
 # --- drawing -----------------------------------------------------------------------------------------------------
 
 
 def _draw_header(inspection: Inspection, pen: _Pen) -> None:
-    pen.text(MARGIN, 0.25, f"What MTA sees: {inspection.teacher} teaches {inspection.student}", 16, bold=True)
+    pen.text(MARGIN, 0.25, look.title(inspection), 16, bold=True)
     pen.text(MARGIN, 0.58, " ".join(look.summary(inspection)), SMALL, SOFT)
     column = (WIDTH - 2 * MARGIN) / len(look.EXPLANATION)
     for i, (title, sentence) in enumerate(look.EXPLANATION):
@@ -237,7 +211,7 @@ def _draw_text(row: _Row, right_to_left: bool, top: float, pen: _Pen) -> None:
         _draw_marks(axes, row, line, y + LINE, pen)
 
 
-def _draw_marks(axes: Axes, row: _Row, line: Sequence[_Box], y: float, pen: _Pen) -> None:
+def _draw_marks(axes: Axes, row: _Row, line: Sequence[look.Box[float]], y: float, pen: _Pen) -> None:
     space = pen.width(" ", TEXT_SIZE)
     for span, lane in zip(row.pair.spans, row.lanes, strict=True):
         first, last = span.teacher_tokens

@@ -82,7 +82,7 @@ def render_terminal(inspection: Inspection, console: Console) -> None:
 def _render(inspection: Inspection, console: Console, style: _Style) -> None:
     from rich.text import Text
 
-    console.rule(Text(f"What MTA sees: {inspection.teacher} teaches {inspection.student}", "bold"))
+    console.rule(Text(look.title(inspection), "bold"))
     for title, sentence in look.EXPLANATION:
         console.print(Text.assemble((f"{title}. ", "bold"), sentence))
     console.print()
@@ -128,70 +128,46 @@ def _bar(share: float, style: _Style) -> str:
 # --- tokens ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """A token on the screen."""
-
-    index: int
-    text: str
-    column: int
-    width: int
-
-
 def _print_tokens(tokens: Sequence[Token], pair: LayerPair, console: Console, style: _Style) -> None:
     """Lines of the text, under each the importance as bars and the marks of the spans."""
+    from rich.cells import cell_len
     from rich.text import Text
 
     lanes = look.lanes(pair.spans)
-    for line in _lines(tokens, console.width - 1):
+    for line in look.lines(tokens, cell_len, console.width - 1, 0):
         text, bars = Text(no_wrap=True, overflow="ignore"), Text(no_wrap=True, overflow="ignore")
-        for cell in line:
-            ratio = float(pair.relative_importance[cell.index])
-            gap = " " * (cell.column - bars.cell_len)
-            text.append(gap).append(cell.text, _importance_style(ratio, style))
-            bars.append(gap + _bar(float(look.strength(ratio)), style) * cell.width)
+        for box in line:
+            ratio = float(pair.relative_importance[box.token])
+            gap = " " * (box.left - bars.cell_len)
+            text.append(gap).append(box.text, _importance_style(ratio, style))
+            bars.append(gap + _bar(float(look.strength(ratio)), style) * box.width)
         rows = [_marks(pair.spans, lanes, lane, line, style.mark) for lane in range(max(lanes, default=-1) + 1)]
         for row in (text, bars, *(Text(marks, no_wrap=True, overflow="ignore") for marks in rows if marks.strip())):
             console.print(row, crop=False)
 
 
-def _lines(tokens: Sequence[Token], width: int) -> list[list[_Cell]]:
-    from rich.cells import cell_len
-
-    lines: list[list[_Cell]] = [[]]
-    column, ends = 0, look.line_ends(tokens)
-    for i, token in enumerate(tokens):
-        text = look.visible(token)
-        gap = cell_len(look.shown(token.gap)) if lines[-1] else 0
-        if lines[-1] and column + gap + cell_len(text) > width:
-            lines.append([])
-            column = gap = 0
-        lines[-1].append(_Cell(i, text, column + gap, cell_len(text)))
-        column += gap + cell_len(text)
-        if i in ends and i + 1 < len(tokens):
-            lines.append([])
-            column = 0
-    return lines
-
-
 def _marks(
-    spans: Sequence[Span], lanes: Sequence[int], lane: int, line: Sequence[_Cell], mark: tuple[str, str, str, str]
+    spans: Sequence[Span],
+    lanes: Sequence[int],
+    lane: int,
+    line: Sequence[look.Box[int]],
+    mark: tuple[str, str, str, str],
 ) -> str:
     """The marks of one row; a span that goes on in the next line has no end in this one."""
     if not line:
         return ""
-    row = [" "] * (line[-1].column + line[-1].width)
+    row = [" "] * (line[-1].left + line[-1].width)
     left, middle, right, short = mark
     for span, its_lane in zip(spans, lanes, strict=True):
         first, last = span.teacher_tokens
-        cells = [cell for cell in line if first <= cell.index < last and cell.width]
-        if its_lane != lane or not cells:
+        boxes = [box for box in line if first <= box.token < last and box.width]
+        if its_lane != lane or not boxes:
             continue
-        begin, end = cells[0].column, cells[-1].column + cells[-1].width
-        if cells[0].index == first:
-            begin += min(len(cells[0].text) - len(cells[0].text.lstrip()), cells[0].width - 1)
+        begin, end = boxes[0].left, boxes[-1].left + boxes[-1].width
+        if boxes[0].token == first:
+            begin += min(len(boxes[0].text) - len(boxes[0].text.lstrip()), boxes[0].width - 1)
         row[begin:end] = middle * (end - begin)
-        starts, stops = cells[0].index == first, cells[-1].index == last - 1
+        starts, stops = boxes[0].token == first, boxes[-1].token == last - 1
         if starts:
             row[begin] = left
         if stops:

@@ -20,7 +20,7 @@ from mta_fast.ops._common import (
     check_spans,
     flat,
     quotient,
-    refuse_double_backward,
+    register_backward,
     without_scale,
 )
 from mta_fast.ops.pooling import normalize_weights
@@ -251,23 +251,21 @@ def _(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # outputs without a gradient cost no tensor of zeros
-    student, _teacher, tokens, _weights, proj_weight, proj_bias, _, ctx.with_gradient, ctx.backend = inputs
-    ctx.num_tokens, ctx.has_bias = student.shape[0], proj_bias is not None
-    ctx.dtypes = student.dtype, proj_weight.dtype, proj_weight.dtype if proj_bias is None else proj_bias.dtype
-    ctx.save_for_backward(tokens, *output[1:])
+def _save(ctx: Any, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+    student, matrix, bias = inputs.student, inputs.proj_weight, inputs.proj_bias
+    ctx.num_tokens, ctx.has_bias = student.shape[0], bias is not None
+    ctx.dtypes = student.dtype, matrix.dtype, matrix.dtype if bias is None else bias.dtype
+    ctx.with_gradient, ctx.backend = inputs.with_gradient, inputs.backend
+    _numerator, *gradient = outputs
+    ctx.save_for_backward(inputs.tokens, *gradient)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Any, ...]:
-    refuse_double_backward("hidden_alignment_loss")
-    if grad is None:
-        return (None,) * 9
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     if not ctx.with_gradient:
         raise RuntimeError("hidden_alignment: expected with_gradient=True for a backward, got False")
     tokens, *gradient = ctx.saved_tensors
     student, weight, bias = _hidden_alignment_gradient(gradient, tokens, grad, ctx.num_tokens, *ctx.dtypes, ctx.backend)
-    return student, None, None, None, weight, bias if ctx.has_bias else None, None, None, None
+    return {"student": student, "proj_weight": weight, "proj_bias": bias if ctx.has_bias else None}
 
 
-_hidden_alignment.register_autograd(_backward, setup_context=_save)
+register_backward(_hidden_alignment, "hidden_alignment_loss", _save, _backward)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mta_fast import backends
 from mta_fast.contract import as_spans, unpacked
 from mta_fast.layout import compute_dtype
-from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat, refuse_double_backward
+from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat, register_backward
 from mta_fast.spans.batch import SpanBatch
 
 
@@ -141,20 +141,15 @@ def _(
     return grad.new_empty(weights.shape[0], grad.shape[1], dtype=dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # outputs without a gradient cost no tensor of zeros
-    hidden, weights, spans, _rows, ctx.backend = inputs
-    ctx.dtype = hidden.dtype
-    ctx.save_for_backward(output[1], weights, *spans)
+def _save(ctx: Any, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+    ctx.dtype, ctx.backend = inputs.hidden.dtype, inputs.backend
+    _pooled, span_weight, _norm = outputs
+    ctx.save_for_backward(span_weight, inputs.weights, *inputs.spans)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Any, ...]:
-    refuse_double_backward("pool_spans")
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     span_weight, weights, *spans = ctx.saved_tensors
-    grad_hidden = None
-    if grad is not None:
-        grad_hidden = _pool_spans_gradient(grad, span_weight, weights, spans, ctx.dtype, ctx.backend)
-    return grad_hidden, None, [None] * len(spans), [None, None], None
+    return {"hidden": _pool_spans_gradient(grad, span_weight, weights, spans, ctx.dtype, ctx.backend)}
 
 
-_pool_spans.register_autograd(_backward, setup_context=_save)
+register_backward(_pool_spans, "pool_spans", _save, _backward)

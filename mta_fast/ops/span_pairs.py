@@ -19,7 +19,7 @@ from mta_fast.ops._common import (
     check_float,
     check_shape,
     quotient,
-    refuse_double_backward,
+    register_backward,
     without_scale,
 )
 from mta_fast.reference import reduce_rows, row_norms
@@ -161,21 +161,18 @@ def _(gradient: Tensor, grad: Tensor, span_rows: Tensor, dtype: torch.dtype, bac
     return torch.empty_like(gradient, dtype=dtype)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # outputs without a gradient cost no tensor of zeros
-    ctx.dtype, ctx.with_gradient, ctx.backend = inputs[0].dtype, *inputs[6:]
-    ctx.save_for_backward(output[2], inputs[4][0])
+def _save(ctx: Any, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+    ctx.dtype, ctx.with_gradient, ctx.backend = inputs.student.dtype, inputs.with_gradient, inputs.backend
+    _numerators, _denominators, gradient = outputs
+    span_rows, _span_splits, _host = inputs.index
+    ctx.save_for_backward(gradient, span_rows)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Any, ...]:
-    refuse_double_backward("span_pair_loss")
-    gradient, span_rows = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor]:
     if not ctx.with_gradient:
         raise RuntimeError("span_pairs: expected with_gradient=True for a backward, got False")
-    scaled = None
-    if grad is not None:
-        scaled = _span_pairs_gradient(gradient, grad, span_rows, ctx.dtype, ctx.backend)
-    return scaled, None, None, [None] * 2, [None] * 3, None, None, None
+    gradient, span_rows = ctx.saved_tensors
+    return {"student": _span_pairs_gradient(gradient, grad, span_rows, ctx.dtype, ctx.backend)}
 
 
-_span_pairs.register_autograd(_backward, setup_context=_save)
+register_backward(_span_pairs, "span_pair_loss", _save, _backward)

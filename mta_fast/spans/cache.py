@@ -23,13 +23,8 @@ from typing import Any
 
 from mta_fast.errors import InputError
 from mta_fast.files import user_path
-from mta_fast.spans.extract import (
-    GRANULARITIES,
-    Columns,
-    SpanExtractor,
-    decode_spans,
-    progress_bar,
-)
+from mta_fast.spans.encoding import Columns, Encoded, decode_columns, decode_spans
+from mta_fast.spans.extract import GRANULARITIES, SpanExtractor, progress_bar
 from mta_fast.spans.records import BYTES_PER_SPAN, DAMAGED, opened, seal, sealed, sealed_as_found
 
 APPLICATION_ID = 0x4D544132  # "MTA2": marks the file as a span cache of this layout; a new layout takes a new number
@@ -126,18 +121,18 @@ class SpanCache:
 
     def _columns(self, texts: list[str], progress: bool) -> Columns:
         digests = [_digest(text) for text in texts]
-        found: dict[bytes, Sequence[bytes]] = {}
+        found: dict[bytes, Encoded] = {}
         missing = self._missing(digests, found.__setitem__)
-        if self._extract_missing(texts, digests, missing, progress):
-            self._missing(list(missing), found.__setitem__, again=True)
-        kinds = enumerate(self.extractor.granularity)
-        return {f"{kind}_spans": [decode_spans(found[digest][i]) for digest in digests] for i, kind in kinds}
+        if made := self._extract_missing(texts, digests, missing, progress):
+            self._missing(list(made), found.__setitem__, again=True)
+        return decode_columns(map(found.get, digests), self.extractor.granularity)
 
     def _fill(self, texts: list[str], digests: list[bytes], progress: bool) -> int:
-        return self._extract_missing(texts, digests, self._missing(digests, lambda digest, spans: None), progress)
+        missing = self._missing(digests, lambda digest, spans: None)
+        return len(self._extract_missing(texts, digests, missing, progress))
 
     def _missing(
-        self, digests: Sequence[bytes], keep: Callable[[bytes, Sequence[bytes]], None], *, again: bool = False
+        self, digests: Sequence[bytes], keep: Callable[[bytes, Encoded], None], *, again: bool = False
     ) -> set[bytes]:
         """The digests whose spans the file doesn't hold whole; ``keep`` gets the others.
 
@@ -166,7 +161,13 @@ class SpanCache:
             )
         return missing
 
-    def _extract_missing(self, texts: list[str], digests: list[bytes], missing: set[bytes], progress: bool) -> int:
+    def _extract_missing(
+        self, texts: list[str], digests: list[bytes], missing: set[bytes], progress: bool
+    ) -> set[bytes]:
+        """Extract and commit what is missing; returns what was, without the texts that are left without spans.
+
+        Those are not kept: a later run, with more memory say, tries them again.
+        """
         first_row: dict[bytes, int] = {}
         for row, digest in enumerate(digests):
             if digest in missing:
@@ -175,26 +176,29 @@ class SpanCache:
         if shown:
             cached = sum(digest not in missing for digest in digests)
             print(f"spans: {cached} of {len(texts)} texts from {self.path}", file=sys.stderr)
-        if first_row:
-            self._extract(texts, first_row, shown)
-        return len(first_row)
+        return self._extract(texts, first_row, shown) if first_row else set()
 
-    def _extract(self, texts: list[str], first_row: dict[bytes, int], shown: bool) -> None:
+    def _extract(self, texts: list[str], first_row: dict[bytes, int], shown: bool) -> set[bytes]:
         rows = list(first_row.values())
-        made: list[tuple[bytes, list[bytes]]] = []
+        made: list[tuple[bytes, Encoded]] = []
+        extracted = set(first_row)
         committed = time.monotonic()
         with closing(self.extractor.encoded([texts[row] for row in rows], rows)) as stream:
             pairs = zip(first_row, stream, strict=True)
             try:
-                for pair in progress_bar(pairs, len(rows)) if shown else pairs:
-                    made.append(pair)
+                for digest, spans in progress_bar(pairs, len(rows)) if shown else pairs:
+                    if spans is None:
+                        extracted.discard(digest)
+                    else:
+                        made.append((digest, spans))
                     if len(made) >= COMMIT_TEXTS or time.monotonic() - committed >= COMMIT_SECONDS:
                         self._store(made)
                         committed = time.monotonic()
             finally:
                 self._store(made)
+        return extracted
 
-    def _store(self, made: list[tuple[bytes, list[bytes]]]) -> None:
+    def _store(self, made: list[tuple[bytes, Encoded]]) -> None:
         """Commit these rows in one transaction, and empty the list even if that fails."""
         kinds = self.extractor.granularity
         records = list(made)

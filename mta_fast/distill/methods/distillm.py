@@ -22,7 +22,8 @@ from mta_fast.distill.responses.generation import GenerationSettings, encode_pro
 from mta_fast.errors import InputError
 from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor
-from mta_fast.spans.live import PendingSpans, SpanPool, pending_batch
+from mta_fast.spans.lazy import pending_batch
+from mta_fast.spans.parser_pool import ParserPool, PendingSpans
 
 Source = Literal["data", "student", "replay"]
 Row = dict[str, Any]
@@ -202,7 +203,7 @@ class OnPolicyBatches(StepBatches):
         except TypeError as error:
             raise InputError(f"generation: expected fields of GenerationSettings: {error}") from None
         self._extractor = extractor
-        self._pool: SpanPool | None = None
+        self._pool: ParserPool | None = None
         self._pending: list[tuple[PendingSpans, list[Row]]] = []
         self._counts: Counter[str] = Counter()
 
@@ -253,7 +254,7 @@ class OnPolicyBatches(StepBatches):
 
     def __enter__(self) -> OnPolicyBatches:
         if self._extractor is not None:
-            self._pool = SpanPool(self._extractor, self._extractor.n_process)
+            self._pool = ParserPool(self._extractor, self._extractor.n_process)
             self._pool.start()
         return self
 

@@ -27,7 +27,7 @@ Fingerprint = dict[str, Any]
 
 # they change what is written, shown or computed where, never what is trained
 FREE = (
-    *("output_dir", "spans.n_process", "spans.cache", "student.compile", "data.skip_bad_rows"),
+    *("output_dir", "spans.n_process", "spans.cache", "spans.skip_unparsable", "student.compile", "data.skip_bad_rows"),
     *("data.eval", "data.eval_split", "eval_dataset*", "mta.backend", "mta.dsa_method"),
     *("training.logging_*", "training.log_*", "training.disable_tqdm", "training.report_to", "training.run_name"),
     *("training.project", "training.trackio_*", "training.save_*", "training.push_to_hub", "training.hub_*"),

@@ -241,7 +241,10 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
     kinds = sorted(set(config.granularity)) if config is not None else []
     extractor = None
     if kinds:
-        extractor = SpanExtractor(settings.spans.model, granularity=kinds, n_process=settings.spans.n_process)
+        spans = settings.spans
+        extractor = SpanExtractor(
+            spans.model, granularity=kinds, n_process=spans.n_process, skip_unparsable=spans.skip_unparsable
+        )
     sources = {"train": (settings.data.train, settings.data.train_split)}
     if settings.data.eval is not None:
         sources["eval"] = settings.data.eval, settings.data.eval_split

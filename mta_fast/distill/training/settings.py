@@ -5,14 +5,13 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     ConfigDict,
-    Field,
     StrictBool,
     StrictFloat,
     StrictInt,
@@ -68,7 +67,7 @@ class ModelSettings:
     """Where its tokenizer is, if elsewhere."""
     dtype: Dtype = "float32"
     """A half-precision teacher saves memory."""
-    options: dict[StrictStr, Any] = Field(default_factory=dict)
+    options: dict[StrictStr, Any] = field(default_factory=dict)
     """Passed to ``from_pretrained``, such as {attn_implementation: flash_attention_2, revision: ...}."""
 
 
@@ -95,7 +94,7 @@ class DataSettings:
     """Split of a data set to train on."""
     eval_split: StrictStr = "test"
     """Split of a data set to evaluate on."""
-    columns: dict[StrictStr, StrictStr] = Field(default_factory=dict)
+    columns: dict[StrictStr, StrictStr] = field(default_factory=dict)
     """The data's own names where they are not prompt, output, instruction or input."""
     template: StrictStr = "paper"
     """paper, plain, chat, or a text with {instruction} and {input}."""
@@ -117,6 +116,8 @@ class SpanSettings:
     """Folder of the span cache; null: ``$MTA_FAST_CACHE`` or ``~/.cache/mta_fast/spans``."""
     n_process: StrictInt = 1
     """Processes that parse."""
+    skip_unparsable: StrictBool = False
+    """Leave a text over which these die again and again without spans, and say so."""
 
 
 @dataclass(frozen=True, config=_OF_A_RUN)
@@ -125,7 +126,7 @@ class BaseSettings:
 
     loss: StrictStr = "srkl"
     """srkl, skl, forward_kl, reverse_kl, jsd, cross_entropy, distillm, distillm2, fdd, none, or module:Class."""
-    options: dict[StrictStr, Any] = Field(default_factory=dict)
+    options: dict[StrictStr, Any] = field(default_factory=dict)
     """Such as {alpha: 0.1}, or {schedule: decreasing, generation: {max_new_tokens: 128}} of distillm."""
 
 
@@ -141,14 +142,14 @@ class TrainSettings:
     """Checkpoints, logs, pictures and the exported student go here."""
     teacher: ModelSettings | None = None
     """What it learns from; null to learn from the data alone (base cross_entropy, mta false)."""
-    spans: SpanSettings = Field(default_factory=SpanSettings)
+    spans: SpanSettings = field(default_factory=SpanSettings)
     """Where words and phrases come from."""
-    base: BaseSettings = Field(default_factory=BaseSettings)
+    base: BaseSettings = field(default_factory=BaseSettings)
     """The loss beside MTA."""
-    mta: dict[StrictStr, Any] | StrictBool = Field(default_factory=dict)
+    mta: dict[StrictStr, Any] | StrictBool = field(default_factory=dict)
     """Fields of MTAConfig and, if wanted, ``preset``; false: the base loss alone. Without ``layer_pairs`` and
     ``preset`` the layers are mapped proportionally, words at the first."""
-    training: dict[StrictStr, Any] = Field(default_factory=dict)
+    training: dict[StrictStr, Any] = field(default_factory=dict)
     """Fields of MTATrainingArguments, such as learning_rate."""
 
     @classmethod

@@ -39,7 +39,7 @@ from mta_fast.loss import MTALoss
 from mta_fast.ops.entropy import entropy_weights
 from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor
-from mta_fast.spans.live import LazySpans
+from mta_fast.spans.lazy import LazySpans
 
 CLOCK_TICKS = 10_000  # of a learning-rate schedule that follows the clock
 Batch = dict[str, Any]

@@ -1,8 +1,8 @@
 """What launches cost: operations of their products and bytes of device memory; what data sheets allow.
 
-One function for each Triton kernel, in ``COSTS``. It counts from the launch's arguments and the lengths of the batch's
-rows and spans, and holds for the program as it is written: ``tests/test_bench_model.py`` compares every one with the
-products, loads and stores of the interpreted kernel, byte by byte.
+One function for each Triton kernel, under its name. It counts from the launch's arguments and the lengths of its
+batch's rows and spans, and holds for the program as it is written: ``tests/test_bench_model.py`` compares every one
+with the products, loads and stores of the interpreted kernel, byte by byte.
 
 Operations: 2 M N K of every tile that is multiplied, so the padding of a row's last tile and of the width to whole
 blocks is included. Arithmetic outside of the tensor cores is not counted.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -38,21 +38,13 @@ SCRATCH = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations and bytes of one launch.
+    """Operations and bytes of one launch."""
 
-    Attributes:
-        flops: of the products.
-        inputs: distinct bytes that are read; a second read, by this program or another one, comes from a cache.
-        outputs: distinct bytes that are written.
-        scratch: bytes of every further access to what the kernel itself writes (``SCRATCH``).
-        shared: of ``inputs``, what further programs read again; counted for pool, pool_gradient and align only.
-    """
-
-    flops: int = 0
-    inputs: int = 0
-    outputs: int = 0
-    scratch: int = 0
-    shared: int = 0
+    flops: int = 0  # of the products
+    inputs: int = 0  # distinct bytes that are read; a second read, by any program, comes from a cache
+    outputs: int = 0  # distinct bytes that are written
+    scratch: int = 0  # bytes of every further access to what the kernel itself writes (``SCRATCH``)
+    shared: int = 0  # of ``inputs``, what further programs read again; of pool, pool_gradient and align only
 
     @property
     def minimum(self) -> int:
@@ -70,7 +62,13 @@ class Batch:
     """The lengths behind the index tensors of a SpanBatch, which in a dry run hold no data."""
 
     lengths: np.ndarray  # [B] tokens of each row
+    short: np.ndarray  # lengths of the rows that take one pass, the empty ones left out
+    long: np.ndarray  # of those that take two
+    super_partials: int  # of the long rows' super-tiles
     counts: np.ndarray  # [B] spans of each row
+    filled: int  # rows with a token
+    tokens: int
+    spans: int
     range_tokens: int  # tokens of all spans, a token once for each span
     distinct_tokens: int  # tokens that lie in some span
     covered: int  # C
@@ -84,15 +82,27 @@ class Batch:
         starts, ends = spans.ranges.numpy().T
         np.add.at(inside, starts, 1)
         np.add.at(inside, ends, -1)
+        lengths, counts = (t.numpy().astype(np.int64) for t in (spans.rows.host[:, 1], spans.host[:, 0].diff()))
+        long = lengths[lengths > SHORT_ROW.value]
         return cls(
-            lengths=spans.rows.host[:, 1].numpy().astype(np.int64),
-            counts=spans.host[:, 0].diff().numpy().astype(np.int64),
+            lengths=lengths,
+            short=lengths[(lengths > 0) & (lengths <= SHORT_ROW.value)],
+            long=long,
+            super_partials=int((long * -(-long // super_sides(long))).sum()),
+            counts=counts,
+            filled=int((lengths > 0).sum()),
+            tokens=int(lengths.sum()),
+            spans=int(counts.sum()),
             range_tokens=int((ends - starts).sum()),
             distinct_tokens=int((inside.cumsum() > 0).sum()),
             covered=spans.covered.shape[0],
             incidences=spans.cover_spans.shape[0],
             covering_spans=len(np.unique(spans.cover_spans.numpy())),
         )
+
+    def row_table(self, rows: int) -> int:
+        """Every program looks its row up by the lengths of all, and reads the start of its own."""
+        return INDEX * (len(self.lengths) + rows)
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,7 @@ def is_half(tensor: Tensor | None) -> bool:
 
 
 Arguments = dict[str, Any]
+Grid = tuple[int, ...]
 
 
 def _size(a: Arguments, name: str) -> int:
@@ -180,42 +191,23 @@ def _distinct_bytes(tensor: Tensor) -> int:
 # --- importance --------------------------------------------------------------------------------------------------
 
 
-def _short(batch: Batch) -> np.ndarray:
-    return batch.lengths[(batch.lengths > 0) & (batch.lengths <= SHORT_ROW.value)]
+def token_scale(a: Arguments, batch: Batch, grid: Grid) -> Cost:
+    states = batch.tokens * a["width"] * _size(a, "hidden")
+    table = batch.row_table(batch.filled)
+    return Cost(inputs=states + table, outputs=batch.tokens * _size(a, "scales"))
 
 
-def _long(batch: Batch) -> np.ndarray:
-    return batch.lengths[batch.lengths > SHORT_ROW.value]
-
-
-def _row_table(batch: Batch, rows: np.ndarray) -> int:
-    """Every program looks its row up by the lengths of all, and reads the start of its own."""
-    return INDEX * (len(batch.lengths) + len(rows))
-
-
-def _strip_partials(batch: Batch, strip: int) -> int:
-    return int((_short(batch) * -(-_short(batch) // strip)).sum())
-
-
-def _super_partials(batch: Batch) -> int:
-    return int((_long(batch) * -(-_long(batch) // super_sides(_long(batch)))).sum())
-
-
-def _token_scale(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
-    tokens = int(batch.lengths.sum())
-    states = tokens * a["width"] * _size(a, "hidden")
-    rows = _row_table(batch, batch.lengths[batch.lengths > 0])
-    return Cost(inputs=states + rows, outputs=tokens * _size(a, "scales"))
-
-
-def _strips(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
-    tokens, size = int(_short(batch).sum()), _size(a, "scales")
-    states = tokens * a["width"] * _size(a, "hidden")
+def strips(a: Arguments, batch: Batch, grid: Grid) -> Cost:
+    size, token = _size(a, "scales"), a["width"] * _size(a, "hidden") + _size(a, "scales")
     return Cost(
         flops=grid[0] * 2 * a["STRIP"] * SHORT_ROW.value * _padded(a["width"], a["BLOCK_D"]),
-        inputs=states + tokens * size + _row_table(batch, _short(batch)),
-        outputs=_strip_partials(batch, a["STRIP"]) * size,
+        inputs=int(batch.short.sum()) * token + batch.row_table(len(batch.short)),
+        outputs=_strip_partials(a, batch) * size,
     )
+
+
+def _strip_partials(a: Arguments, batch: Batch) -> int:
+    return int((batch.short * -(-batch.short // a["STRIP"])).sum())
 
 
 @cache
@@ -238,78 +230,63 @@ def _partial_accesses(length: int, tile: int) -> tuple[int, int]:
     return statistics, sums
 
 
-def _triangle_flops(a: Arguments, batch: Batch) -> int:
-    tiles = -(-_long(batch) // a["TILE"])
-    return int((tiles * (tiles + 1) // 2).sum()) * 2 * a["TILE"] ** 2 * _padded(a["width"], a["BLOCK_D"])
-
-
-def _statistics(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
-    tokens, size = int(_long(batch).sum()), _size(a, "scales")
-    states = tokens * a["width"] * _size(a, "hidden")
-    accesses = sum(_partial_accesses(int(length), a["TILE"])[0] for length in _long(batch))
-    outputs = 2 * _super_partials(batch) * size
+def _triangle(a: Arguments, batch: Batch, which: int, numbers: int, outputs: int) -> Cost:
+    """Of all tiles on and above the diagonal; ``numbers`` a token are read beside the states."""
+    size, tiles = _size(a, "scales"), -(-batch.long // a["TILE"])
+    accesses = sum(_partial_accesses(int(length), a["TILE"])[which] for length in batch.long)
+    written = outputs * batch.super_partials * size
+    token = a["width"] * _size(a, "hidden") + numbers * size
     return Cost(
-        flops=_triangle_flops(a, batch),
-        inputs=states + tokens * size + _row_table(batch, _long(batch)),
-        outputs=outputs,
-        scratch=2 * accesses * size - outputs,
+        flops=int((tiles * (tiles + 1) // 2).sum()) * 2 * a["TILE"] ** 2 * _padded(a["width"], a["BLOCK_D"]),
+        inputs=int(batch.long.sum()) * token + batch.row_table(len(batch.long)),
+        outputs=written,
+        scratch=outputs * accesses * size - written,
     )
 
 
-def _merge_statistics(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
-    size = _size(a, "peaks")
-    return Cost(
-        inputs=2 * _super_partials(batch) * size + _row_table(batch, batch.lengths[batch.lengths > 0]),
-        outputs=2 * int(batch.lengths.sum()) * size,
-    )
+def statistics(a: Arguments, batch: Batch, grid: Grid) -> Cost:
+    return _triangle(a, batch, 0, numbers=1, outputs=2)
 
 
-def _sums(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
-    tokens, size = int(_long(batch).sum()), _size(a, "scales")
-    states = tokens * a["width"] * _size(a, "hidden")
-    accesses = sum(_partial_accesses(int(length), a["TILE"])[1] for length in _long(batch))
-    outputs = _super_partials(batch) * size
-    return Cost(
-        flops=_triangle_flops(a, batch),
-        inputs=states + 3 * tokens * size + _row_table(batch, _long(batch)),
-        outputs=outputs,
-        scratch=accesses * size - outputs,
-    )
+def sums(a: Arguments, batch: Batch, grid: Grid) -> Cost:
+    return _triangle(a, batch, 1, numbers=3, outputs=1)
 
 
-def _merge_sums(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
-    size = _size(a, "importance")
-    partials = _strip_partials(batch, a["STRIP"]) + _super_partials(batch)
-    rows = _row_table(batch, batch.lengths[batch.lengths > 0])
-    return Cost(inputs=partials * size + rows, outputs=int(batch.lengths.sum()) * size)
+def merge_statistics(a: Arguments, batch: Batch, grid: Grid) -> Cost:
+    size, table = _size(a, "peaks"), batch.row_table(batch.filled)
+    return Cost(inputs=2 * batch.super_partials * size + table, outputs=2 * batch.tokens * size)
+
+
+def merge_sums(a: Arguments, batch: Batch, grid: Grid) -> Cost:
+    size, table = _size(a, "importance"), batch.row_table(batch.filled)
+    partials = _strip_partials(a, batch) + batch.super_partials
+    return Cost(inputs=partials * size + table, outputs=batch.tokens * size)
 
 
 # --- pooling -----------------------------------------------------------------------------------------------------
 
 
-def _span_weights(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
-    rows, spans, size = len(batch.counts), int(batch.counts.sum()), _size(a, "token_weight")
+def span_weights(a: Arguments, batch: Batch, grid: Grid) -> Cost:
+    rows, size = len(batch.counts), _size(a, "token_weight")
     covers = 2 * batch.covered + 1 if batch.covered else 0  # covered, cover_splits
     return Cost(
-        inputs=INDEX * (2 * (rows + 1) + covers + 2 * spans) + batch.covered * _size(a, "values"),
-        outputs=(rows + batch.covered + spans) * size,
+        inputs=INDEX * (2 * (rows + 1) + covers + 2 * batch.spans) + batch.covered * _size(a, "values"),
+        outputs=(rows + batch.covered + batch.spans) * size,
         scratch=batch.range_tokens * size,
     )
 
 
-def _pool(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
-    spans, size = int(batch.counts.sum()), _size(a, "pooled")
+def pool(a: Arguments, batch: Batch, grid: Grid) -> Cost:
     token = a["width"] * _size(a, "hidden") + _size(a, "weights")
     return Cost(
-        inputs=2 * INDEX * spans + batch.distinct_tokens * token,
-        outputs=spans * ((a["width"] + 1) * size + _size(a, "span_weight")),
+        inputs=2 * INDEX * batch.spans + batch.distinct_tokens * token,
+        outputs=batch.spans * ((a["width"] + 1) * _size(a, "pooled") + _size(a, "span_weight")),
         shared=(batch.range_tokens - batch.distinct_tokens) * token,
     )
 
 
-def _pool_gradient(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
-    tokens = grid[0]
-    span = a["width"] * _size(a, "grad") + _size(a, "span_weight")
+def pool_gradient(a: Arguments, batch: Batch, grid: Grid) -> Cost:
+    tokens, span = grid[0], a["width"] * _size(a, "grad") + _size(a, "span_weight")
     index = INDEX * (tokens + 1 + batch.incidences)
     return Cost(
         inputs=index + batch.covered * _size(a, "weights") + batch.covering_spans * span,
@@ -321,7 +298,7 @@ def _pool_gradient(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
 # --- span pairs --------------------------------------------------------------------------------------------------
 
 
-def _pairs(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
+def pairs(a: Arguments, batch: Batch, grid: Grid) -> Cost:
     counts = batch.counts[batch.counts < a["gram_from"]]
     spans, tiles = int(counts.sum()), -(-counts // a["TILE"])
     width_s, width_t, size = a["student_width"], a["teacher_width"], _size(a, "student_norm")
@@ -340,13 +317,10 @@ def _pairs(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
     )
 
 
-def _row_totals(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
-    rows, spans, size = len(batch.counts), int(batch.counts.sum()), _size(a, "weights")
-    gram_terms = int((batch.counts >= a["gram_from"]).sum()) * a["num_tiles"]
-    return Cost(
-        inputs=INDEX * (rows + 1) + spans * (DOUBLE + size) + gram_terms * DOUBLE,
-        outputs=2 * rows * _size(a, "numerators"),
-    )
+def row_totals(a: Arguments, batch: Batch, grid: Grid) -> Cost:
+    rows, terms = len(batch.counts), len(_gram_rows(a, batch)) * a["num_tiles"]
+    spans = batch.spans * (DOUBLE + _size(a, "weights"))
+    return Cost(inputs=INDEX * (rows + 1) + spans + terms * DOUBLE, outputs=2 * rows * _size(a, "numerators"))
 
 
 def _gram_rows(a: Arguments, batch: Batch) -> np.ndarray:
@@ -359,7 +333,7 @@ def _gram_inputs(a: Arguments, batch: Batch, per_span: int, means: int) -> int:
     return INDEX * (len(batch.counts) + 1) + _size(a, "student") * (spans * (width + per_span) + means * width)
 
 
-def _gram_products(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
+def gram_products(a: Arguments, batch: Batch, grid: Grid) -> Cost:
     counts, size = _gram_rows(a, batch), _size(a, "gram_xx")
     matrices = a["student_width"] * (a["student_width"] + a["teacher_width"])
     depth = int((-(-counts // a["BLOCK_U"]) * a["BLOCK_U"]).sum())
@@ -371,7 +345,7 @@ def _gram_products(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
     )
 
 
-def _gram_gradient(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
+def gram_gradient(a: Arguments, batch: Batch, grid: Grid) -> Cost:
     counts, size = _gram_rows(a, batch), _size(a, "gradient")
     width_s, width_t = a["student_width"], a["teacher_width"]
     depth = _padded(width_s, a["BLOCK_D"]) + _padded(width_t, a["BLOCK_D"])
@@ -387,7 +361,7 @@ def _gram_gradient(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
 # --- hidden alignment --------------------------------------------------------------------------------------------
 
 
-def _align(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
+def align(a: Arguments, batch: Batch, grid: Grid) -> Cost:
     projected = a["width"] * _size(a, "projected")
     token = _size(a, "tokens") + _size(a, "weights") + projected + a["width"] * _size(a, "teacher")
     written = _size(a, "distances")
@@ -396,19 +370,10 @@ def _align(a: Arguments, batch: Batch, grid: tuple[int, ...]) -> Cost:
     return Cost(inputs=grid[0] * token, outputs=grid[0] * written)
 
 
-COSTS: dict[str, Callable[[Arguments, Batch, tuple[int, ...]], Cost]] = {
-    "token_scale": _token_scale,
-    "strips": _strips,
-    "statistics": _statistics,
-    "merge_statistics": _merge_statistics,
-    "sums": _sums,
-    "merge_sums": _merge_sums,
-    "span_weights": _span_weights,
-    "pool": _pool,
-    "pool_gradient": _pool_gradient,
-    "pairs": _pairs,
-    "row_totals": _row_totals,
-    "gram_products": _gram_products,
-    "gram_gradient": _gram_gradient,
-    "align": _align,
-}
+_KERNELS = (
+    token_scale, strips, statistics, merge_statistics, sums, merge_sums,
+    span_weights, pool, pool_gradient,
+    pairs, row_totals, gram_products, gram_gradient,
+    align,
+)  # fmt: skip
+COSTS = {kernel.__name__: kernel for kernel in _KERNELS}

@@ -1,8 +1,8 @@
 """What the Triton backend moves, multiplies and launches, and the time data sheets allow for it: nothing is timed.
 
-``mta-fast bench model``. A forward and backward pass of MTALoss on tensors without data (device "meta") records every
-launch. ``bench.costs`` turns each of the package's own into operations and bytes; GEMMs and torch's other launches
-are counted from the shapes of their tensors. Reading a value on the host (``.item()``, ``.cpu()``, ``nonzero``)
+``python -m bench model``. A forward and backward pass of MTALoss on tensors without data (device "meta") records every
+launch. ``costs`` turns each of the package's own into operations and bytes; GEMMs and torch's other launches are
+counted from the shapes of their tensors. Reading a value on the host (``.item()``, ``.cpu()``, ``nonzero``)
 raises on such tensors, so that a pass that ends has no synchronisation.
 """
 
@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +23,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.costs import GEMMS, GPUS, Batch, Cost, Gpu, cost, is_half, precision, torch_cost
-from bench.report import Row, check_report, make_row, write_report
-from bench.workload import COVERED_SHARE
-from mta_fast import MTAConfig, MTALoss, SpanBatch, __version__
+from bench.gpu_model.costs import GEMMS, GPUS, Batch, Cost, Gpu, cost, is_half, precision, torch_cost
+from bench.report import Entry, Report, Section, entry, markdown_table
+from bench.workload import COVERED_SHARE, standard_spans
+from mta_fast import MTAConfig, MTALoss, __version__
 from mta_fast.errors import BackendUnavailableError
 from mta_fast.kernels._launch import INTERPRETED, Launch, observe
 
@@ -143,25 +141,11 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _spans(shape: Shape) -> dict[str, SpanBatch]:
-    """As in the standard workload: words of one token on the first part of every row, phrases of two tokens."""
-    covered = int(COVERED_SHARE * shape.seq_len)
-    tokens = {
-        "word": [(j, j + 1) for j in range(covered)],
-        "phrase": [(j, j + 2) for j in range(0, covered - 1, 2)],
-    }
-    offsets = (torch.arange(shape.seq_len)[:, None] * 3 + torch.arange(2)).expand(shape.batch, -1, -1)
-    return {
-        kind: SpanBatch.from_char_spans([[(3 * start, 3 * end - 2) for start, end in rows]] * shape.batch, offsets)
-        for kind, rows in tokens.items()
-    }
-
-
 def record(shape: Shape) -> Recorder:
     """Every launch and allocation of a forward and backward pass: bf16 states and projections, paper preset."""
     batches: dict[int, Batch] = {}
     spans = {}
-    for kind, made in _spans(shape).items():
+    for kind, made in standard_spans(shape.batch, shape.seq_len).spans.items():
         spans[kind] = made.to("meta")
         index = [*spans[kind].index_tensors(), spans[kind].rows.table]
         batches |= dict.fromkeys((_storage(t) for t in index), Batch.of(made))
@@ -204,29 +188,27 @@ ASSUMPTIONS = (
 )
 
 
-def _kernel_rows(works: Sequence[Work]) -> list[dict[str, Any]]:
-    """A row for each kernel, in the order of their first launches; then GEMMs, and torch's other launches."""
-    rows = []
+def _kernels(works: Sequence[Work]) -> dict[str, dict[str, Any]]:
+    """The figures of each kernel, in the order of their first launches; of GEMMs, and of torch's other launches."""
+    found = {}
     names = dict.fromkeys(work.name for work in works)
     for name in (*(name for name in names if name not in (GEMM, OTHER)), GEMM, OTHER):
         made = [work for work in works if work.name == name]
         times = {gpu.name: [work.seconds(gpu) for work in made] for gpu in GPUS}
         products = {gpu: sum(p for p, m in pairs if p > m) for gpu, pairs in times.items()}
         total = {gpu: sum(map(max, pairs)) for gpu, pairs in times.items()}
-        rows.append(
-            {
-                "kernel": name,
-                "products": ", ".join(sorted({work.precision for work in made if work.cost.flops})),
-                "launches": len(made),
-                "flops": sum(work.cost.flops for work in made),
-                "bytes": sum(work.cost.bytes for work in made),
-                "minimum_bytes": sum(work.cost.minimum for work in made),
-                "shared_bytes": sum(work.cost.shared for work in made),
-                "ms": {gpu: round(1e3 * seconds, 6) for gpu, seconds in total.items()},
-                "bound": {gpu: "products" if 2 * products[gpu] > total[gpu] else "memory" for gpu in total},
-            }
-        )
-    return rows
+        found[name] = {
+            "kernel": name,
+            "products": ", ".join(sorted({work.precision for work in made if work.cost.flops})),
+            "launches": len(made),
+            "flops": sum(work.cost.flops for work in made),
+            "bytes": sum(work.cost.bytes for work in made),
+            "minimum_bytes": sum(work.cost.minimum for work in made),
+            "shared_bytes": sum(work.cost.shared for work in made),
+            "ms": {gpu: round(1e3 * seconds, 6) for gpu, seconds in total.items()},
+            "bound": {gpu: "products" if 2 * products[gpu] > total[gpu] else "memory" for gpu in total},
+        }
+    return found
 
 
 def _forbidden(shape: Shape, recorder: Recorder) -> int:
@@ -240,136 +222,116 @@ def _forbidden(shape: Shape, recorder: Recorder) -> int:
 
 def summarise(shape: Shape, recorder: Recorder) -> dict[str, Any]:
     """The figures of one shape."""
-    rows = _kernel_rows(recorder.works)
-    own = [row for row in rows if row["kernel"] not in (GEMM, OTHER)]
-    by_name = {row["kernel"]: row for row in rows}
-    own_launches = sum(row["launches"] for row in own)
-    products = sum(row["flops"] for row in own if row["kernel"] in IMPORTANCE)
-    largest = max(recorder.allocations)
-    parts = {"kernels": own, "GEMMs": [by_name[GEMM]], "torch": [by_name[OTHER]], "all": rows}
+    kernels, scratch = _kernels(recorder.works), recorder.scratch
+    own = [each for name, each in kernels.items() if name not in (GEMM, OTHER)]
+    launches = {name: kernels[name]["launches"] for name in ("align", GEMM, OTHER)}
+    launches = {"kernels": sum(each["launches"] for each in own) - launches["align"], **launches}
+    products = sum(each["flops"] for each in own if each["kernel"] in IMPORTANCE)
+    moved = [kernels[name] for name in TRAFFIC]
+    over = {each["kernel"]: each["bytes"] / each["minimum_bytes"] for each in moved}
+    without = {each["kernel"]: (each["bytes"] + each["shared_bytes"]) / each["minimum_bytes"] for each in moved}
+    parts = {"kernels": own, "GEMMs": [kernels[GEMM]], "torch": [kernels[OTHER]], "all": [*kernels.values()]}
     return {
         "shape": asdict(shape),
-        "launches_per_pair": {
-            "kernels": (own_launches - by_name["align"]["launches"]) / shape.pairs,
-            **{name: by_name[name]["launches"] / shape.pairs for name in ("align", GEMM, OTHER)},
-        },
+        "launches_per_pair": {name: count / shape.pairs for name, count in launches.items()},
         "importance_products": products / (2 * shape.pairs * shape.batch * shape.seq_len**2 * shape.teacher_dim),
-        "bytes_over_minimum": {name: by_name[name]["bytes"] / by_name[name]["minimum_bytes"] for name in TRAFFIC},
-        "bytes_over_minimum_without_l2": {
-            name: (by_name[name]["bytes"] + by_name[name]["shared_bytes"]) / by_name[name]["minimum_bytes"]
-            for name in TRAFFIC
-        },
+        "bytes_over_minimum": over,
+        "bytes_over_minimum_without_l2": without,
         "forbidden_allocations": _forbidden(shape, recorder),
-        "largest_allocation": {"bytes": largest[0], "shape": largest[1], "dtype": largest[2]},
-        "scratch_bytes": dict(recorder.scratch),
-        "importance_scratch_per_row": recorder.scratch["token_importance"] // shape.batch,
+        "largest_allocation": dict(zip(("bytes", "shape", "dtype"), max(recorder.allocations), strict=True)),
+        "scratch_bytes": dict(scratch),
+        "importance_scratch_per_row": scratch["token_importance"] // shape.batch,
         "ms": {
-            part: {gpu.name: round(sum(row["ms"][gpu.name] for row in made), 6) for gpu in GPUS}
-            for part, made in parts.items()
+            part: {gpu.name: round(sum(each["ms"][gpu.name] for each in of), 6) for gpu in GPUS}
+            for part, of in parts.items()
         },
-        "kernels": rows,
+        "kernels": [*kernels.values()],
     }
 
 
-def targets(shapes: Sequence[dict[str, Any]]) -> list[Row]:
+def targets(shapes: Sequence[dict[str, Any]]) -> list[Entry]:
     """What the kernels must reach."""
-    rows = []
-    for made in shapes:
-        seq_len = made["shape"]["seq_len"]
+    made = []
+    for each in shapes:
+        seq_len = each["shape"]["seq_len"]
         most = 1.0 if seq_len <= 256 else 1 + 128 / seq_len
-        what = f"importance products / one S x S x d_T product, {made['shape']['name']}"
-        rows.append(make_row(what, "x", "<=", most, [made["importance_products"]]))
+        what = f"importance products / one S x S x d_T product, {each['shape']['name']}"
+        made.append(entry(what, [each["importance_products"]], target=f"<= {most:g}"))
     for name in TRAFFIC:
-        ratios = [made["bytes_over_minimum"][name] for made in shapes]
-        rows.append(make_row(f"bytes / minimum, {name}, worst shape", "x", "<=", 1.3, [max(ratios)]))
+        worst = max(each["bytes_over_minimum"][name] for each in shapes)
+        made.append(entry(f"bytes / minimum, {name}, worst shape", [worst], target="<= 1.3"))
     first = shapes[0]
-    ms = {part: made["H100"] for part, made in first["ms"].items()}
+    ms = {part: on["H100"] for part, on in first["ms"].items()}
     what = f"{first['shape']['name']} on H100, all pairs: own kernels and GEMMs (torch's other launches: {ms['torch']})"
-    rows.append(make_row(what, "ms", "<", 0.25, [round(ms["kernels"] + ms["GEMMs"], 6)]))
-    launches = max(made["launches_per_pair"]["kernels"] for made in shapes)
-    rows.append(make_row("own launches per layer pair beside align, worst shape", "launches", "<=", 14, [launches]))
-    forbidden = sum(made["forbidden_allocations"] for made in shapes)
-    rows.append(make_row("tensors [S, S], [spans, spans] or [tokens, d_T] made", "tensors", "<=", 0, [forbidden]))
-    return rows
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
-
-
-def _markdown(report: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {value}" for name, value in report["about"].items())
-    lines = ["# Modelled, not measured", "", f"{versions}.", "", *(f"- {text}" for text in ASSUMPTIONS)]
-    lines += [f"- {gpu['name']}: {gpu['sheet']}." for gpu in report["gpus"]]
-    reached = [
-        [row["what"], row["target"], f"{row['median']:.4g} {row['unit']}", "yes" if row["reached"] else "NO"]
-        for row in report["rows"]
+    launches = max(each["launches_per_pair"]["kernels"] for each in shapes)
+    forbidden = sum(each["forbidden_allocations"] for each in shapes)
+    return [
+        *made,
+        entry(what, [round(ms["kernels"] + ms["GEMMs"], 6)], "ms", "< 0.25"),
+        entry("own launches per layer pair beside align, worst shape", [launches], "launches", "<= 14"),
+        entry("tensors [S, S], [spans, spans] or [tokens, d_T] made", [forbidden], "tensors", "<= 0"),
     ]
-    lines += ["", "## Targets", "", *_table(("figure", "target", "modelled", "reached"), reached)]
-    lines += ["## Shapes", "", *_shape_tables(report["shapes"])]
-    for made in report["shapes"]:
-        lines += [f"## {made['shape']['name']}", "", *_kernel_table(made)]
+
+
+def _markdown(content: dict[str, Any], reached: Sequence[Entry]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in content["about"].items())
+    lines = ["# Modelled, not measured", "", f"{versions}.", "", *(f"- {text}" for text in ASSUMPTIONS)]
+    lines += [f"- {gpu.name}: {gpu.sheet}." for gpu in GPUS]
+    judged = [[each.what, each.target, f"{each.median:.4g} {each.unit}", each.verdict] for each in reached]
+    lines += ["", "## Targets", "", *markdown_table(("figure", "target", "modelled", "reached"), judged), ""]
+    lines += ["## Shapes", "", *_shape_tables(content["shapes"])]
+    for made in content["shapes"]:
+        lines += [f"## {made['shape']['name']}", "", *_kernel_table(made), ""]
     return "\n".join(lines)
 
 
 def _shape_tables(shapes: Sequence[dict[str, Any]]) -> list[str]:
     work, memory, times = [], [], []
     for made in shapes:
-        shape, launches = made["shape"], made["launches_per_pair"]
-        sizes = [shape[name] for name in ("batch", "seq_len", "student_dim", "teacher_dim", "pairs")]
-        traffic = (
-            f"{made['bytes_over_minimum'][name]:.2f} ({made['bytes_over_minimum_without_l2'][name]:.2f})"
-            for name in TRAFFIC
-        )
-        largest = made["largest_allocation"]
-        counts = (f"{launches[name]:g}" for name in ("kernels", "align", GEMM, OTHER))
-        work.append([shape["name"], *sizes, *counts, f"{made['importance_products']:.4f}", *traffic])
+        name, *sizes = made["shape"].values()
+        counts = (f"{made['launches_per_pair'][part]:g}" for part in ("kernels", "align", GEMM, OTHER))
+        over = zip(*(made[f"bytes_over_minimum{l2}"].values() for l2 in ("", "_without_l2")), strict=True)
+        traffic = (f"{with_l2:.2f} ({without:.2f})" for with_l2, without in over)
+        work.append([name, *sizes, *counts, f"{made['importance_products']:.4f}", *traffic])
         scratch = (f"{made['scratch_bytes'][op] / 1e6:.2f}" for op in SCRATCH_OPS)
-        made_tensor = f"{largest['shape']} {largest['dtype']}, {largest['bytes'] / 1e6:.1f}"
-        memory.append([shape["name"], *scratch, f"{made['importance_scratch_per_row']:,}", made_tensor])
-        for part, ms in made["ms"].items():
-            times.append([shape["name"], part, *(f"{value:.3f}" for value in ms.values())])
-    head = [
-        *("shape", "B", "S", "d_S", "d_T", "pairs"),
-        "own launches a pair",
-        "align",
-        "GEMMs",
-        "torch launches beside",
-    ]
-    head += ["importance products", *(f"{name}: bytes / minimum (without L2)" for name in TRAFFIC)]
-    scratch_head = ("shape", *(f"scratch of {op}, MB" for op in SCRATCH_OPS), "importance scratch, bytes a row")
-    lines = _table(head, work) + _table((*scratch_head, "largest tensor made, MB"), memory)
-    return lines + _table(("shape", "ms, modelled", *(gpu.name for gpu in GPUS)), times)
+        size, *kind = made["largest_allocation"].values()
+        largest = f"{kind[0]} {kind[1]}, {size / 1e6:.1f}"
+        memory.append([name, *scratch, f"{made['importance_scratch_per_row']:,}", largest])
+        times += [[name, part, *(f"{value:.3f}" for value in ms.values())] for part, ms in made["ms"].items()]
+    head = "shape", "B", "S", "d_S", "d_T", "pairs", "own launches a pair", "align", "GEMMs", "torch launches beside"
+    over_minimum = (f"{name}: bytes / minimum (without L2)" for name in TRAFFIC)
+    scratch_head = (f"scratch of {op}, MB" for op in SCRATCH_OPS)
+    memory_head = ("shape", *scratch_head, "importance scratch, bytes a row", "largest tensor made, MB")
+    lines = [*markdown_table((*head, "importance products", *over_minimum), work), ""]
+    lines += [*markdown_table(memory_head, memory), ""]
+    return [*lines, *markdown_table(("shape", "ms, modelled", *(gpu.name for gpu in GPUS)), times), ""]
 
 
 def _kernel_table(made: dict[str, Any]) -> list[str]:
-    rows = [
-        [row["kernel"], row["products"], row["launches"], f"{row['flops'] / 1e9:.2f}"]
-        + [f"{row[name] / 1e6:.1f}" for name in ("bytes", "minimum_bytes")]
-        + [f"{ms:.4f} {row['bound'][gpu]}" for gpu, ms in row["ms"].items()]
-        for row in made["kernels"]
+    lines = [
+        [each["kernel"], each["products"], each["launches"], f"{each['flops'] / 1e9:.2f}"]
+        + [f"{each[name] / 1e6:.1f}" for name in ("bytes", "minimum_bytes")]
+        + [f"{ms:.4f} {each['bound'][gpu]}" for gpu, ms in each["ms"].items()]
+        for each in made["kernels"]
     ]
     head = ("kernel", "products in", "launches", "GFLOP", "MB", "minimum MB", *(f"{gpu.name}, ms" for gpu in GPUS))
-    return _table(head, rows)
+    return markdown_table(head, lines)
 
 
-def main(out: Path | None) -> int:
-    """Print the report, write OUT.json and OUT.md; 1 if a target is missed."""
+def measure() -> Report:
+    """Every shape.
+
+    Raises:
+        BackendUnavailableError: the kernels are interpreted.
+    """
     if INTERPRETED:
         raise BackendUnavailableError(
             "bench model: expected the kernels as they are compiled, got TRITON_INTERPRET=1; unset it"
         )
     shapes = [summarise(shape, record(shape)) for shape in SHAPES]
-    rows = targets(shapes)
-    report = {
-        "about": {"mta_fast": __version__, "torch": torch.__version__, "triton": importlib.metadata.version("triton")},
-        "gpus": [asdict(gpu) for gpu in GPUS],
-        "rows": [asdict(row) for row in rows],
-        "shapes": shapes,
-    }
-    text = _markdown(report)
-    print(text)
-    if out is not None:
-        write_report(check_report(out), json.dumps(report, indent=1) + "\n", text)
-    return 0 if all(row.reached for row in rows) else 1
+    reached = targets(shapes)
+    about = {"mta_fast": __version__, "torch": torch.__version__, "triton": importlib.metadata.version("triton")}
+    gpus, rows = ([asdict(each) for each in of] for of in (GPUS, reached))
+    content = {"about": about, "gpus": gpus, "rows": rows, "shapes": shapes}
+    sections = [Section("Targets", reached)]
+    return Report("mta-fast bench model", about, sections, content=content, text=_markdown(content, reached))

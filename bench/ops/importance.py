@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.cases import FORWARD, Op, Shape, Tensors, Work
 from bench.floor import importance_flops
+from bench.harness import Tensors
+from bench.ops.cases import FORWARD, Op, Shape, Work
 from mta_fast import token_importance
 
 

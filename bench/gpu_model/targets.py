@@ -13,29 +13,18 @@ TENSOR_MEMORY = 512  # columns of an SM, of which a program with tcgen05.mma tak
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for.
+    """A GPU to compile for."""
 
-    Attributes:
-        backend, arch, lanes: Triton's GPUTarget; lanes of a warp (NVIDIA) or wave (AMD).
-        shared: bytes of shared memory (AMD: LDS) that a program may have.
-        shared_total: bytes that an SM or CU has.
-        shared_reserved: bytes that the system takes of each program.
-        shared_unit: bytes that are given at a time.
-        warps: warps or waves that a scheduler holds.
-        programs: programs (NVIDIA: CTAs, AMD: workgroups) that an SM or CU holds.
-        source: where the limits are from.
-    """
-
-    backend: str
+    backend: str  # of Triton's GPUTarget, as arch and lanes
     arch: int | str
-    lanes: int
-    shared: int
-    shared_total: int
-    shared_reserved: int
-    shared_unit: int
-    warps: int
-    programs: int
-    source: str
+    lanes: int  # of a warp (NVIDIA) or wave (AMD)
+    shared: int  # bytes of shared memory (AMD: LDS) that a program may have
+    shared_total: int  # bytes that an SM or CU has
+    shared_reserved: int  # bytes that the system takes of each program
+    shared_unit: int  # bytes that are given at a time
+    warps: int  # or waves that a scheduler holds
+    programs: int  # CTAs (AMD: workgroups) that an SM or CU holds
+    source: str  # where the limits are from
 
 
 _CUDA = "CUDA C++ Programming Guide, table of technical specifications per compute capability"

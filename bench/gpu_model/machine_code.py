@@ -18,51 +18,43 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bench.targets import TARGETS, gpu, occupancy
-from bench.variants import Variant
+from bench.gpu_model.targets import TARGETS, gpu, occupancy
+from bench.gpu_model.variants import Variant
+from mta_fast.cli import load_bench
 
 
 @dataclass(frozen=True)
 class Code:
-    """What a compiler made of a variant.
+    """What a compiler made of a variant."""
 
-    Attributes:
-        error: why it made nothing.
-        registers: of a thread (NVIDIA) or lane (AMD: vector registers).
-        spilled: bytes of a thread's stack (NVIDIA), or of a lane's scratch memory if it is read or written (AMD).
-        shared: bytes of shared memory of a program.
-        products: dtypes and precision of the ``tl.dot`` in it, such as "f32 tf32x3".
-        matrix: how often each tensor-core instruction occurs in its PTX or AMD assembly.
-        load: bytes of the widest load from global memory.
-        programs: how many fit on an SM or CU (``occupancy``).
-    """
-
-    error: str = ""
-    registers: int = 0
-    spilled: int = 0
-    shared: int = 0
-    products: tuple[str, ...] = ()
-    matrix: dict[str, int] = field(default_factory=dict)
-    load: int = 0
-    programs: int = 0
+    error: str = ""  # why it made nothing
+    registers: int = 0  # of a thread (NVIDIA) or lane (AMD: vector registers)
+    spilled: int = 0  # bytes of a thread's stack, or of a lane's scratch memory if it is read or written (AMD)
+    shared: int = 0  # bytes of shared memory of a program
+    products: tuple[str, ...] = ()  # dtypes and precision of the ``tl.dot`` in it, such as "f32 tf32x3"
+    matrix: dict[str, int] = field(default_factory=dict)  # tensor-core instructions in the PTX or assembly
+    load: int = 0  # bytes of the widest load from global memory
+    programs: int = 0  # how many fit on an SM or CU (``occupancy``)
 
 
 def compile_all(found: Sequence[Variant]) -> list[Code]:
     """Compile in as many processes as there are processors; a crash of the compiler fails its own variant only."""
     context = multiprocessing.get_context("spawn")  # LLVM and torch hold threads, which do not survive a fork
-    done: dict[int, Code] = {}
-    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), context, load_bench) as pool:
         futures = [pool.submit(compile_variant, variant) for variant in found]
-        for i, future in enumerate(futures):
-            if not isinstance(future.exception(), BrokenProcessPool):
-                done[i] = future.result()
-    for i in range(len(found)):  # a process died: which variant killed it?
-        if i not in done:
-            with ProcessPoolExecutor(1, context) as pool:
-                future = pool.submit(compile_variant, found[i])
-                died = isinstance(future.exception(), BrokenProcessPool)
-                done[i] = Code(error="the compiler's process died") if died else future.result()
-    return [done[i] for i in range(len(found))]
+    crashed = [isinstance(future.exception(), BrokenProcessPool) for future in futures]
+    return [  # which of them killed it?
+        _compile_alone(variant, context) if again else future.result()
+        for variant, future, again in zip(found, futures, crashed, strict=True)
+    ]
+
+
+def _compile_alone(variant: Variant, context: Any) -> Code:
+    with ProcessPoolExecutor(1, context, load_bench) as pool:
+        try:
+            return pool.submit(compile_variant, variant).result()
+        except BrokenProcessPool:
+            return Code(error="the compiler's process died")
 
 
 def compile_variant(variant: Variant) -> Code:
@@ -79,14 +71,11 @@ def compile_variant(variant: Variant) -> Code:
     except Exception as error:  # whatever a compiler raises is what the report is about
         return Code(error=f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}")
     code = (_amd_code if target.backend == "hip" else _nvidia_code)(compiled)
-    made = replace(code, shared=compiled.metadata.shared, products=_products(compiled.asm["ttir"]))
+    dots = re.findall(r"tt\.dot (?:.*?inputPrecision = (\w+))?.*? : tensor<[\dx]+x(\w+)> \*", compiled.asm["ttir"])
+    products = {f"{dtype} {precision or 'ieee'}" if dtype == "f32" else dtype for precision, dtype in dots}
+    made = replace(code, shared=compiled.metadata.shared, products=tuple(sorted(products)))
     columns = getattr(compiled.metadata, "tmem_size", 0)
     return replace(made, programs=occupancy(target, variant.num_warps, made.registers, made.shared, columns))
-
-
-def _products(ttir: str) -> tuple[str, ...]:
-    dots = re.findall(r"tt\.dot (?:.*?inputPrecision = (\w+))?.*? : tensor<[\dx]+x(\w+)> \*", ttir)
-    return tuple(sorted({f"{dtype} {precision or 'ieee'}" if dtype == "f32" else dtype for precision, dtype in dots}))
 
 
 def _nvidia_code(compiled: Any) -> Code:
@@ -101,24 +90,11 @@ def _nvidia_code(compiled: Any) -> Code:
     sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
     loads = [modifiers.split(".") for modifiers in re.findall(r"\b(?:LDG|LDGSTS)\.E([.\w]*)", text)]
     widths = [next((sizes[word] for word in words if word in sizes), 4) for words in loads]
-    return Code(
-        registers=usage["REG"],
-        spilled=usage["STACK"],
-        matrix=_nvidia_matrix(compiled.asm["ptx"]),
-        load=max(widths, default=0),
-    )
-
-
-def _nvidia_matrix(ptx: str) -> dict[str, int]:
-    """Such as {"wgmma.mma_async m64n128k16 bf16": 4}: the instruction, its shape, and the dtype of its factors."""
-    found = re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)([.:\w]*)", ptx)
+    # such as "wgmma.mma_async m64n128k16 bf16": the instruction, its shape, and the dtype of its factors
+    found = re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)([.:\w]*)", compiled.asm["ptx"])
     wanted = re.compile(r"m\d+n\d+k\d+|bf16|f16|tf32|f64|kind::\w+")
-    return dict(
-        Counter(
-            " ".join([name, *dict.fromkeys(word for word in rest.split(".") if wanted.fullmatch(word))])
-            for name, rest in found
-        )
-    )
+    products = [" ".join([name, *dict.fromkeys(filter(wanted.fullmatch, rest.split(".")))]) for name, rest in found]
+    return Code("", usage["REG"], usage["STACK"], matrix=dict(Counter(products)), load=max(widths, default=0))
 
 
 def _amd_code(compiled: Any) -> Code:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import BOTH, FORWARD, Op, Shape, Tensors, Work
+from bench.harness import Tensors
+from bench.ops.cases import BOTH, FORWARD, Op, Shape, Work
 from bench.workload import standard_spans
 from mta_fast import SpanBatch, pool_spans
 from mta_fast.ops.pooling import normalize_weights

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import BOTH, Op, Shape, Tensors, Work
 from bench.floor import pair_flops
-from bench.harness import Call
+from bench.harness import Call, Tensors
+from bench.ops.cases import BOTH, Op, Shape, Work, results
 from bench.workload import COVERED_SHARE, standard_spans
 from mta_fast import SpanBatch, span_pair_loss
 
@@ -55,14 +55,10 @@ def _one_row(spans: int, dims: tuple[int, int]) -> Inputs:
     return inputs
 
 
-def _results(inputs: Inputs, loss: Tensor) -> Tensors:
-    return [loss.detach(), *torch.autograd.grad(loss, inputs.student)]
-
-
 def run(inputs: Inputs, backend: str, mode: str, method: str = "auto") -> Tensors:
     """One call by a backend."""
     states = inputs.student, inputs.teacher, inputs.weights
-    return _results(inputs, span_pair_loss(*states, inputs.spans, method=method, backend=backend))
+    return results(span_pair_loss(*states, inputs.spans, method=method, backend=backend), [inputs.student])
 
 
 def _dense(inputs: Inputs, mode: str) -> Tensors:
@@ -71,8 +67,7 @@ def _dense(inputs: Inputs, mode: str) -> Tensors:
     rows = inputs.spans.span_rows
     pairs = inputs.weights[:, None] * inputs.weights * (rows[:, None] == rows)
     pairs.fill_diagonal_(0)
-    loss = (pairs * (unit_s @ unit_s.T - unit_t @ unit_t.T) ** 2).sum() / pairs.sum()
-    return _results(inputs, loss)
+    return results((pairs * (unit_s @ unit_s.T - unit_t @ unit_t.T) ** 2).sum() / pairs.sum(), [inputs.student])
 
 
 def _work(inputs: Inputs, mode: str) -> Work:

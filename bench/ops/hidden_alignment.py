@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.cases import BOTH, Op, Shape, Tensors, Work
 from bench.floor import hid_flops
+from bench.harness import Tensors
+from bench.ops.cases import BOTH, Op, Shape, Work, results
 from bench.workload import standard_spans
 from mta_fast import SpanBatch, hidden_alignment_loss
 
@@ -35,8 +36,8 @@ def _make(shape: Shape) -> Inputs:
     return Inputs(student.requires_grad_(), teacher, weights.reshape(size), nn.Linear(*shape.dims), spans)
 
 
-def _results(inputs: Inputs, loss: Tensor) -> Tensors:
-    return [loss.detach(), *torch.autograd.grad(loss, [inputs.student, *inputs.projection.parameters()])]
+def _results(inputs: Inputs, loss: object) -> Tensors:
+    return results(loss, [inputs.student, *inputs.projection.parameters()])
 
 
 def _run(inputs: Inputs, backend: str, mode: str) -> Tensors:

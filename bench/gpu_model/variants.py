@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bench.targets import gpu
-from mta_fast.reference import Spans, compute_dtype
+from bench.gpu_model.targets import gpu
+from mta_fast.layout import Spans, compute_dtype
 
 if TYPE_CHECKING:
     from mta_fast.kernels._launch import Launch
@@ -24,41 +24,24 @@ if TYPE_CHECKING:
 LENGTHS = (256, 4096)  # tokens of a row that takes one pass, and of one that takes two
 SPANS = (1000, 5000)  # of a row in pairwise form, and of one in Gram form
 WIDTHS, ODD_WIDTHS = (768, 1600), (577, 1601)  # student and teacher; the odd ones allow no 16-byte loads
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as the JIT compiles it for one launch. Plain values only: it goes to another process.
+    """A kernel as the JIT compiles it for one launch. Plain values only: it goes to another process."""
 
-    Attributes:
-        target: key of TARGETS.
-        kernel: row name in kernels/_table.py.
-        place: where in that file its row stands.
-        called: (dtype, float32 matmul precision) of the ops' calls that launch it; student/teacher if they differ.
-        options: what else makes it another variant.
-        blocks, num_warps, num_stages: the row.
-        source: (module, function, signature, constants, attributes), of which Triton makes the program.
-        settings: Triton's compile options.
-        digest: of everything the compiler gets: the code of the kernel and of what it calls, types, constants, options.
-    """
-
-    target: str
-    kernel: str
-    place: str
-    called: tuple[tuple[str, str], ...]
-    options: str
-    blocks: dict[str, int]
+    target: str  # key of TARGETS
+    kernel: str  # entry in kernels/_table.py
+    place: str  # where in that file the entry stands
+    called: tuple[tuple[str, str], ...]  # (dtype, float32 matmul precision) of the ops' calls; student/teacher
+    options: str  # what else makes it another variant
+    blocks: dict[str, int]  # these three: the entry
     num_warps: int
     num_stages: int
     source: tuple[str, str, dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
-    digest: str = ""
+    digest: str = ""  # of all that the compiler gets: code of the kernel and what it calls, types, constants, options
 
 
 def variants(target: str) -> list[Variant]:
@@ -114,9 +97,6 @@ def _variant(launch: Launch, target: str) -> Variant:
     )
 
 
-# --- the calls whose launches are compiled -----------------------------------------------------------------------
-
-
 def _calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     """(dtype, float32 matmul precision, call) of every op in every dtype.
 
@@ -151,18 +131,12 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
 def _spans() -> Spans:
     """Spans of two rows: one in pairwise form, one in Gram form."""
     count, covered = sum(SPANS), 3000
+    host = torch.tensor([[0, 0], [SPANS[0], SPANS[0]], [count, count]], dtype=torch.int32)
     return Spans(
-        ranges=_empty(count, 2),
-        span_rows=_empty(count),
-        span_splits=_empty(3),
-        covered=_empty(covered),
-        covered_rows=_empty(covered),
-        covered_splits=_empty(3),
-        cover_splits=_empty(covered + 1),
-        cover_spans=_empty(count),
-        token_splits=_empty(sum(LENGTHS) + 1),
-        host=torch.tensor([[0, 0], [SPANS[0], SPANS[0]], [count, count]], dtype=torch.int32),
-    )
+        ranges=_empty(count, 2), span_rows=_empty(count), span_splits=_empty(3), covered=_empty(covered),
+        covered_rows=_empty(covered), covered_splits=_empty(3), cover_splits=_empty(covered + 1),
+        cover_spans=_empty(count), token_splits=_empty(sum(LENGTHS) + 1), host=host,
+    )  # fmt: skip
 
 
 def _importance(dtype: torch.dtype, width: int = WIDTHS[1], causal: bool = False, count_padding: bool = False) -> None:

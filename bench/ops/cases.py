@@ -1,4 +1,4 @@
-"""What a benchmark of a single op consists of. bench/NAME.py holds each op's, under the op's file name."""
+"""What a benchmark of a single op consists of. bench/ops/NAME.py holds each op's, under the op's file name."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bench.harness import Call
+from bench.harness import Call, Tensors
 from bench.workload import STUDENT_DIM, TEACHER_DIM
 
-Tensors = Sequence[Tensor]
+FORWARD, BOTH = "forward", "forward + backward"
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,14 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One op's benchmark.
+    """One op's benchmark."""
 
-    Attributes:
-        name: the op's file name.
-        modes: "forward", "forward + backward".
-        make: inputs of a shape.
-        run: (inputs, backend, mode) -> result and, with a backward pass, gradients.
-        peers: other ways to the same tensors, by name: (inputs, mode) -> the same as ``run``.
-        work: (inputs, mode) -> the floor.
-    """
-
-    name: str
-    modes: Sequence[str]
-    make: Callable[[Shape], Any]
-    run: Callable[[Any, str, str], Tensors]
-    peers: Mapping[str, Callable[[Any, str], Tensors]]
-    work: Callable[[Any, str], Work]
+    name: str  # the op's file name
+    modes: Sequence[str]  # of ``FORWARD`` and ``BOTH``
+    make: Callable[[Shape], Any]  # inputs of a shape
+    run: Callable[[Any, str, str], Tensors]  # (inputs, backend, mode) -> result and, with a backward pass, gradients
+    peers: Mapping[str, Callable[[Any, str], Tensors]]  # other ways to the same, by name: (inputs, mode)
+    work: Callable[[Any, str], Work]  # (inputs, mode) -> the floor
 
     def side(self, inputs: Any, name: str, mode: str) -> Call:
         """The call of a peer or a backend."""
@@ -66,4 +58,6 @@ class Op:
         return partial(self.run, inputs, name, mode)
 
 
-FORWARD, BOTH = "forward", "forward + backward"
+def results(loss: Any, learnt: Sequence[Tensor]) -> Tensors:
+    """A loss and its gradients."""
+    return [loss.detach(), *torch.autograd.grad(loss, learnt)]

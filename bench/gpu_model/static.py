@@ -1,6 +1,6 @@
-"""What Triton's compilers make of every kernel, without a GPU: ``mta-fast bench static``.
+"""What Triton's compilers make of every kernel, without a GPU: ``python -m bench static``.
 
-``bench.variants`` finds what is launched, ``bench.machine_code`` compiles it; here it is judged and reported.
+``variants`` finds what is launched, ``machine_code`` compiles it; here it is judged and reported.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from bench.machine_code import Code, compile_all
-from bench.report import check_report, write_report
-from bench.targets import REGISTERS, SCHEDULERS, TARGETS, Target
-from bench.variants import Variant, variants
+from bench.gpu_model.machine_code import Code, compile_all
+from bench.gpu_model.targets import REGISTERS, SCHEDULERS, TARGETS, Target
+from bench.gpu_model.variants import Variant, variants
+from bench.report import Report, Section, entry
 from mta_fast import __version__, backends
 from mta_fast.errors import InputError, MissingPackageError
 
@@ -48,14 +48,13 @@ def faults(code: Code, target: Target) -> list[str]:
     return found
 
 
-def main(targets: list[str] | None, out: Path | None, reuse: Path | None = None) -> int:
-    """Compile every variant for the targets (None: all), print the report, and write OUT.json and OUT.md.
+def measure(targets: list[str] | None = None, reuse: Path | None = None) -> Report:
+    """Compile every variant for the targets (None: all).
+
+    No variant may fail to compile, spill, overflow the shared memory, or leave tensor cores unused.
 
     Args:
         reuse: an earlier report; what it holds of the same code, options and Triton is not compiled again.
-
-    Returns:
-        1 if a variant does not compile, spills, does not fit the shared memory, or leaves tensor cores unused; else 0.
 
     Raises:
         InputError: an unknown target, or the kernels are interpreted.
@@ -80,19 +79,17 @@ def main(targets: list[str] | None, out: Path | None, reuse: Path | None = None)
     found = [variant for name in names for variant in variants(name)]
     new = [variant for variant in found if variant.digest not in made]
     made |= {variant.digest: code for variant, code in zip(new, compile_all(new), strict=True)}
-    rows = [_row(variant, made[variant.digest]) for variant in found]
-    versions = {
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "mta_fast": __version__,
-    }
-    report = {"versions": versions, "targets": {name: asdict(TARGETS[name]) for name in names}, "rows": rows}
-    text = _markdown(report)
-    print(text)
-    if out is not None:
-        write_report(check_report(out), json.dumps(report, indent=1) + "\n", text + "\n")
-    return 1 if any(row["faults"] for row in rows) else 0
+    lines = [_line(variant, made[variant.digest]) for variant in found]
+    versions = {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions["mta_fast"] = __version__
+    by_target = {name: [line for line in lines if line["target"] == name] for name in names}
+    content = {"versions": versions, "targets": {name: asdict(TARGETS[name]) for name in names}, "rows": lines}
+    judged = [
+        entry(f"{name}: variants with a fault", [sum(bool(line["faults"]) for line in of)], "", "<= 0")
+        for name, of in by_target.items()
+    ]
+    text = _markdown(versions, by_target)
+    return Report("mta-fast bench static", versions, [Section("Faults", judged)], content=content, text=text)
 
 
 def _earlier(report: Path, triton: str) -> dict[str, Code]:
@@ -106,10 +103,10 @@ def _earlier(report: Path, triton: str) -> dict[str, Code]:
     return {digest: Code(**code | {"products": tuple(code["products"])}) for digest, code in codes.items()}
 
 
-def _row(variant: Variant, code: Code) -> dict[str, Any]:
-    row = asdict(variant) | asdict(code)
-    del row["source"], row["settings"], row["called"]
-    return row | {"dtype": _dtype(variant, code), "faults": faults(code, TARGETS[variant.target])}
+def _line(variant: Variant, code: Code) -> dict[str, Any]:
+    line = asdict(variant) | asdict(code)
+    del line["source"], line["settings"], line["called"]
+    return line | {"dtype": _dtype(variant, code), "faults": faults(code, TARGETS[variant.target])}
 
 
 def _dtype(variant: Variant, code: Code) -> str:
@@ -128,10 +125,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def _markdown(report: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+def _markdown(versions: dict[str, str], by_target: dict[str, list[dict[str, Any]]]) -> str:
+    broken = [line for of in by_target.values() for line in of if line["faults"]]
     lines = [
-        f"`mta-fast bench static`: {versions}.",
+        f"`mta-fast bench static`: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         "",
         "Compiled, not run: nothing here is measured. dtype: of the op's call (student/teacher if they differ), with",
         "torch's float32 matmul precision where it matters. Registers and spilled bytes: of a thread (AMD: a lane).",
@@ -141,21 +138,24 @@ def _markdown(report: dict[str, Any]) -> str:
         "",
         "| target | variants | most registers | most shared memory | most spilled | faults |",
         "|---|---|---|---|---|---|",
+        *(_summary(name, of) for name, of in by_target.items()),
+        "",
+        f"## Faults: {len(broken) or 'none'}",
+        "",
     ]
-    by_target = {name: [row for row in report["rows"] if row["target"] == name] for name in report["targets"]}
-    lines += [_summary(name, rows) for name, rows in by_target.items()]
-    broken = [row for row in report["rows"] if row["faults"]]
-    lines += ["", f"## Faults: {len(broken) or 'none'}", ""] + [_fault(row) for row in broken]
-    for name, rows in by_target.items():
+    for line in broken:
+        place = f"(kernels/_table.py, {line['place']})"
+        lines.append(f"- {line['target']} {_name(line)}: {'; '.join(line['faults'])} {place}")
+    for name, of in by_target.items():
         lines += ["", f"## {name}", "", _limits(TARGETS[name]), ""]
-        lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *map(_line, rows)]
-    return "\n".join(lines)
+        lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *map(_cells, of)]
+    return "\n".join([*lines, ""])
 
 
-def _summary(target: str, rows: list[dict[str, Any]]) -> str:
-    worst = {key: max(rows, key=lambda row: row[key]) for key in ("registers", "shared", "spilled")}
-    cells = [f"{row[key]}: {_name(row)}" if row[key] else "none" for key, row in worst.items()]
-    return f"| {target} | {len(rows)} | {' | '.join(cells)} | {sum(bool(row['faults']) for row in rows)} |"
+def _summary(target: str, lines: list[dict[str, Any]]) -> str:
+    worst = {key: max(lines, key=lambda line: line[key]) for key in ("registers", "shared", "spilled")}
+    cells = [f"{line[key]}: {_name(line)}" if line[key] else "none" for key, line in worst.items()]
+    return f"| {target} | {len(lines)} | {' | '.join(cells)} | {sum(bool(line['faults']) for line in lines)} |"
 
 
 def _limits(target: Target) -> str:
@@ -166,17 +166,13 @@ def _limits(target: Target) -> str:
     )
 
 
-def _fault(row: dict[str, Any]) -> str:
-    return f"- {row['target']} {_name(row)}: {'; '.join(row['faults'])} (kernels/_table.py, {row['place']})"
+def _name(line: dict[str, Any]) -> str:
+    return f"{line['kernel']} {line['dtype']}" + (f" ({line['options']})" if line["options"] else "")
 
 
-def _name(row: dict[str, Any]) -> str:
-    return f"{row['kernel']} {row['dtype']}" + (f" ({row['options']})" if row["options"] else "")
-
-
-def _line(row: dict[str, Any]) -> str:
-    blocks = ", ".join(f"{name} {count}" for name, count in row["blocks"].items())
-    matrix = ", ".join(f"{count} {name}" for name, count in row["matrix"].items())
-    numbers = [row[name] for name in ("num_warps", "num_stages", "registers", "spilled", "shared")]
-    cells = [row["kernel"], row["dtype"], row["options"], blocks, *numbers, matrix, row["load"], row["programs"]]
+def _cells(line: dict[str, Any]) -> str:
+    blocks = ", ".join(f"{name} {count}" for name, count in line["blocks"].items())
+    matrix = ", ".join(f"{count} {name}" for name, count in line["matrix"].items())
+    numbers = [line[name] for name in ("num_warps", "num_stages", "registers", "spilled", "shared")]
+    cells = [line["kernel"], line["dtype"], line["options"], blocks, *numbers, matrix, line["load"], line["programs"]]
     return "| " + " | ".join(map(str, cells)) + " |"
