@@ -10,6 +10,7 @@ It runs in either version: PYTHONPATH names the tree whose package is taken, and
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import importlib
@@ -39,7 +40,8 @@ sys.path.insert(0, str(TREE / "tests"))
 # ruff: noqa: E402
 
 from batches import EDGE_ROWS, LAYOUTS, make_batch, random_rows
-from models import make_model, make_tokenizer
+from models import make_model
+from models import make_tokenizer as shared_tokenizer
 
 from mta_fast import LayerMap, MTAConfig, MTALoss, SpanBatch, SpanCollator, SpanExtractor
 
@@ -57,6 +59,11 @@ HOMES = {
     "pairs": ("mta_fast.distill.pairs", "mta_fast.distill.responses.pairs"),
     "evaluation": ("mta_fast.distill.evaluation", "mta_fast.distill.responses.evaluation"),
 }
+
+
+def make_tokenizer(vocabulary: int = 512) -> Any:
+    """One of its own for every case: a tokenizer that another case had changed would be saved with the change."""
+    return copy.deepcopy(shared_tokenizer(vocabulary))
 
 
 def public(home: str, name: str) -> Any:
@@ -662,11 +669,11 @@ training:
 """
 
 
-def several(*values: str) -> tuple[str, ...]:
-    """The values of an option that takes several: words of their own before, a comma list now."""
-    import mta_fast.cli
+def several(*values: str) -> list[str]:
+    """Values of one option: with commas between them, or one after the other as before."""
+    from mta_fast import cli
 
-    return values if hasattr(mta_fast.cli, "_ManyValues") else (",".join(values),)
+    return list(values) if hasattr(cli, "_ManyValues") else [",".join(values)]
 
 
 def run_command(*words: str) -> tuple[int, str]:
