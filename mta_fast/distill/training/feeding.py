@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Sequ
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
-from mta_fast.distill.data import PAIR
 from mta_fast.distill.training.saving import WholeCheckpoints
 from mta_fast.errors import InputError
 
@@ -57,7 +56,8 @@ class RowFeeding(WholeCheckpoints):
         rows, column = list(dataset), self.args.length_column_name
         if all(column in row for row in rows):
             return [int(row[column]) for row in rows]
-        texts = [_texts(i, row, column) for i, row in enumerate(rows)]
+        responses = self._module.base.responses
+        texts = [_texts(i, row, column, responses) for i, row in enumerate(rows)]
         longest = getattr(self.args, "max_length", None)
         lengths = iter(
             len(ids)
@@ -68,15 +68,14 @@ class RowFeeding(WholeCheckpoints):
         return [max(1, sum(next(lengths) for _ in parts)) for parts in texts]
 
 
-def _texts(i: int, row: Row, column: str) -> list[str]:
-    responses = [name for name in (*PAIR, "output") if name in row]
-    if "prompt" in row and responses:
+def _texts(i: int, row: Row, column: str, responses: Sequence[str]) -> list[str]:
+    if {"prompt", *responses} <= row.keys():
         return [row["prompt"] + row[name] for name in responses]
     if "text" in row:
         return [row["text"]]
     raise InputError(
-        f"row {i}: expected its length in the column {column!r} (length_column_name), or 'prompt' and 'output' to "
-        f"count it from, got {sorted(row)}"
+        f"row {i}: expected its length in the column {column!r} (length_column_name), or "
+        f"{', '.join(map(repr, ('prompt', *responses)))} to count it from, got {sorted(row)}"
     )
 
 

@@ -109,16 +109,9 @@ class MTATrainer(RowFeeding):
                 check_room(side, network, own, args.max_length)
         model = _distillation_model(student, teacher, mta, method, processing_class, teacher_tokenizer)
         kinds = sorted(set(mta.config.granularity)) if mta is not None else ()
-        by_columns = mta is not None and mta.config.count_padding
         if data_collator is None:
-            data_collator = SpanCollator(
-                processing_class,
-                teacher_tokenizer,
-                granularity=kinds,
-                max_length=args.max_length,
-                pad_to=args.pad_to or ("max_length" if by_columns else "longest"),
-                num_embeddings=_num_embeddings(student, teacher if teacher_tokenizer is None else None),
-            )
+            known = _num_embeddings(student, teacher if teacher_tokenizer is None else None)
+            data_collator = _span_collator(processing_class, teacher_tokenizer, mta, args, num_embeddings=known)
         _check_padding_side(student, teacher, processing_class, teacher_tokenizer)
         collator = method.collator(data_collator)
         self._batches = method.batches(collator, span_extractor if kinds else None)
@@ -453,6 +446,26 @@ class MTATrainer(RowFeeding):
 def _with_spans(batch: Mapping[str, Any]) -> Batch:
     """The batch with the spans that it was waiting for."""
     return {name: value.result() if isinstance(value, LazySpans) else value for name, value in batch.items()}
+
+
+def _span_collator(
+    tokenizer: Any,
+    teacher_tokenizer: Any,
+    mta: MTALoss | None,
+    args: MTATrainingArguments,
+    *,
+    num_embeddings: int | None,
+) -> SpanCollator:
+    """What makes a batch of rows where the user gives nothing else."""
+    by_columns = mta is not None and mta.config.count_padding
+    return SpanCollator(
+        tokenizer,
+        teacher_tokenizer,
+        granularity=sorted(set(mta.config.granularity)) if mta is not None else (),
+        max_length=args.max_length,
+        pad_to=args.pad_to or ("max_length" if by_columns else "longest"),
+        num_embeddings=num_embeddings,
+    )
 
 
 def _check_padding_side(student: nn.Module, teacher: nn.Module | None, tokenizer: Any, teacher_tokenizer: Any) -> None:
