@@ -248,7 +248,7 @@ def _faults(text: str, commands: dict[tuple[str, ...], Any], extras: set[str]) -
         yield from (f".[{name}]" for name in names.split(",") if name not in extras)
     parts = "|".join(f.name for f in fields(TrainSettings))
     for key in re.findall(rf"(?<![\w./`{{-])(?:{parts})(?:\.[a-z_]+)+(?![\w(./*])", text):
-        if not _is_key(key.split(".")) and not key.endswith((".png", ".json")) and key not in NO_KEYS:
+        if not _is_key(key.split(".")) and not key.endswith((".png", ".json", ".py")) and key not in NO_KEYS:
             yield key
 
 
