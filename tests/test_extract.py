@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -196,6 +197,22 @@ def test_a_death_over_nothing_is_not_the_next_texts(
 def test_a_function_that_exits_does_not_end_the_run() -> None:
     with pytest.raises(MTAFastError, match="span extraction: SystemExit in a worker process: 3"):
         SpanExtractor(lambda text: sys.exit(3), n_process=2)(["a", "b"])
+
+
+def test_an_interrupt_while_processes_start_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    started, submit, calls = threading.active_count(), processes.ProcessPoolExecutor.submit, list[Any]()
+
+    def interrupted(executor: Any, *call: Any) -> Any:
+        calls.append(submit(executor, *call))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr(processes.ProcessPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        SpanExtractor(_whole, n_process=2)(["a", "b"])
+    assert not multiprocessing.active_children()
+    wait_for(lambda: threading.active_count() == started)
 
 
 def test_results_do_not_run_ahead_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:

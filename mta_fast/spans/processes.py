@@ -93,12 +93,11 @@ class Processes:
             )
         if method != "fork":
             _check_picklable(parse)
-        self._parse, self._n_process, self._method = parse, n_process, method
+        self._processes = [_Process(parse, method) for _ in range(n_process)]
         self._max_pending, self._skip, self._made_in = max_pending, skip, os.getpid()
         self._threads = ThreadPoolExecutor(n_process, "mta_fast.spans")
         self._idle: SimpleQueue[_Process] = SimpleQueue()
         self._changed = threading.Condition()  # guards all that follows
-        self._processes: list[_Process] = []
         self._ready: list[Future[Parsed]] = []
         self._ended: Exception | None = None  # why nothing is parsed any more
         self._pending = 0  # texts
@@ -111,9 +110,9 @@ class Processes:
             if not self._ready:
                 _running.add(self)
                 try:
-                    for _ in range(self._n_process):  # in this thread: on Linux a map's are forks
-                        self._processes.append(_Process(self._parse, self._method))
-                        self._idle.put(self._processes[-1])
+                    for process in self._processes:  # in this thread: on Linux a map's are forks
+                        process.start()
+                        self._idle.put(process)
                 except Exception as error:
                     self.end(error)
                     raise
@@ -274,7 +273,7 @@ class _Process:
 
     def __init__(self, parse: Parse, method: str) -> None:
         self._parse, self._method = parse, method
-        self.start()
+        self._process: BaseProcess | None = None
 
     def start(self) -> None:
         """Start it, or its successor."""
@@ -285,8 +284,9 @@ class _Process:
 
     def _make(self, **options: Any) -> BaseProcess:
         context: Any = multiprocessing.get_context(self._method)
-        self._process: BaseProcess = context.Process(daemon=True, **options)
-        return self._process
+        made: BaseProcess = context.Process(daemon=True, **options)
+        self._process = made  # before it starts: an interrupt from now on finds it
+        return made
 
     def parse(self, texts: Sequence[str], rows: Sequence[int]) -> Parsed:
         """The spans of these texts.
@@ -311,17 +311,19 @@ class _Process:
 
     def alive(self) -> bool:
         """Whether it runs."""
-        return self._process.is_alive()
+        return self._process is not None and self._process.is_alive()
 
     def exit_code(self) -> int | None:
         """How it ended; waits until it has. None where it never began."""
+        if self._process is None:
+            return None
         while self._process.pid is not None and self._process.exitcode is None:
             self._process.join(0.01)  # returns early while its executor, too, asks the system for its end
         return self._process.exitcode
 
     def kill(self) -> None:
         """End it, whatever it is at."""
-        if self._process.pid is not None:
+        if self._process is not None and self._process.pid is not None:
             self._process.kill()
 
 
