@@ -197,7 +197,7 @@ def rouge_l(references: Sequence[str], response: str, which: str = "best") -> fl
 
 @cache
 def _scorer() -> Any:
-    require("rouge-score", "train", "evaluation", module="rouge_score")
+    require("rouge-score", "train", "evaluation", module="rouge_score.rouge_scorer")
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True)
