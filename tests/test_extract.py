@@ -199,20 +199,18 @@ def test_a_function_that_exits_does_not_end_the_run() -> None:
         SpanExtractor(lambda text: sys.exit(3), n_process=2)(["a", "b"])
 
 
-def test_an_interrupt_while_processes_start_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    started, submit, calls = threading.active_count(), processes.ProcessPoolExecutor.submit, list[Any]()
+def test_no_fork_in_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt is raised there, and what is raised in a hook of os.fork is lost."""
+    threads, start = list[threading.Thread](), processes._Process.start
 
-    def interrupted(executor: Any, *call: Any) -> Any:
-        calls.append(submit(executor, *call))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return calls[-1]
+    def noted(process: processes._Process) -> None:
+        threads.append(threading.current_thread())
+        start(process)
 
-    monkeypatch.setattr(processes.ProcessPoolExecutor, "submit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        SpanExtractor(_whole, n_process=2)(["a", "b"])
-    assert not multiprocessing.active_children()
-    wait_for(lambda: threading.active_count() == started)
+    monkeypatch.setattr(processes._Process, "start", noted)
+    SpanExtractor(_whole, n_process=2)(["a", "b"])
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
 
 
 def test_results_do_not_run_ahead_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,13 +109,8 @@ class Processes:
             self._check()
             if not self._ready:
                 _running.add(self)
-                try:
-                    for process in self._processes:  # in this thread: on Linux a map's are forks
-                        process.start()
-                        self._idle.put(process)
-                except Exception as error:
-                    self.end(error)
-                    raise
+                for process in self._processes:
+                    self._idle.put(process)
                 self._ready = [self._threads.submit(self._run, self._load) for _ in self._processes]
             return self._ready
 
@@ -175,12 +170,14 @@ class Processes:
                 self._changed.notify_all()
 
     def _load(self, process: _Process, *nothing: Sequence[Any]) -> Parsed:
-        """Wait until it has its pipeline. Where that can't be, all ends."""
+        """Start it, and wait until it has its pipeline. Where that can't be, all ends.
+
+        Never in the main thread: what a signal raises there in a hook of a fork is lost.
+        """
         code = None
         try:
-            for attempt in range(ATTEMPTS):
-                if attempt:
-                    self._restart(process)
+            for _ in range(ATTEMPTS):
+                self._start(process)
                 try:
                     return process.parse((), ())
                 except _DiedError as died:
@@ -234,10 +231,9 @@ class Processes:
             )
             with self._changed:
                 self.replaced += 1
-        self._restart(process)
         self._load(process)
 
-    def _restart(self, process: _Process) -> None:
+    def _start(self, process: _Process) -> None:
         with self._changed:
             if self._ended is None:
                 process.start()
