@@ -15,8 +15,8 @@ pytest.importorskip("peft")
 
 from mta_fast.config import PRESETS, MTAConfig
 from mta_fast.distill.data import load_sample
-from mta_fast.distill.methods.base import base_method
 from mta_fast.distill.methods.fdd import FDD
+from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.training.checkpoints import load_loss
 from mta_fast.distill.training.run import train
 from mta_fast.distill.training.settings import TrainSettings
