@@ -720,7 +720,8 @@ def commands() -> Found:
                 "generate", "--teacher", "teacher", "--student", "student", "--out", "pairs.jsonl", *short
             )
             yield "generate", [*made, Path("pairs.jsonl").read_bytes()]
-            yield "eval", run_command("eval", "student", "--seeds", *several("1", "2"), "--out", "scores", *short)
+            code, printed = run_command("eval", "student", "--seeds", *several("1", "2"), "--out", "scores", *short)
+            yield "eval", [code, re.sub(r"\d+ s ", "", printed)]  # the table ends with times
             scores = json.loads(Path("scores/results.json").read_text())
             yield "scores", [untimed(part) for part in scores["data"]]
             answers = files_of(Path("scores"), "**/*.jsonl")
