@@ -41,7 +41,9 @@ def _run(app: Any, arguments: list[str] | None) -> int:
             return INTERRUPTED
         if not hasattr(error, "format_message"):
             raise
-        return _fail(f"{error.format_message()} See mta-fast --help.")
+        message = str(error.format_message())
+        commas = " Lists have commas, such as --seeds 1,2,3." if "extra argument" in message else ""
+        return _fail(f"{message}{commas} See mta-fast --help.")
     return code if isinstance(code, int) else 0
 
 

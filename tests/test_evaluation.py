@@ -369,7 +369,7 @@ def test_lists_with_commas(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert taken.pop() == expected, words
     for words, message in (
         ("M --data a --seeds 1,b", "seeds: expected integers with commas between them, such as 10,20, got '1,b'"),
-        ("M --data a --seeds 1 2", "unexpected extra argument"),
+        ("M --data a --seeds 1 2", "Lists have commas, such as --seeds 1,2,3. See"),
     ):
         assert main(["eval", *words.split()]) == 2, words
         assert message in capsys.readouterr().err, words
