@@ -78,6 +78,33 @@ def handling(numbers: tuple[signal.Signals, ...], handler: Handler) -> Iterator[
 
 
 @contextmanager
+def deferring() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are handled when the block has ended, where the main thread runs it and they have handlers.
+
+    For what must not stop half way: a Condition, a Future or an executor that an exception leaves in the middle of its
+    own Python code may keep its lock for good, and the threads that wait for that never end.
+    """
+    with _deferring(signal.SIGINT), _deferring(signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _deferring(number: signal.Signals) -> Iterator[None]:
+    handler = signal.getsignal(number)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[FrameType | None] = []
+    try:
+        signal.signal(number, lambda _, frame: came.append(frame))
+        yield
+    finally:
+        signal.signal(number, handler)
+        if came:
+            handler(number, came[0])
+
+
+@contextmanager
 def terminable() -> Iterator[Request]:
     """SIGTERM raises Terminated in the block, as Ctrl-C raises KeyboardInterrupt; where it is not handled already."""
     request = Request()

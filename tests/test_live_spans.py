@@ -155,10 +155,10 @@ def test_submit_waits_for_room(pool: ParserPool, tmp_path: Path, monkeypatch: py
     fits = pool.submit(["a"])
     until = pool._processes._changed.wait_for
 
-    def noted(condition: Callable[[], Any]) -> Any:
+    def noted(condition: Callable[[], Any], timeout: float) -> Any:
         if threading.current_thread() is thread and not condition():
             waits.set()
-        return until(condition)
+        return until(condition, timeout)
 
     monkeypatch.setattr(pool._processes._changed, "wait_for", noted)
     monkeypatch.setattr(parser_pool, "time", SimpleNamespace(perf_counter=lambda: 3.0 * go.exists()))

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from types import TracebackType
 
 from mta_fast.errors import InputError
+from mta_fast.interrupt import deferring
 from mta_fast.spans.encoding import Columns, checked_texts, decode_columns
 from mta_fast.spans.extract import SpanExtractor
 from mta_fast.spans.processes import Parsed, Processes
@@ -135,7 +136,8 @@ class PendingSpans:
 
     def done(self) -> bool:
         """Whether ``result`` would not wait."""
-        return all(future.done() for future in self._made)
+        with deferring():
+            return all(future.done() for future in self._made)
 
     def result(self) -> Columns:
         """What the extractor gives for these texts, in their order; waits until they are parsed.

@@ -28,6 +28,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from mta_fast.errors import InputError, MTAFastError
+from mta_fast.interrupt import deferring
 from mta_fast.spans.encoding import Encoded
 
 # texts and the row numbers that errors name, to spans; with no texts it loads its pipeline. SpanExtractor.encoded
@@ -38,6 +39,7 @@ CHUNKS_PER_PROCESS = 16  # at least, where there are enough texts: the last chun
 CHUNKS_AHEAD = 4  # per process: how far results may run ahead of the one the caller waits for
 ATTEMPTS = 3  # processes that may die over one text, or while they load
 WATCH_SECONDS = 1.0  # between two looks at a process, and of a process at its parent
+INTERRUPT_SECONDS = 0.1  # how late a waiting caller hears of a Ctrl-C
 SHOWN_CHARACTERS = 60  # of a text in an error
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -105,7 +107,7 @@ class Processes:
 
     def start(self) -> list[Future[Parsed]]:
         """Start them once; one result each, when its pipeline is loaded."""
-        with self._changed:
+        with deferring(), self._changed:
             self._check()
             if not self._ready:
                 _running.add(self)
@@ -117,27 +119,31 @@ class Processes:
     def submit(self, texts: Sequence[str], rows: Sequence[int]) -> Future[Parsed]:
         """Have a chunk, no larger than max_pending, parsed together, as soon as there is room for it."""
         self.start()
-        with self._changed:
-            room = self._max_pending - len(texts)
-            self._changed.wait_for(lambda: self._ended is not None or self._pending <= room)
-            self._check()
-            self._pending += len(texts)
-            return self._threads.submit(self._run, self._parse_again, texts, rows)
+        room = self._max_pending - len(texts)
+        while True:
+            with deferring(), self._changed:
+                if self._changed.wait_for(lambda: self._ended or self._pending <= room, INTERRUPT_SECONDS):
+                    self._check()
+                    self._pending += len(texts)
+                    return self._threads.submit(self._run, self._parse_again, texts, rows)
 
     def result(self, future: Future[Parsed]) -> Parsed:
         """What a future of these gives."""
-        try:
-            return future.result()
-        except CancelledError:
-            self._check()
-            raise
+        while True:
+            with deferring():
+                if future.done() or wait([future], INTERRUPT_SECONDS).done:  # done alone knows the cancelled
+                    try:
+                        return future.result()
+                    except CancelledError:
+                        self._check()
+                        raise
 
     def end(self, reason: Exception | None = None) -> None:
         """Parse nothing more: what is not parsed gets this reason, and the processes are killed. Waits for nothing."""
         if os.getpid() != self._made_in:  # a fork, to which they don't belong
             return
         closed = MTAFastError("ParserPool: expected an open pool, got one that was closed; make a new one")
-        with self._changed:
+        with deferring(), self._changed:
             if self._ended is None:
                 self._ended = reason or closed
                 for process in self._processes:
@@ -147,10 +153,11 @@ class Processes:
 
     def stop(self) -> None:
         """End, and see processes and threads off."""
-        self.end()
-        self._threads.shutdown()
-        for process in self._processes:
-            process.exit_code()
+        with deferring():
+            self.end()
+            self._threads.shutdown()
+            for process in self._processes:
+                process.see_off()
 
     def _check(self) -> None:
         if self._ended is not None:
@@ -270,6 +277,7 @@ class _Process:
     def __init__(self, parse: Parse, method: str) -> None:
         self._parse, self._method = parse, method
         self._process: BaseProcess | None = None
+        self._manager: threading.Thread | None = None
 
     def start(self) -> None:
         """Start it, or its successor."""
@@ -277,6 +285,7 @@ class _Process:
         context.Process = self._make  # type: ignore[attr-defined]  # BaseContext declares no Process
         self._executor = ProcessPoolExecutor(1, context, _begin, (self._parse,))
         self._executor.submit(os.getpid)  # the first call starts it
+        self._manager = self._executor._executor_manager_thread  # type: ignore[attr-defined]  # not public
 
     def _make(self, **options: Any) -> BaseProcess:
         context: Any = multiprocessing.get_context(self._method)
@@ -316,6 +325,12 @@ class _Process:
         while self._process.pid is not None and self._process.exitcode is None:
             self._process.join(0.01)  # returns early while its executor, too, asks the system for its end
         return self._process.exitcode
+
+    def see_off(self) -> None:
+        """Wait until it has ended, and the thread of its executor."""
+        self.exit_code()
+        if self._manager is not None:
+            self._manager.join(WATCH_SECONDS)  # the interpreter's end would write to the pipe that it is closing
 
     def kill(self) -> None:
         """End it, whatever it is at."""
