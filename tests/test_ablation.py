@@ -238,6 +238,47 @@ def test_another_run_s_folder_is_not_taken_over(models: Path, monkeypatch: pytes
         ablate(_settings(models, **{"training.learning_rate": 1e-3}), rows=["base"])
 
 
+def test_an_earlier_version_s_folder_goes_on(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "_call", _Runs())
+    ablate(_settings(models), rows=["base"])
+    file = models / "out" / "base" / "seed-42" / "ablation-config.yaml"
+    earlier = file.read_text().replace("  skip_unparsable: false\n", "")
+    assert earlier != file.read_text()
+    file.write_text(earlier)
+    assert ablate(_settings(models), rows=["base"]) == 0
+    with pytest.raises(InputError, match="expected a run of these settings, it holds one of others"):
+        ablate(_settings(models, **{"spans.skip_unparsable": "true"}), rows=["base"])
+
+
+@pytest.mark.parametrize("option", ["--rows=", "--seeds=,", "--seeds=1 2"])
+def test_nothing_to_run_is_refused(models: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _settings(models)
+    file = models / "config.yaml"
+    values = {each: {"path": str(models / each)} for each in ("student", "teacher")}
+    file.write_text(json.dumps({"output_dir": str(models / "out"), "data": {"train": "sample"}, **values}))
+    assert main(["ablate", str(file), option]) == 2
+    assert "expected at least one, got none" in (told := capsys.readouterr().err) or "seeds: expected integers" in told
+
+
+@pytest.mark.parametrize("options", ["--seeds 10 20", "--seeds a", "--greedyy", "--columns a"])
+def test_options_of_eval_are_checked_before_the_training(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ablate", "none.yaml", "--eval-options", options]) == 2
+    told = capsys.readouterr().err
+    assert "eval_options: " in told or "seeds: expected" in told or "columns: expected" in told
+
+
+def test_lists_and_files_whose_name_has_a_comma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mta_fast import cli
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.jsonl", "1,2"):
+        (tmp_path / name).touch()
+    assert cli._seeds("1,2") == [1, 2]
+    assert len(cli._seeds(",".join(map(str, range(200))))) == 200
+    assert cli._sources(["~/a,b.jsonl", "c,d", "x" * 300 + ",y"]) == ["~/a,b.jsonl", "c", "d", "x" * 300, "y"]
+
+
 def test_bad_input(models: Path) -> None:
     with pytest.raises(InputError, match="got 'ful', did you mean 'full'"):
         ablate(_settings(models), rows=["ful"])

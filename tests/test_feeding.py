@@ -117,6 +117,8 @@ def test_rows_are_grouped_by_their_tokens(tmp_path: Path, strategy: str) -> None
         assert lengths[order[0]] == max(lengths)  # the sampler's promise
     trainer.train()
     assert trainer._lengths([{"length": 3}, {"length": 5}]) == [3, 5]
+    (pair,) = trainer._lengths([{"prompt": "a ", "chosen": "b", "rejected": "c d"}])  # of a method's own batches
+    assert pair == sum(len(tokenizer(text)["input_ids"]) for text in ("a b", "a c d"))
     with pytest.raises(InputError, match=r"row 0: expected its length in the column 'length' \(length_column_name\)"):
         trainer._lengths([{"a": 1}])
 

@@ -372,6 +372,25 @@ def test_settings_are_kept_and_later_ones_recorded_beside_them(tmp_path: Path) -
         "config-2.yaml": "8",
         "config-3.yaml": "9",
     }
+    earlier = (tmp_path / "config-3.yaml").read_text().replace("  skip_unparsable: false\n", "")
+    (tmp_path / "config-3.yaml").write_text(earlier)
+    record(tmp_path, settings)
+    assert len(list(tmp_path.iterdir())) == 3
+    assert (tmp_path / "config-3.yaml").read_text() == earlier
+
+
+def test_keys_of_a_later_version_do_not_differ() -> None:
+    from mta_fast.distill.training.resuming import differences
+    from mta_fast.distill.training.settings import DataSettings, LoraSettings, StudentSettings, TrainSettings
+
+    settings = TrainSettings(StudentSettings("s", lora=LoraSettings()), DataSettings("d"), "run").to_dict()
+    earlier = {**settings, "student": {**settings["student"], "lora": {"r": 16}}}
+    del earlier["spans"]
+    assert not differences(earlier, settings)
+    settings["spans"]["skip_unparsable"] = True
+    assert [each.key for each in differences(earlier, settings)] == ["spans.skip_unparsable"]
+    settings["student"]["lora"] = None
+    assert "student.lora.r" in [each.key for each in differences(earlier, settings)]
 
 
 def test_resuming_gives_the_weights_of_a_run_that_was_not(saved: Path) -> None:

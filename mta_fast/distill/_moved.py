@@ -1,6 +1,7 @@
 """Modules under the names they had before ``distill`` had rooms: ``mta_fast.distill.losses`` is ``methods.losses``.
 
-The earlier names of all of them can be imported, as scripts, pickled arguments and pages name them.
+The modules that scripts, pickled arguments and pages name can be imported by their earlier names; CHANGELOG lists what
+can't.
 """
 
 from __future__ import annotations

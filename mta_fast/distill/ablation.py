@@ -24,7 +24,7 @@ from mta_fast.distill.methods.registry import method_type
 from mta_fast.distill.models import model_depth
 from mta_fast.distill.training.resuming import RUN_FILE
 from mta_fast.distill.training.run import STUDENT_FOLDER, read_results
-from mta_fast.distill.training.settings import TrainSettings
+from mta_fast.distill.training.settings import TrainSettings, same_settings
 from mta_fast.errors import INTERRUPTED, TERMINATED, InputError
 from mta_fast.files import RESULTS_FILE, write_whole
 from mta_fast.interrupt import Terminated, exit_code
@@ -127,6 +127,9 @@ def ablate(
     """
     if settings.teacher is None:
         raise InputError("teacher: expected a model, as the rows compare two, got none")
+    for option, given in (("rows", rows), ("seeds", seeds)):
+        if given is not None and not given:
+            raise InputError(f"{option}: expected at least one, got none")
     depths = [model_depth(side.path, **side.options) for side in (settings.student, settings.teacher)]
     known = ablation_rows(settings, *depths)
     chosen = list(known) if rows is None else list(dict.fromkeys(rows))
@@ -195,14 +198,15 @@ def _run(settings: TrainSettings, out: Path, row: str, mta: MTASettings, seed: i
 def _claim(run: Run) -> None:
     """Write the run's settings into its folder, or see that those there are the same."""
     file = run.folder / f"ablation-{RUN_FILE}"
-    text = _yaml.dumps(run.settings.to_dict())
-    if file.is_file() and file.read_text(encoding="utf-8") != text:
+    if file.is_file():
+        if same_settings(file, run.settings):
+            return
         raise InputError(
             f"{run.folder}: expected a run of these settings, it holds one of others (see {file.name}); move it away, "
             f"or give another output_dir"
         )
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, text)
+    write_whole(file, _yaml.dumps(run.settings.to_dict()))
 
 
 def _train(run: Run, partner: Path | None) -> int:

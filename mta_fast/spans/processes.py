@@ -285,7 +285,7 @@ class _Process:
         context.Process = self._make  # type: ignore[attr-defined]  # BaseContext declares no Process
         self._executor = ProcessPoolExecutor(1, context, _begin, (self._parse,))
         self._executor.submit(os.getpid)  # the first call starts it
-        self._manager = self._executor._executor_manager_thread  # type: ignore[attr-defined]  # not public
+        self._manager = self._executor._executor_manager_thread  # type: ignore[assignment]  # not public
 
     def _make(self, **options: Any) -> BaseProcess:
         context: Any = multiprocessing.get_context(self._method)

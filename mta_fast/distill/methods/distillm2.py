@@ -74,7 +74,7 @@ class DistiLLM2(BaseMethod):
         return 1 + 0.5 * min(1.0, 2 * self.progress) if self._beta is None else self._beta
 
     def collator(self, collator: Collator) -> Collator:
-        """A PairCollator around a SpanCollator; another one is taken to make batches of 2B rows."""
+        """A PairCollator around a SpanCollator or a subclass of it; others make batches of 2B rows themselves."""
         return PairCollator(collator) if isinstance(collator, SpanCollator) else collator
 
     def counts(self, batch: Batch) -> Tensor:

@@ -69,8 +69,9 @@ class RowFeeding(WholeCheckpoints):
 
 
 def _texts(i: int, row: Row, column: str, responses: Sequence[str]) -> list[str]:
-    if {"prompt", *responses} <= row.keys():
-        return [row["prompt"] + row[name] for name in responses]
+    for names in (responses, ("output",), ("chosen", "rejected")):  # a method's own batches may read other rows
+        if {"prompt", *names} <= row.keys():
+            return [row["prompt"] + row[name] for name in names]
     if "text" in row:
         return [row["text"]]
     raise InputError(

@@ -16,7 +16,7 @@ from mta_fast.distill.methods.base import BaseMethod
 from mta_fast.distill.methods.registry import method_type
 from mta_fast.distill.training import fingerprint, ranks
 from mta_fast.distill.training.fingerprint import Difference
-from mta_fast.distill.training.settings import TrainSettings
+from mta_fast.distill.training.settings import TrainSettings, same_settings, with_defaults
 from mta_fast.errors import InputError
 from mta_fast.files import write_whole
 
@@ -53,7 +53,7 @@ def check(checkpoint: Path, out: Path, settings: TrainSettings, *, allow_changes
 
 def differences(started: Mapping[str, Any], settings: Mapping[str, Any], *, finished: bool = False) -> list[Difference]:
     """The dotted keys whose values differ, those that only one has against their default."""
-    old, new = _flat(started), _flat(settings)
+    old, new = _flat(with_defaults(started)), _flat(with_defaults(settings))
     defaults = _training_defaults()
     for one, other in ((old, new), (new, old)):
         one.update({key: defaults.get(key) for key in other if key not in one})
@@ -76,12 +76,12 @@ def _method_type(name: Any) -> type[BaseMethod]:
 def record(out: Path, settings: TrainSettings) -> None:
     """Write config.yaml; where it is there with other settings it stays, and these go into config-2.yaml and so on."""
     out.mkdir(parents=True, exist_ok=True)
-    text, file, number = _yaml.dumps(settings.to_dict()), out / RUN_FILE, 1
-    while file.is_file() and file.read_text(encoding="utf-8") != text:
+    file, number = out / RUN_FILE, 1
+    while file.is_file() and not same_settings(file, settings):
         number += 1
         file = out / LATER_RUN_FILE.format(number=number)
     if not file.is_file():
-        write_whole(file, text)
+        write_whole(file, _yaml.dumps(settings.to_dict()))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import asdict, field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -132,7 +132,10 @@ class BaseSettings:
 
 @dataclass(frozen=True, config=_OF_A_RUN)
 class TrainSettings:
-    """A whole run."""
+    """A whole run.
+
+    ``from_yaml`` checks in the package's words (InputError); in Python a wrong type is a pydantic ValidationError.
+    """
 
     student: StudentSettings
     """What is trained."""
@@ -192,6 +195,25 @@ class TrainSettings:
         return MTAConfig.from_dict({"granularity": default_granularity(count)} | changes)
 
 
+def with_defaults(values: Mapping[str, Any], kind: Any = TrainSettings) -> dict[str, Any]:
+    """Settings that an earlier version wrote, ``TrainSettings.to_dict``, with today's keys that it didn't know."""
+    made, hints = dict(values), typing.get_type_hints(kind)
+    for each in fields(kind):
+        inner = _settings_class(hints[each.name])
+        if each.name not in made:
+            value = each.default if each.default_factory is MISSING else each.default_factory()
+            if value is not MISSING:
+                made[each.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        elif inner is not None and isinstance(made[each.name], Mapping):
+            made[each.name] = with_defaults(made[each.name], inner)
+    return made
+
+
+def same_settings(file: Path, settings: TrainSettings) -> bool:
+    """Whether a file that ``to_dict`` was written to holds these settings; one of an earlier version too."""
+    return with_defaults(_yaml.read(file)) == _yaml.loads(_yaml.dumps(settings.to_dict()), "settings")
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -214,6 +236,9 @@ def _message(kind: Any, error: ValidationError) -> str:
     found = min(error.errors(include_url=False), key=lambda each: order.get(each["type"], 2))
     names, annotation, owner = _place(kind, found["loc"])
     where = ".".join(names)
+    if found["type"] == "invalid_key" or found["loc"][-1] == "[key]":
+        where = "".join(f"{name}." for name in names)
+        return f"{where}{found['input']}: expected a name as key, got {found['input']!r}; put it in quotes"
     if found["type"] == "unexpected_keyword_argument":
         key, known = str(found["loc"][-1]), [f.name for f in fields(owner)]
         where = ".".join([*names, key])
@@ -221,7 +246,7 @@ def _message(kind: Any, error: ValidationError) -> str:
     if found["type"] == "missing":
         return f"{where}: expected a value, got none"
     if "ctx" in found and isinstance(found["ctx"].get("error"), InputError):  # of a validator
-        return f"{where}: {found['ctx']['error']}"
+        return f"{where}: {str(found['ctx']['error']).removeprefix('path: ')}"
     return f"{where}: expected {type_name(annotation)}, got {found['input']!r}"
 
 
@@ -237,16 +262,31 @@ def _place(kind: Any, location: Sequence[int | str]) -> tuple[list[str], Any, An
         hints = typing.get_type_hints(inner) if inner is not None else {}
         if inner is not None:
             owner = inner
-        if part not in hints:
+        if part in hints:
+            names.append(str(part))
+            annotation = hints[str(part)]
+        elif (item := _item(annotation, part)) is not None:
+            names[-1] += f"[{part}]" if isinstance(part, int) else f".{part}"
+            annotation = item
+        else:
             break
-        names.append(str(part))
-        annotation = hints[str(part)]
     return names, annotation, owner
 
 
+def _item(annotation: Any, key: int | str) -> Any:
+    """The type of a list's or mapping's values; None where it has no such key."""
+    kind = list if isinstance(key, int) else dict
+    found = next((option for option in _options(annotation) if typing.get_origin(option) is kind), None)
+    named = found is not None and "[" not in str(key)  # pydantic's name of a branch, such as dict[str,any], has one
+    return typing.get_args(found)[-1] if named else None
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
 def _settings_class(annotation: Any) -> Any:
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((option for option in options if is_dataclass(option)), None)
+    return next((option for option in _options(annotation) if is_dataclass(option)), None)
 
 
 def type_name(annotation: Any) -> str:
@@ -255,8 +295,10 @@ def type_name(annotation: Any) -> str:
         return " or ".join(map(type_name, typing.get_args(annotation)))
     if typing.get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(annotation)))
-    if is_dataclass(annotation):
+    if is_dataclass(annotation) or typing.get_origin(annotation) is dict:
         return "a mapping"
+    if typing.get_origin(annotation) is list:
+        return f"a list of {type_name(typing.get_args(annotation)[0])}"
     if annotation in (None, types.NoneType):
         return "null"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
