@@ -85,7 +85,7 @@ def test_settings_and_arguments_open_home_folders(tmp_path: Path, monkeypatch: p
     assert settings.teacher.path == f"{home}/m"
     assert (settings.data.train, settings.data.eval) == (f"{home}/a.jsonl", f"{home}/other.jsonl")
     assert (settings.spans.cache, settings.spans.model) == (f"{home}/c", f"{home}/pipeline")
-    with pytest.raises(InputError, match="path: expected the name of a file or folder, got ''"):
+    with pytest.raises(InputError, match="^output_dir: expected the name of a file or folder, got ''"):
         TrainSettings.from_yaml("~/run.yaml", ['output_dir=""'])
     assert MTATrainingArguments(output_dir="~/runs/y", report_to=[]).output_dir == f"{home}/runs/y"
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "output": "b"}\n')

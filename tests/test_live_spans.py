@@ -73,7 +73,8 @@ def pool() -> Iterator[ParserPool]:
     with ParserPool(EXTRACTOR, n_process=2) as pool:
         pool.start()
         yield pool
-    assert not multiprocessing.active_children()
+        left = _pids(pool)
+    assert not {child.pid for child in multiprocessing.active_children()} & set(left)
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ class BaseMethod:
         values: dict[str, Any] = {"": self.name}
         for key, value in vars(self).items():
             own = key.lstrip("_")
-            if isinstance(value, BaseMethod):  # a method made of another one
+            if hasattr(value, "sums") and hasattr(value, "settings"):  # a method made of another one
                 values |= {f"{own}.{name}".rstrip("."): each for name, each in value.settings().items()}
             elif isinstance(value, functools.partial):  # a loss with its options
                 options = inspect.signature(value).parameters.values()
