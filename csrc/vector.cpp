@@ -167,6 +167,144 @@ MTA_INLINE T exponentials(T* a, int64_t n) {
   return folded(sum);
 }
 
+// log(1 + u) for u in [0, 1], as 2 atanh(u / (2 + u)); relative error below 2e-7.
+MTA_INLINE float log1p_of(float u) {
+  const float z = u / (2.0f + u), y = z * z;  // z <= 1/3
+  float p = 1.0f / 15.0f;
+  p = p * y + 1.0f / 13.0f;
+  p = p * y + 1.0f / 11.0f;
+  p = p * y + 1.0f / 9.0f;
+  p = p * y + 1.0f / 7.0f;
+  p = p * y + 1.0f / 5.0f;
+  p = p * y + 1.0f / 3.0f;
+  p = p * y + 1.0f;
+  return 2.0f * z * p;
+}
+
+MTA_INLINE double log1p_of(double u) { return std::log1p(u); }
+
+MTA_INLINE float tanh_of(float x) {
+  const float size = std::abs(x), e = exp_of(-2.0f * size), y = x * x;
+  const float far = (1.0f - e) / (1.0f + e), signed_far = x < 0 ? -far : far;
+  const float near = x * (1.0f + y * (-1.0f / 3.0f + y * (2.0f / 15.0f - y * (17.0f / 315.0f))));  // 1 - e loses digits
+  return size < 0.125f ? near : signed_far;
+}
+
+MTA_INLINE double tanh_of(double x) { return std::tanh(x); }
+
+template <typename T>
+MTA_INLINE void logits_of(T* a, const T* bias, const HeadOf<T>& head, int64_t n) {
+  if (bias != nullptr) {
+    for (int64_t i = 0; i < n; ++i) a[i] += bias[i];
+  }
+  if (head.softcap > 0) {
+    const T inner = head.scale / head.softcap, outer = head.softcap / head.temperature;
+    for (int64_t i = 0; i < n; ++i) a[i] = outer * tanh_of(inner * a[i]);
+  } else if (const T factor = head.scale / head.temperature; factor != 1) {
+    for (int64_t i = 0; i < n; ++i) a[i] *= factor;
+  }
+}
+
+template <typename T>
+MTA_INLINE void sum_of_exponentials(const T* a, int64_t n, T* out) {
+  T top[kLanes], sum[kLanes] = {};
+  for (T& lane : top) lane = -std::numeric_limits<T>::infinity();
+  by_lanes(n, [&](int lane, int64_t i) MTA_INLINE_LAMBDA { top[lane] = a[i] > top[lane] ? a[i] : top[lane]; });
+  for (int lane = 1; lane < kLanes; ++lane) top[0] = top[lane] > top[0] ? top[lane] : top[0];
+  const T highest = top[0];
+  by_lanes(n, [&](int lane, int64_t i) MTA_INLINE_LAMBDA { sum[lane] += exp_of(a[i] - highest); });
+  out[0] = highest;
+  out[1] = folded(sum);
+}
+
+constexpr int64_t kBlockTerms = 4096;  // are summed in the compute dtype, blocks in float64
+
+// terms(log p, log q, q) -> {value, q g}, over a row.
+template <typename T, typename Terms>
+MTA_INLINE void sums_of_terms(T s_sum, T t_sum, T cap, bool write, T* s, T* t, int64_t n, double* out,
+                              const Terms& terms) {
+  out[0] = out[1] = 0;
+  for (int64_t first = 0; first < n; first += kBlockTerms) {
+    T value[kLanes] = {}, total[kLanes] = {};
+    T *x = s + first, *y = t + first;
+    by_lanes(std::min(kBlockTerms, n - first), [&](int lane, int64_t i) MTA_INLINE_LAMBDA {
+      const T z = x[i], log_q = z - s_sum, q = exp_of(log_q);
+      T made, weighted;
+      terms(y[i] - t_sum, log_q, q, made, weighted);
+      value[lane] += made;
+      total[lane] += weighted;
+      if (write) {
+        const T slope = 1 - (cap * z) * (cap * z);
+        x[i] = slope * weighted;
+        y[i] = slope * q;
+      }
+    });
+    out[0] += static_cast<double>(folded(value));
+    out[1] += static_cast<double>(folded(total));
+  }
+}
+
+// log(exp x + exp y), and the two's shares of the sum.
+template <typename T>
+MTA_INLINE T log_of_sum(T x, T y, T& x_share, T& y_share) {
+  const bool x_leads = x >= y;
+  const T high = x_leads ? x : y, low = x_leads ? y : x, e = exp_of(low - high), one = 1 / (1 + e), other = e * one;
+  x_share = x_leads ? one : other;
+  y_share = x_leads ? other : one;
+  return high + log1p_of(e);
+}
+
+template <typename T>
+MTA_INLINE void terms_of(Kind kind, bool detach, T share, T s_sum, T t_sum, const HeadOf<T>& head, bool write, T* s,
+                         T* t, int64_t n, double* out) {
+  const T cap = head.softcap > 0 ? head.temperature / head.softcap : T(0);
+  const T log_share = std::log(share), log_rest = std::log1p(-share), kept = detach ? T(0) : T(1);
+  const auto run = [&](const auto& terms) MTA_INLINE_LAMBDA {
+    sums_of_terms(s_sum, t_sum, cap, write, s, t, n, out, terms);
+  };
+  switch (kind) {
+    case Kind::kForwardKl:
+      run([&](T log_p, T log_q, T, T& value, T& weighted) MTA_INLINE_LAMBDA {
+        const T p = exp_of(log_p);
+        value = p * (log_p - log_q);
+        weighted = -p;
+      });
+      out[1] = -1;  // what the sum is, to rounding: ds = q - p
+      break;
+    case Kind::kReverseKl:
+      run([&](T log_p, T log_q, T q, T& value, T& weighted) MTA_INLINE_LAMBDA {
+        value = weighted = q * (log_q - log_p);
+      });
+      break;
+    case Kind::kSkl:
+      run([&](T log_p, T log_q, T, T& value, T& weighted) MTA_INLINE_LAMBDA {
+        T of_p, of_q;
+        const T mixture = log_of_sum(log_p + log_share, log_q + log_rest, of_p, of_q), p = exp_of(log_p);
+        value = p * (log_p - mixture);
+        weighted = -kept * (p * of_q);
+      });
+      break;
+    case Kind::kSrkl:
+      run([&](T log_p, T log_q, T q, T& value, T& weighted) MTA_INLINE_LAMBDA {
+        T of_q, of_p;
+        const T mixture = log_of_sum(log_q + log_share, log_p + log_rest, of_q, of_p);
+        value = q * (log_q - mixture);
+        weighted = value - kept * (q * of_q);
+      });
+      break;
+    case Kind::kJsd:
+      run([&](T log_p, T log_q, T q, T& value, T& weighted) MTA_INLINE_LAMBDA {
+        T of_p, of_q;
+        const T mixture = log_of_sum(log_p + log_share, log_q + log_rest, of_p, of_q);
+        weighted = (1 - share) * (q * (log_q - mixture));
+        value = share * (exp_of(log_p) * (log_p - mixture)) + weighted;
+      });
+      break;
+    case Kind::kCrossEntropy:
+      break;  // has no t
+  }
+}
+
 template <typename T>
 MTA_INLINE T squares_by_weight(const T* a, const T* w, int64_t n) {
   T sum[kLanes] = {};
@@ -177,6 +315,21 @@ MTA_INLINE T squares_by_weight(const T* a, const T* w, int64_t n) {
 }  // namespace
 
 #define MTA_VECTOR_FUNCTIONS(T)                                                                                 \
+  MTA_MULTIVERSION void head_logits(T* a, const T* bias, const HeadOf<T>& head, int64_t n) {                   \
+    logits_of(a, bias, head, n);                                                                               \
+  }                                                                                                            \
+  MTA_MULTIVERSION void exponential_sum(const T* a, int64_t n, T* out) { sum_of_exponentials(a, n, out); }     \
+  MTA_MULTIVERSION void divergence_terms(Kind kind, bool detach, T share, T s_sum, T t_sum,                    \
+                                         const HeadOf<T>& head, bool write, T* s, T* t, int64_t n,             \
+                                         double* out) {                                                        \
+    terms_of(kind, detach, share, s_sum, t_sum, head, write, s, t, n, out);                                    \
+  }                                                                                                            \
+  MTA_MULTIVERSION void exponentials_into(T* a, T sum, T cap, T factor, int64_t n) {                           \
+    for (int64_t i = 0; i < n; ++i) a[i] = factor * exp_of(a[i] - sum) * (1 - (cap * a[i]) * (cap * a[i]));    \
+  }                                                                                                            \
+  MTA_MULTIVERSION void subtract_share(T* a, const T* b, T total, T factor, int64_t n) {                       \
+    for (int64_t i = 0; i < n; ++i) a[i] = factor * (a[i] - total * b[i]);                                     \
+  }                                                                                                            \
   MTA_MULTIVERSION T dot(const T* a, const T* b, int64_t n) { return sum_of_products(a, b, n); }                \
   MTA_MULTIVERSION double wide_dot(const T* a, const T* b, int64_t n) { return wide_sum_of_products(a, b, n); } \
   MTA_MULTIVERSION void centre(T* a, const T* b, T scale, const T* c, int64_t n) {                              \

@@ -15,7 +15,30 @@ T inverse_norm(T norm) {
   return norm == std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::quiet_NaN() : 1 / norm;
 }
 
+// How far q is from p: reference.divergence; a label's probability in place of p for kCrossEntropy.
+enum class Kind { kForwardKl, kReverseKl, kSkl, kSrkl, kJsd, kCrossEntropy };
+
+// What an LM head does beside its product: softcap(scale (x + bias)) / temperature; no softcap where it is 0.
+template <typename T>
+struct HeadOf {
+  T scale, softcap, temperature;
+};
+
 #define MTA_VECTOR_FUNCTIONS(T)                                                     \
+  /* products a_i to logits; `bias` may be null */                                  \
+  void head_logits(T* a, const T* bias, const HeadOf<T>& head, int64_t n);          \
+  /* out: max a, sum of exp(a_i - max a) */                                         \
+  void exponential_sum(const T* a, int64_t n, T* out);                              \
+  /* out: the divergence of a row of logits s, t less their log-sum-exps (s, t     \
+     hold these), and sum q g; where `write`, s_i becomes q g and t_i becomes q,    \
+     each times the softcap's derivative. `share` is alpha or beta */               \
+  void divergence_terms(Kind kind, bool detach, T share, T s_sum, T t_sum,          \
+                        const HeadOf<T>& head, bool write, T* s, T* t, int64_t n,   \
+                        double* out);                                               \
+  /* a_i = factor exp(a_i - sum) (1 - (cap a_i)^2) */                              \
+  void exponentials_into(T* a, T sum, T cap, T factor, int64_t n);                  \
+  /* a_i = factor (a_i - total b_i) */                                              \
+  void subtract_share(T* a, const T* b, T total, T factor, int64_t n);              \
   /* sum of a_i b_i */                                                              \
   T dot(const T* a, const T* b, int64_t n);                                         \
   double wide_dot(const T* a, const T* b, int64_t n); /* in float64 */              \

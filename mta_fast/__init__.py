@@ -7,6 +7,7 @@ from mta_fast.loss import MTALoss, MTAOutput
 from mta_fast.ops.entropy import entropy_weights
 from mta_fast.ops.hidden_alignment import hidden_alignment_loss
 from mta_fast.ops.importance import token_importance
+from mta_fast.ops.linear_divergence import linear_divergence_loss
 from mta_fast.ops.pooling import normalize_weights, pool_spans
 from mta_fast.ops.span_pairs import span_pair_loss
 from mta_fast.spans.batch import SpanBatch
@@ -25,6 +26,7 @@ __all__ = [
     "capture_layers",
     "entropy_weights",
     "hidden_alignment_loss",
+    "linear_divergence_loss",
     "normalize_weights",
     "pool_spans",
     "span_pair_loss",

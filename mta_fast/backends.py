@@ -41,6 +41,8 @@ OPS = (
     "span_pairs_gradient",
     "hidden_alignment",
     "hidden_alignment_gradient",
+    "linear_divergence",
+    "linear_divergence_gradient",
 )
 
 

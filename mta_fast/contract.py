@@ -19,9 +19,11 @@ from torch import Tensor
 
 from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
-from mta_fast.layout import AlignmentGradient, Spans
+from mta_fast.layout import AlignmentGradient, DivergenceGradient, Head, Spans
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OPTIONAL = ("proj_bias", "student_bias", "teacher", "teacher_weight", "teacher_bias", "labels")
+DIVERGENCES = ("forward_kl", "reverse_kl", "skl", "srkl", "jsd", "cross_entropy")
 METHODS = ("auto", "pairwise", "gram")
 MOST = 2**31 - 1  # tokens, spans and features: indices are int32
 
@@ -46,10 +48,10 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def check_given(op: str, arguments: Sequence[Any]) -> None:
-    """No tensor is None, which an op's schema lets through, but for the bias that need not be there."""
+    """No tensor is None, which an op's schema lets through, but for those that need not be there."""
     if any(value is None for value in arguments):
         for name, value in zip(inspect.signature(CHECKS[op]).parameters, arguments, strict=False):
-            if value is None and name != "proj_bias":
+            if value is None and name not in OPTIONAL:
                 raise InputError(f"{name}: expected a tensor, got None")
 
 
@@ -196,6 +198,85 @@ def hidden_alignment_gradient(
     _dtype("bias_dtype", bias_dtype)
 
 
+def linear_divergence(
+    student: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    alpha: Tensor,
+    factors: Tensor,
+    divergence_name: str,
+    beta: float,
+    detach: bool,
+    student_head: Head,
+    teacher_head: Head,
+    vocabulary: int,
+    matmul_dtype: torch.dtype,
+    teacher_matmul_dtype: torch.dtype,
+    with_gradient: bool = False,
+) -> None:
+    """student [M, d_S], student_weight [V_S, d_S], bias [V_S]; the teacher's likewise; labels, alpha, factors [M]."""
+    check_choice("divergence", divergence_name, DIVERGENCES)
+    _head("student", student, student_weight, student_bias, student, vocabulary)
+    size = student.shape[0]
+    _floating("alpha", alpha, (size,), student)
+    _floating("factors", factors, (size,), student)
+    if divergence_name == "cross_entropy":
+        if labels is None or teacher is not None or teacher_weight is not None or teacher_bias is not None:
+            raise InputError("labels: expected labels and no teacher with cross_entropy, got others")
+        if labels.dtype != torch.int64 or labels.device != student.device:
+            raise InputError(f"labels: expected int64 on {student.device}, got {_described(labels)}")
+        _shape("labels", labels, (size,))
+        _within("labels", labels, vocabulary)
+    elif labels is not None or teacher is None or teacher_weight is None:
+        raise InputError(f"teacher: expected states and a head, and no labels, with {divergence_name}, got others")
+    else:
+        _floating("teacher", teacher, (size, None), student)
+        _head("teacher", teacher, teacher_weight, teacher_bias, student, vocabulary)
+    if not 0 < beta < 1:
+        raise InputError(f"beta: expected a number between 0 and 1, got {beta}")
+    for side, head in (("student", student_head), ("teacher", teacher_head)):
+        if not head.temperature > 0:
+            raise InputError(f"{side}_temperature: expected a number > 0, got {head.temperature}")
+        if not head.softcap >= 0:
+            raise InputError(f"{side}_softcap: expected a number >= 0, got {head.softcap}")
+    _dtype("matmul_dtype", matmul_dtype)
+    _dtype("teacher_matmul_dtype", teacher_matmul_dtype)
+
+
+def _head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, beside: Tensor, vocabulary: int) -> None:
+    _floating(side, hidden, (None, None), beside)
+    if not hidden.shape[1]:
+        raise InputError(f"{side}: expected a width of at least 1, got 0")
+    _floating(f"{side}_weight", weight, (None, hidden.shape[1]), beside)
+    if bias is not None:
+        _floating(f"{side}_bias", bias, (weight.shape[0],), beside)
+    if not 1 <= vocabulary <= weight.shape[0]:
+        raise InputError(f"vocabulary: expected from 1 to {weight.shape[0]} ids, as {side}_weight has, got {vocabulary}")
+
+
+def linear_divergence_gradient(
+    gradient: DivergenceGradient,
+    grad: Tensor,
+    student_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> None:
+    """gradient: student [M, d_S], weight [V_S, d_S], bias [V_S] or [0]; grad: one value."""
+    student, weight, bias = gradient
+    _floating("gradient.weight", weight, (None, None))
+    _floating("gradient.student", student, (None, weight.shape[1]), weight)
+    _floating("gradient.bias", bias, (weight.shape[0] if bias.numel() else 0,), weight)
+    if grad.numel() != 1 or grad.dtype not in FLOATS or grad.device != weight.device:
+        raise InputError(f"grad: expected one floating value on {weight.device}, got {_described(grad)}")
+    _dtype("student_dtype", student_dtype)
+    _dtype("weight_dtype", weight_dtype)
+    _dtype("bias_dtype", bias_dtype)
+
+
 def entropy_weights(logits: Tensor) -> None:
     """logits [..., V >= 2]."""
     if logits is None:
@@ -227,6 +308,8 @@ CHECKS: dict[str, Callable[..., None]] = {
         span_pairs_gradient,
         hidden_alignment,
         hidden_alignment_gradient,
+        linear_divergence,
+        linear_divergence_gradient,
     )
 }
 

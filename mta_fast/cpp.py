@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mta_fast.choices import check_choice
-from mta_fast.contract import METHODS, gram_from
+from mta_fast import reference
+from mta_fast.contract import DIVERGENCES, METHODS, checked, gram_from
 from mta_fast.errors import InputError
-from mta_fast.layout import AlignmentGradient, Spans
+from mta_fast.layout import AlignmentGradient, DivergenceGradient, Head, Spans
 
 _ops = torch.ops.mta_fast_cpp
 
@@ -106,6 +107,54 @@ def hidden_alignment_gradient(
         *gradient, _int32(tokens), grad, num_tokens, student_dtype, weight_dtype, bias_dtype
     )
     return student, weight, bias
+
+
+def linear_divergence(
+    student: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    alpha: Tensor,
+    factors: Tensor,
+    divergence_name: str,
+    beta: float,
+    detach: bool,
+    student_head: Head,
+    teacher_head: Head,
+    vocabulary: int,
+    matmul_dtype: torch.dtype,
+    teacher_matmul_dtype: torch.dtype,
+    with_gradient: bool = False,
+) -> tuple[Tensor, DivergenceGradient | None]:
+    """``reference.linear_divergence``."""
+    check_choice("divergence", divergence_name, DIVERGENCES)
+    values, *gradient = _ops.linear_divergence(
+        student,
+        student_weight,
+        student_bias,
+        teacher,
+        teacher_weight,
+        teacher_bias,
+        None if labels is None else _int32(labels),
+        alpha,
+        factors,
+        DIVERGENCES.index(divergence_name),
+        beta,
+        detach,
+        *student_head,
+        *teacher_head,
+        vocabulary,
+        matmul_dtype,
+        teacher_matmul_dtype,
+        with_gradient,
+    )
+    return values, DivergenceGradient(*gradient) if with_gradient else None
+
+
+linear_divergence_gradient = checked(reference.linear_divergence_gradient)  # products with one number
 
 
 def _int32(tokens: Tensor) -> Tensor:

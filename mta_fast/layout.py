@@ -145,6 +145,22 @@ class AlignmentGradient(NamedTuple):
     bias: Tensor  # [d_T]; [0] without a bias
 
 
+class DivergenceGradient(NamedTuple):
+    """Gradients of the weighted sum of divergences, in the compute dtype."""
+
+    student: Tensor  # [M, d_S], in ``kept_dtype``
+    weight: Tensor  # [V_S, d_S]
+    bias: Tensor  # [V_S]; [0] without a bias
+
+
+class Head(NamedTuple):
+    """What an LM head does beside its product: logits = softcap(scale (W h + bias)) / temperature."""
+
+    scale: float = 1.0
+    softcap: float = 0.0  # c tanh(z / c); 0: none
+    temperature: float = 1.0
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -12,14 +12,16 @@ power of two has brought near 1 (``row_norms``), so that states from 1e-30 to 1e
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mta_fast.contract import gram_from
-from mta_fast.layout import AlignmentGradient, Spans, compute_dtype, kept_dtype
+from mta_fast.layout import AlignmentGradient, DivergenceGradient, Head, Spans, compute_dtype, kept_dtype
 
 STD_EPS = 1e-5  # added to the standard deviation of a hidden state (importance)
 # What is held at once: bounds on memory, not tuned for speed
@@ -27,6 +29,7 @@ QUERY_BLOCK = 1024  # queries of the score matrix: [1024, row length], 32 MB of 
 SPAN_BLOCK = 2048  # spans of the error matrix: [2048, spans of the row], 16 MB at 2,048 spans
 TOKEN_CHUNK = 1024  # tokens of the projected states: [1024, d_T], 7 MB at d_T = 1,600
 LOGIT_BUDGET = 1 << 22  # logits of the entropy: 16 MB
+CHUNK_LOGITS = 1 << 22  # of each side that a divergence holds, 16 MB of float32 a copy
 
 
 def power_of_two(values: Tensor) -> Tensor:
@@ -398,7 +401,184 @@ def _chunks(size: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
-# --- 6 normalisation ---------------------------------------------------------------------------------------------
+# --- 6 divergences of two distributions, and the LM heads that make them -----------------------------------------
+
+
+def divergence(
+    log_p: Tensor, log_q: Tensor, name: str, alpha: float | Tensor = 0.1, beta: float = 0.5, detach: bool = False
+) -> Tensor:
+    """How far the student's distribution q is from the teacher's p, at each position.
+
+    KL(a || b) = sum_v a_v (log a_v - log b_v), and with m a mixture, taken in log space:
+    "forward_kl": KL(p || q); "reverse_kl": KL(q || p); "skl": KL(p || alpha p + (1 - alpha) q);
+    "srkl": KL(q || (1 - alpha) p + alpha q); "jsd": beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+
+    Args:
+        log_p, log_q: [..., V] log-probabilities.
+        alpha: a number or [...].
+        detach: no gradient through the student's part of the mixture of "skl" and "srkl".
+
+    Returns:
+        [...], differentiable by autograd in log_q.
+    """
+    if name == "forward_kl":
+        return _kl(log_p, log_q)
+    if name == "reverse_kl":
+        return _kl(log_q, log_p)
+    mixture = _mixture(log_p, log_q.detach() if detach and name != "jsd" else log_q, name, alpha, beta)
+    if name == "skl":
+        return _kl(log_p, mixture)
+    if name == "srkl":
+        return _kl(log_q, mixture)
+    return beta * _kl(log_p, mixture) + (1 - beta) * _kl(log_q, mixture)
+
+
+def logit_gradient(
+    log_p: Tensor, log_q: Tensor, name: str, alpha: float | Tensor = 0.1, beta: float = 0.5, detach: bool = False
+) -> Tensor:
+    """The gradient of ``divergence`` in the student's logits, [..., V]: q_k (g_k - sum_v q_v g_v), g_v = dL / dq_v."""
+    q = log_q.exp()
+    if name == "forward_kl":
+        return q - log_p.exp()
+    if name == "reverse_kl":
+        weighted = q * (log_q - log_p)
+    elif name == "skl" and detach:
+        return torch.zeros_like(q)
+    else:
+        mixture = _mixture(log_p, log_q, name, alpha, beta)
+        if name == "skl":
+            weighted = -(log_p + (log_q + _logs(alpha)[1] - mixture)).exp()
+        elif name == "srkl":
+            weighted = q * (log_q - mixture)
+            if not detach:
+                weighted = weighted - q * (log_q + _logs(alpha)[0] - mixture).exp()
+        else:
+            weighted = (1 - beta) * q * (log_q - mixture)
+    return weighted - q * weighted.sum(-1, keepdim=True)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def _logs(share: float | Tensor) -> tuple[Any, Any]:
+    """log(share) and log(1 - share), against [..., V]."""
+    if isinstance(share, Tensor):
+        return share[..., None].log(), (-share[..., None]).log1p()
+    return math.log(share), math.log1p(-share)
+
+
+def _mixture(log_p: Tensor, log_q: Tensor, name: str, alpha: float | Tensor, beta: float) -> Tensor:
+    """log(share first + (1 - share) second); first is q in "srkl", else p."""
+    first, second = (log_q, log_p) if name == "srkl" else (log_p, log_q)
+    of_first, of_second = _logs(beta if name == "jsd" else alpha)
+    return torch.logaddexp(first + of_first, second + of_second)
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    """[M, V] what a softmax is taken of: softcap(scale (W h + bias)) / temperature, softcap(z) = c tanh(z / c)."""
+    logits = F.linear(hidden, weight, bias) * head.scale
+    if head.softcap:
+        logits = (logits / head.softcap).tanh() * head.softcap
+    return logits / head.temperature
+
+
+def linear_divergence(
+    student: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    alpha: Tensor,
+    factors: Tensor,
+    divergence_name: str,
+    beta: float,
+    detach: bool,
+    student_head: Head,
+    teacher_head: Head,
+    vocabulary: int,
+    matmul_dtype: torch.dtype,
+    teacher_matmul_dtype: torch.dtype,
+    with_gradient: bool = False,
+) -> tuple[Tensor, DivergenceGradient | None]:
+    """``divergence`` of the distributions that two LM heads make of hidden states; no [M, V] is kept.
+
+    Chunk by chunk: both logits, the values, and d/ds = factor q (g - sum q g) through softcap, scale and temperature;
+    then dh = ds W, dW += ds' h.
+
+    Args:
+        student: [M, d_S]; student_weight: [V_S, d_S]; student_bias: [V_S] or None; teacher: likewise, or None.
+        labels: [M] ids below ``vocabulary``, of "cross_entropy" (-log q at the label), which reads no teacher.
+        alpha, factors: [M] the skew, and what a position's value counts in the sum that the gradients are of.
+        vocabulary: the distributions are over the first so many ids of both heads.
+        matmul_dtype, teacher_matmul_dtype: what states and heads are rounded to before they are multiplied.
+
+    Returns:
+        [M] values in the compute dtype, and the gradients of sum_i factors_i values_i, or None.
+    """
+    given = [x for x in (student, student_weight, teacher, teacher_weight) if x is not None]
+    dtype = compute_dtype(*given)
+    values = student.new_empty(student.shape[0], dtype=dtype)
+    matrix, bias = _cut(student_weight, student_bias, vocabulary, matmul_dtype, dtype)
+    of_teacher = None
+    if teacher_weight is not None:
+        of_teacher = _cut(teacher_weight, teacher_bias, vocabulary, teacher_matmul_dtype, dtype)
+    gradient = None
+    if with_gradient:
+        gradient = DivergenceGradient(
+            student.new_empty(student.shape, dtype=kept_dtype(student.dtype, dtype)),
+            student_weight.new_zeros(student_weight.shape, dtype=dtype),
+            student.new_zeros(0 if bias is None else student_weight.shape[0], dtype=dtype),
+        )
+    for chunk in _chunks(student.shape[0], max(1, CHUNK_LOGITS // vocabulary)):
+        h = student[chunk].to(matmul_dtype).to(dtype)
+        z = head_logits(h, matrix, bias, student_head)
+        log_q = z.log_softmax(-1)
+        if labels is not None:
+            values[chunk] = -log_q.gather(-1, labels[chunk, None].long())[:, 0]
+        if teacher is not None and of_teacher is not None:
+            t = teacher[chunk].to(teacher_matmul_dtype).to(dtype)
+            log_p = head_logits(t, *of_teacher, teacher_head).log_softmax(-1)
+            how = (divergence_name, alpha[chunk].to(dtype), beta, detach)
+            values[chunk] = divergence(log_p, log_q, *how)
+        if gradient is None:
+            continue
+        if labels is not None:
+            ds = log_q.exp()
+            ds.scatter_add_(-1, labels[chunk, None].long(), ds.new_full((len(ds), 1), -1.0))
+        else:
+            ds = logit_gradient(log_p, log_q, *how)
+        ds *= factors[chunk, None].to(dtype) * (student_head.scale / student_head.temperature)
+        if student_head.softcap:
+            ds *= 1 - (z * (student_head.temperature / student_head.softcap)) ** 2
+        gradient.student[chunk] = torch.mm(ds, matrix)
+        gradient.weight[:vocabulary].addmm_(ds.T, h)
+        if bias is not None:
+            gradient.bias[:vocabulary] += ds.sum(0)
+    return values, gradient
+
+
+def _cut(
+    weight: Tensor, bias: Tensor | None, vocabulary: int, matmul_dtype: torch.dtype, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    return weight[:vocabulary].to(matmul_dtype).to(dtype), None if bias is None else bias[:vocabulary].to(dtype)
+
+
+def linear_divergence_gradient(
+    gradient: DivergenceGradient,
+    grad: Tensor,
+    student_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``linear_divergence`` left (an empty tensor for no bias), times the scalar ``grad``."""
+    student, weight, bias = gradient
+    return (student * grad).to(student_dtype), (weight * grad).to(weight_dtype), (bias * grad).to(bias_dtype)
+
+
+# --- 7 normalisation ---------------------------------------------------------------------------------------------
 
 
 def reduce_rows(numerators: Tensor, denominators: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -418,7 +598,7 @@ def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / torch.where(denominator == 0, 1.0, denominator)
 
 
-# --- 7 entropy weights -------------------------------------------------------------------------------------------
+# --- 8 entropy weights -------------------------------------------------------------------------------------------
 
 
 def entropy_weights(logits: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from guard import guarded
 from torch import Tensor
 
 from mta_fast import SpanBatch, _extension, backends
+from mta_fast.contract import DIVERGENCES
 from mta_fast.layout import Spans
-from mta_fast.ops import entropy, hidden_alignment, importance, pooling, span_pairs  # noqa: F401  # registers the ops
+from mta_fast.ops import entropy, hidden_alignment, importance, linear_divergence, pooling, span_pairs  # noqa: F401  # registers the ops
 
 NAMESPACES = ("mta_fast_cpp", "mta_fast")
 FLOAT, INT, LONG = torch.float32, torch.int32, torch.int64
@@ -36,7 +37,7 @@ ELEMENTS = (-(2**31), -(2**31) + 1, -2, -1, 0, 1, 2, 3, 5, 17, 2**31 - 2, 2**31 
 
 # what is in the arguments that are lists of tensors, as the backends name it
 LISTS: dict[str, tuple[str, ...]] = {
-    "gradient": ("rows", "weight", "bias"),
+    "gradient": ("rows", "student", "weight", "bias"),
     "index": ("span_rows", "span_splits", "host"),
     "norms": ("student_norm", "teacher_norm"),
     "rows": ("rows_host",),
@@ -100,6 +101,9 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
     lists = {"token_splits": index.token_splits, "cover_spans": index.cover_spans}
     scaled = {"gradient": pooled, "grad": torch.rand(batch), "span_rows": index.span_rows, "dtype": dtype}
     method = {"method": rng.choice(["auto", "pairwise", "gram"])}
+    diverging, kind = _diverging(rng, student, teacher)
+    ops_own = {"divergence": kind, **diverging}
+    cpps_own = {"kind": DIVERGENCES.index(kind), **diverging}
     pairs_index = {"norms": [norm, teacher_norm], "index": [index.span_rows, index.span_splits, index.host]}
     return {
         "mta_fast_cpp::token_importance": {"hidden": student, "rows_host": rows.host, **counts},
@@ -111,6 +115,7 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
         "mta_fast_cpp::hidden_alignment": {**aligned, **flag},
         "mta_fast_cpp::hidden_alignment_gradient": dict(zip(("rows", "weight", "bias"), gradient, strict=True))
         | backward,
+        "mta_fast_cpp::linear_divergence": cpps_own | _int32_labels(diverging) | flag,
         "mta_fast_cpp::token_ranges": aligning | (texts if rng.random() < 0.5 else dict.fromkeys(texts)),
         "mta_fast_cpp::span_index": {"span_rows": span_rows, "ranges": index.ranges.long()}
         | {"offsets": offsets, "rows": long_rows},
@@ -123,8 +128,34 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
         "mta_fast::span_pairs_gradient": scaled | backend,
         "mta_fast::hidden_alignment": {**aligned, **flag, **backend},
         "mta_fast::hidden_alignment_gradient": {"gradient": list(gradient), **backward, **backend},
+        "mta_fast::linear_divergence": {**ops_own, **flag, **backend},
+        "mta_fast::linear_divergence_rows": {**ops_own, **backend},
+        "mta_fast::linear_divergence_gradient": {
+            "gradient": [torch.randn(tokens, student_width), *gradient[1:]],
+            **{"grad": torch.rand(()), **dtypes, **backend},
+        },
         "mta_fast::entropy_weights": {"logits": pooled_teacher},
     }
+
+
+def _diverging(rng: random.Random, student: Tensor, teacher: Tensor) -> tuple[Arguments, str]:
+    """Arguments of linear_divergence but the divergence, and that; heads of 40 and 43 ids."""
+    kind, size = rng.choice(DIVERGENCES), len(student)
+    made: Arguments = {"student": student, "student_weight": torch.randn(40, student.shape[1])}
+    made |= {"student_bias": rng.choice([torch.randn(40), None]), "labels": None}
+    made |= {"teacher": teacher, "teacher_weight": torch.randn(43, teacher.shape[1]), "teacher_bias": None}
+    if kind == "cross_entropy":
+        made |= dict.fromkeys(("teacher", "teacher_weight")) | {"labels": torch.randint(0, 40, (size,))}
+    made |= {"alpha": torch.full((size,), 0.1), "factors": torch.rand(size), "beta": 0.5, "detach": rng.random() < 0.5}
+    for side in ("student", "teacher"):
+        numbers = {"scale": rng.choice([1.0, 0.5]), "softcap": rng.choice([0.0, 3.0]), "temperature": 2.0}
+        made |= {f"{side}_{name}": value for name, value in numbers.items()}
+    return made | {"vocabulary": 40, "matmul_dtype": FLOAT, "teacher_matmul_dtype": FLOAT}, kind
+
+
+def _int32_labels(arguments: Arguments) -> Arguments:
+    labels = arguments["labels"]
+    return {"labels": None if labels is None else labels.int()}
 
 
 def _backends() -> list[str]:

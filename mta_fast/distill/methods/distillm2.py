@@ -15,10 +15,9 @@ from mta_fast.distill.methods.losses import (
     check_share,
     counted_positions,
     log_probabilities,
-    skl_values,
-    srkl_values,
 )
 from mta_fast.errors import InputError
+from mta_fast.ops.linear_divergence import divergence
 from mta_fast.spans.collate import SpanCollator
 
 SMALLEST_ALPHA, LARGEST_ALPHA = 0.01, 0.1  # of the adaptive alpha
@@ -100,15 +99,15 @@ class DistiLLM2(BaseMethod):
         chosen, rejected = (
             LogProbabilities(*part) for part in zip(log.p.split(sizes), log.q.split(sizes), strict=True)
         )
-        on_chosen = skl_values(chosen, alpha[:split])
-        on_rejected = srkl_values(rejected, alpha[split:], detach_mixture=self.detach_mixture)
+        on_chosen = divergence(*chosen, "skl", alpha[:split])
+        on_rejected = divergence(*rejected, "srkl", alpha[split:], detach=self.detach_mixture)
         weighted = torch.cat([(2 - self.beta) * on_chosen, self.beta * on_rejected])
         return _row_means(weighted, rows, lengths).sum()[None]
 
     def _alpha(self, log: LogProbabilities, labels: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
-        """[M, 1] the skew at each counted position."""
+        """[M] the skew at each counted position."""
         if self._anchor is None:
-            return torch.full_like(log.p[:, :1], self.alpha)
+            return torch.full_like(log.p[:, 0], self.alpha)
         p, q = (
             _row_means(side.detach().gather(-1, labels[:, None])[:, 0], rows, lengths).exp() for side in (log.p, log.q)
         )
@@ -117,10 +116,10 @@ class DistiLLM2(BaseMethod):
         if torch.is_grad_enabled():
             self._anchor.observe(gap.reshape(2, pairs), (lengths > 0).reshape(2, pairs), self.reduce)
         if not self._anchor.known:
-            return torch.full_like(log.p[:, :1], self.alpha)
+            return torch.full_like(log.p[:, 0], self.alpha)
         anchor = self._anchor.mean.to(gap).repeat_interleave(pairs)
         alpha = 1 - (1 - LARGEST_ALPHA) * anchor / (gap + GAP_EPS)
-        return alpha.nan_to_num(LARGEST_ALPHA).clamp(SMALLEST_ALPHA, LARGEST_ALPHA)[rows][:, None]
+        return alpha.nan_to_num(LARGEST_ALPHA).clamp(SMALLEST_ALPHA, LARGEST_ALPHA)[rows]
 
     def state_dict(self) -> dict[str, Any]:
         """The running average of the adaptive alpha."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
@@ -21,6 +20,7 @@ from mta_fast.choices import check_choice, nearest
 from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput
 from mta_fast.errors import InputError
 from mta_fast.layout import compute_dtype
+from mta_fast.ops.linear_divergence import divergence
 from mta_fast.spans.collate import IGNORED_LABEL
 
 Reduction = Literal["mean", "sum"]
@@ -53,7 +53,7 @@ def forward_kl(
         InputError: shapes that don't match, an unknown reduction.
     """
     log = log_probabilities(student_logits, teacher_logits, labels)
-    return _reduced(_kl(log.p, log.q), reduction)
+    return _reduced(divergence(log.p, log.q, "forward_kl"), reduction)
 
 
 def reverse_kl(
@@ -61,7 +61,7 @@ def reverse_kl(
 ) -> Tensor:
     """KL(q || p) at the counted positions (MiniLLM, arXiv 2306.08543). Arguments as in ``forward_kl``."""
     log = log_probabilities(student_logits, teacher_logits, labels)
-    return _reduced(_kl(log.q, log.p), reduction)
+    return _reduced(divergence(log.p, log.q, "reverse_kl"), reduction)
 
 
 def skewed_kl(
@@ -82,7 +82,7 @@ def skewed_kl(
     """
     check_share("alpha", alpha)
     log = log_probabilities(student_logits, teacher_logits, labels)
-    return _reduced(skl_values(log, alpha, detach_mixture=detach_mixture), reduction)
+    return _reduced(divergence(log.p, log.q, "skl", alpha, detach=detach_mixture), reduction)
 
 
 def skewed_reverse_kl(
@@ -103,7 +103,7 @@ def skewed_reverse_kl(
     """
     check_share("alpha", alpha)
     log = log_probabilities(student_logits, teacher_logits, labels)
-    return _reduced(srkl_values(log, alpha, detach_mixture=detach_mixture), reduction)
+    return _reduced(divergence(log.p, log.q, "srkl", alpha, detach=detach_mixture), reduction)
 
 
 def jensen_shannon(
@@ -122,8 +122,7 @@ def jensen_shannon(
     """
     check_share("beta", beta)
     log = log_probabilities(student_logits, teacher_logits, labels)
-    mixture = _mixture(log.p, log.q, beta)
-    return _reduced(beta * _kl(log.p, mixture) + (1 - beta) * _kl(log.q, mixture), reduction)
+    return _reduced(divergence(log.p, log.q, "jsd", beta=beta), reduction)
 
 
 def cross_entropy(
@@ -199,16 +198,6 @@ def log_probabilities(student_logits: Tensor, teacher_logits: Tensor, labels: Te
     return LogProbabilities(log_p, log_q)
 
 
-def skl_values(log: LogProbabilities, alpha: float | Tensor, *, detach_mixture: bool = False) -> Tensor:
-    """SKL of each counted position, [M]; ``alpha`` a number or [M, 1]."""
-    return _kl(log.p, _mixture(log.p, log.q.detach() if detach_mixture else log.q, alpha))
-
-
-def srkl_values(log: LogProbabilities, alpha: float | Tensor, *, detach_mixture: bool = False) -> Tensor:
-    """SRKL of each counted position, [M]; ``alpha`` a number or [M, 1]."""
-    return _kl(log.q, _mixture(log.q.detach() if detach_mixture else log.q, log.p, alpha))
-
-
 def _warn_where_nothing_counts(counted: Tensor) -> None:
     """In words, once a place: a loss of 0 looks like a good one. Choosing the positions has synchronised already."""
     if not torch.compiler.is_compiling() and not len(counted):
@@ -228,18 +217,6 @@ def check_share(name: str, share: float) -> None:
     """Refuse a share that isn't between 0 and 1."""
     if not 0 < share < 1:
         raise InputError(f"{name}: expected a number between 0 and 1, got {share}")
-
-
-def _mixture(first: Tensor, second: Tensor, share: float | Tensor) -> Tensor:
-    """log(share exp(first) + (1 - share) exp(second)); ``share`` a number or [M, 1]."""
-    if isinstance(share, Tensor):
-        return torch.logaddexp(first + share.log(), second + (-share).log1p())
-    return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
-
-
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) of each position, [M]."""
-    return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
 def _reduced(values: Tensor, reduction: Reduction) -> Tensor:
