@@ -1,4 +1,4 @@
-// What the four ops share: checks, strided matrices of any floating dtype, scratch memory, tasks.
+// What the ops share: checks, strided matrices of any floating dtype, scratch memory, tasks.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

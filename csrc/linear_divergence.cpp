@@ -295,8 +295,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_divergence(
   const bool reads_teacher = static_cast<Kind>(kind) != Kind::kCrossEntropy;
   MTA_CHECK(reads_teacher == (teacher.has_value() && teacher_weight.has_value()) && reads_teacher != labels.has_value(),
             "teacher", "states and a head, or labels for cross-entropy", "others");
-  Inputs in{make_side("student", student, "student_weight", student_weight, "student_bias", student_bias,
-                      student_scale, student_softcap, student_temperature, matmul_dtype, vocabulary),
+  Inputs in{make_side("student", student, "student_weight", student_weight, "student_bias", student_bias, student_scale,
+                      student_softcap, student_temperature, matmul_dtype, vocabulary),
             std::nullopt,
             std::nullopt,
             Matrix("alpha", alpha, 1),

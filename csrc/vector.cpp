@@ -259,9 +259,8 @@ MTA_INLINE void terms_of(Kind kind, bool detach, T share, T s_sum, T t_sum, cons
                          T* t, int64_t n, double* out) {
   const T cap = head.softcap > 0 ? head.temperature / head.softcap : T(0);
   const T log_share = std::log(share), log_rest = std::log1p(-share), kept = detach ? T(0) : T(1);
-  const auto run = [&](const auto& terms) MTA_INLINE_LAMBDA {
-    sums_of_terms(s_sum, t_sum, cap, write, s, t, n, out, terms);
-  };
+  const auto run = [&](const auto& terms)
+                       MTA_INLINE_LAMBDA { sums_of_terms(s_sum, t_sum, cap, write, s, t, n, out, terms); };
   switch (kind) {
     case Kind::kForwardKl:
       run([&](T log_p, T log_q, T, T& value, T& weighted) MTA_INLINE_LAMBDA {
@@ -272,9 +271,8 @@ MTA_INLINE void terms_of(Kind kind, bool detach, T share, T s_sum, T t_sum, cons
       out[1] = -1;  // what the sum is, to rounding: ds = q - p
       break;
     case Kind::kReverseKl:
-      run([&](T log_p, T log_q, T q, T& value, T& weighted) MTA_INLINE_LAMBDA {
-        value = weighted = q * (log_q - log_p);
-      });
+      run([&](T log_p, T log_q, T q, T& value, T& weighted)
+              MTA_INLINE_LAMBDA { value = weighted = q * (log_q - log_p); });
       break;
     case Kind::kSkl:
       run([&](T log_p, T log_q, T, T& value, T& weighted) MTA_INLINE_LAMBDA {
@@ -314,49 +312,48 @@ MTA_INLINE T squares_by_weight(const T* a, const T* w, int64_t n) {
 
 }  // namespace
 
-#define MTA_VECTOR_FUNCTIONS(T)                                                                                 \
-  MTA_MULTIVERSION void head_logits(T* a, const T* bias, const HeadOf<T>& head, int64_t n) {                   \
-    logits_of(a, bias, head, n);                                                                               \
-  }                                                                                                            \
-  MTA_MULTIVERSION void exponential_sum(const T* a, int64_t n, T* out) { sum_of_exponentials(a, n, out); }     \
-  MTA_MULTIVERSION void divergence_terms(Kind kind, bool detach, T share, T s_sum, T t_sum,                    \
-                                         const HeadOf<T>& head, bool write, T* s, T* t, int64_t n,             \
-                                         double* out) {                                                        \
-    terms_of(kind, detach, share, s_sum, t_sum, head, write, s, t, n, out);                                    \
-  }                                                                                                            \
-  MTA_MULTIVERSION void exponentials_into(T* a, T sum, T cap, T factor, int64_t n) {                           \
-    for (int64_t i = 0; i < n; ++i) a[i] = factor * exp_of(a[i] - sum) * (1 - (cap * a[i]) * (cap * a[i]));    \
-  }                                                                                                            \
-  MTA_MULTIVERSION void subtract_share(T* a, const T* b, T total, T factor, int64_t n) {                       \
-    for (int64_t i = 0; i < n; ++i) a[i] = factor * (a[i] - total * b[i]);                                     \
-  }                                                                                                            \
-  MTA_MULTIVERSION T dot(const T* a, const T* b, int64_t n) { return sum_of_products(a, b, n); }                \
-  MTA_MULTIVERSION double wide_dot(const T* a, const T* b, int64_t n) { return wide_sum_of_products(a, b, n); } \
-  MTA_MULTIVERSION void centre(T* a, const T* b, T scale, const T* c, int64_t n) {                              \
-    for (int64_t i = 0; i < n; ++i) a[i] = scale * b[i] - c[i];                                                 \
-  }                                                                                                             \
-  MTA_MULTIVERSION T norm(const T* a, int64_t n) { return norm_of(a, n); }                                      \
-  MTA_MULTIVERSION void cosine(const T* a, const T* b, int64_t n, T* out) { cosine_of(a, b, n, out); }          \
-  MTA_MULTIVERSION T centred_norm(const T* a, int64_t n) { return distance_from_mean(a, n); }                   \
-  MTA_MULTIVERSION void scale_to(T* a, const T* b, T scale, int64_t n) {                                        \
-    for (int64_t i = 0; i < n; ++i) a[i] = scale * b[i];                                                        \
-  }                                                                                                             \
-  MTA_MULTIVERSION void add_scaled(T* a, const T* b, T scale, int64_t n) {                                      \
-    for (int64_t i = 0; i < n; ++i) a[i] += scale * b[i];                                                       \
-  }                                                                                                             \
-  MTA_MULTIVERSION void combine(T* a, const T* b, T x, T y, int64_t n) {                                        \
-    for (int64_t i = 0; i < n; ++i) a[i] = x * a[i] + y * b[i];                                                 \
-  }                                                                                                             \
-  MTA_MULTIVERSION void cosine_gradient(T* a, const T* b, T x, T y, T cosine, T factor, int64_t n) {            \
-    for (int64_t i = 0; i < n; ++i) a[i] = factor * (cosine * (x * a[i]) - y * b[i]);                           \
-  }                                                                                                             \
-  MTA_MULTIVERSION void multiply(T* a, const T* b, T scale, int64_t n) {                                        \
-    for (int64_t i = 0; i < n; ++i) a[i] *= scale * b[i];                                                       \
-  }                                                                                                             \
-  MTA_MULTIVERSION T softmax_terms(T* a, int64_t n) { return exponentials(a, n); }                              \
-  MTA_MULTIVERSION void cosine_error(T* a, const T* b, T x, const T* t, const T* c, T y, int64_t n) {           \
-    for (int64_t i = 0; i < n; ++i) a[i] = x * b[i] * a[i] - y * c[i] * t[i];                                   \
-  }                                                                                                             \
+#define MTA_VECTOR_FUNCTIONS(T)                                                                                    \
+  MTA_MULTIVERSION void head_logits(T* a, const T* bias, const HeadOf<T>& head, int64_t n) {                       \
+    logits_of(a, bias, head, n);                                                                                   \
+  }                                                                                                                \
+  MTA_MULTIVERSION void exponential_sum(const T* a, int64_t n, T* out) { sum_of_exponentials(a, n, out); }         \
+  MTA_MULTIVERSION void divergence_terms(Kind kind, bool detach, T share, T s_sum, T t_sum, const HeadOf<T>& head, \
+                                         bool write, T* s, T* t, int64_t n, double* out) {                         \
+    terms_of(kind, detach, share, s_sum, t_sum, head, write, s, t, n, out);                                        \
+  }                                                                                                                \
+  MTA_MULTIVERSION void exponentials_into(T* a, T sum, T cap, T factor, int64_t n) {                               \
+    for (int64_t i = 0; i < n; ++i) a[i] = factor * exp_of(a[i] - sum) * (1 - (cap * a[i]) * (cap * a[i]));        \
+  }                                                                                                                \
+  MTA_MULTIVERSION void subtract_share(T* a, const T* b, T total, T factor, int64_t n) {                           \
+    for (int64_t i = 0; i < n; ++i) a[i] = factor * (a[i] - total * b[i]);                                         \
+  }                                                                                                                \
+  MTA_MULTIVERSION T dot(const T* a, const T* b, int64_t n) { return sum_of_products(a, b, n); }                   \
+  MTA_MULTIVERSION double wide_dot(const T* a, const T* b, int64_t n) { return wide_sum_of_products(a, b, n); }    \
+  MTA_MULTIVERSION void centre(T* a, const T* b, T scale, const T* c, int64_t n) {                                 \
+    for (int64_t i = 0; i < n; ++i) a[i] = scale * b[i] - c[i];                                                    \
+  }                                                                                                                \
+  MTA_MULTIVERSION T norm(const T* a, int64_t n) { return norm_of(a, n); }                                         \
+  MTA_MULTIVERSION void cosine(const T* a, const T* b, int64_t n, T* out) { cosine_of(a, b, n, out); }             \
+  MTA_MULTIVERSION T centred_norm(const T* a, int64_t n) { return distance_from_mean(a, n); }                      \
+  MTA_MULTIVERSION void scale_to(T* a, const T* b, T scale, int64_t n) {                                           \
+    for (int64_t i = 0; i < n; ++i) a[i] = scale * b[i];                                                           \
+  }                                                                                                                \
+  MTA_MULTIVERSION void add_scaled(T* a, const T* b, T scale, int64_t n) {                                         \
+    for (int64_t i = 0; i < n; ++i) a[i] += scale * b[i];                                                          \
+  }                                                                                                                \
+  MTA_MULTIVERSION void combine(T* a, const T* b, T x, T y, int64_t n) {                                           \
+    for (int64_t i = 0; i < n; ++i) a[i] = x * a[i] + y * b[i];                                                    \
+  }                                                                                                                \
+  MTA_MULTIVERSION void cosine_gradient(T* a, const T* b, T x, T y, T cosine, T factor, int64_t n) {               \
+    for (int64_t i = 0; i < n; ++i) a[i] = factor * (cosine * (x * a[i]) - y * b[i]);                              \
+  }                                                                                                                \
+  MTA_MULTIVERSION void multiply(T* a, const T* b, T scale, int64_t n) {                                           \
+    for (int64_t i = 0; i < n; ++i) a[i] *= scale * b[i];                                                          \
+  }                                                                                                                \
+  MTA_MULTIVERSION T softmax_terms(T* a, int64_t n) { return exponentials(a, n); }                                 \
+  MTA_MULTIVERSION void cosine_error(T* a, const T* b, T x, const T* t, const T* c, T y, int64_t n) {              \
+    for (int64_t i = 0; i < n; ++i) a[i] = x * b[i] * a[i] - y * c[i] * t[i];                                      \
+  }                                                                                                                \
   MTA_MULTIVERSION T weighted_squares(const T* a, const T* w, int64_t n) { return squares_by_weight(a, w, n); }
 
 MTA_VECTOR_FUNCTIONS(float)

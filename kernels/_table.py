@@ -35,6 +35,7 @@ _MEMORY_BOUND = {
     "pool_gradient": _row(4, 1, BLOCK_D=1024),
     "row_totals": _row(4, 1, BLOCK_U=1024),
     "align": _row(8, 1, BLOCK_D=1024),
+    "diverge": _row(8, 1, BLOCK_V=1024),
 }
 for _kind in (HALF, SINGLE, DOUBLE):
     TABLE.update({(name, _kind): row for name, row in _MEMORY_BOUND.items()})

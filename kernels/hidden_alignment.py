@@ -10,7 +10,7 @@ from torch import Tensor
 from mta_fast.contract import checked
 from mta_fast.kernels._device import inverse_norm, load, power_of_two, row_power, squares_fit
 from mta_fast.kernels._launch import launch, numerics, writable
-from mta_fast.layout import AlignmentGradient, compute_dtype, kept_dtype
+from mta_fast.layout import AlignmentGradient, DivergenceGradient, compute_dtype, kept_dtype
 
 TOKEN_CHUNK = 4096  # tokens projected at a time: [4096, d_T], 34 MB of bfloat16 at d_T = 4,096, fits an H100's cache
 
@@ -140,12 +140,17 @@ def hidden_alignment(
             UNIT=unit,
         )
         if gradient is not None:
-            _add_gradients(gradient, chunk, p.to(matmul_dtype), h, matrix, scales[chunk] if unit else None)
+            add_gradients(gradient, chunk, p.to(matmul_dtype), h, matrix, scales[chunk] if unit else None)
     return distances.double().sum().to(dtype), gradient
 
 
-def _add_gradients(
-    gradient: AlignmentGradient, chunk: slice, dp: Tensor, h: Tensor, matrix: Tensor, scales: Tensor | None
+def add_gradients(
+    gradient: AlignmentGradient | DivergenceGradient,
+    chunk: slice,
+    dp: Tensor,
+    h: Tensor,
+    matrix: Tensor,
+    scales: Tensor | None,
 ) -> None:
     """dh, dW and dbias of a chunk; ``scales`` [chunk] are what the rows of ``dp`` still have to be multiplied by."""
     bias, rows = gradient.bias, gradient.student[chunk]
@@ -154,19 +159,19 @@ def _add_gradients(
             torch.mm(dp, matrix, out=rows)
         else:
             rows.copy_(torch.mm(dp, matrix))
-        gradient.weight.add_(_product(dp.T, h, gradient.weight.dtype))
+        gradient.weight.add_(product(dp.T, h, gradient.weight.dtype))
         if bias.numel():
             bias.add_(dp.sum(0, dtype=bias.dtype))
         return
     torch.mul(torch.mm(dp, matrix), scales[:, None], out=rows)
     largest = scales.amax()  # the scales of the second product, relative to it, are in float16's range
     relative = torch.where(largest == 0, 0.0, scales / largest)[:, None]
-    gradient.weight.addcmul_(_product(dp.T, (h * relative).to(h.dtype), gradient.weight.dtype), largest)
+    gradient.weight.addcmul_(product(dp.T, (h * relative).to(h.dtype), gradient.weight.dtype), largest)
     if bias.numel():
         bias.add_((dp * scales[:, None]).sum(0))
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right in ``dtype``: sums of half-precision products are not rounded to half precision."""
     if left.dtype == dtype:
         return torch.mm(left, right)

@@ -220,7 +220,7 @@ def linear_divergence(
 ) -> None:
     """student [M, d_S], student_weight [V_S, d_S], bias [V_S]; the teacher's likewise; labels, alpha, factors [M]."""
     check_choice("divergence", divergence_name, DIVERGENCES)
-    _head("student", student, student_weight, student_bias, student, vocabulary)
+    check_head("student", student, student_weight, student_bias, student, vocabulary)
     size = student.shape[0]
     _floating("alpha", alpha, (size,), student)
     _floating("factors", factors, (size,), student)
@@ -235,7 +235,7 @@ def linear_divergence(
         raise InputError(f"teacher: expected states and a head, and no labels, with {divergence_name}, got others")
     else:
         _floating("teacher", teacher, (size, None), student)
-        _head("teacher", teacher, teacher_weight, teacher_bias, student, vocabulary)
+        check_head("teacher", teacher, teacher_weight, teacher_bias, student, vocabulary)
     if not 0 < beta < 1:
         raise InputError(f"beta: expected a number between 0 and 1, got {beta}")
     for side, head in (("student", student_head), ("teacher", teacher_head)):
@@ -247,7 +247,8 @@ def linear_divergence(
     _dtype("teacher_matmul_dtype", teacher_matmul_dtype)
 
 
-def _head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, beside: Tensor, vocabulary: int) -> None:
+def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, beside: Tensor, vocabulary: int) -> None:
+    """States [M, d], head [V, d] and bias [V] of one model, and no more ids than the head has."""
     _floating(side, hidden, (None, None), beside)
     if not hidden.shape[1]:
         raise InputError(f"{side}: expected a width of at least 1, got 0")
@@ -255,7 +256,9 @@ def _head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, beside
     if bias is not None:
         _floating(f"{side}_bias", bias, (weight.shape[0],), beside)
     if not 1 <= vocabulary <= weight.shape[0]:
-        raise InputError(f"vocabulary: expected from 1 to {weight.shape[0]} ids, as {side}_weight has, got {vocabulary}")
+        raise InputError(
+            f"vocabulary: expected from 1 to {weight.shape[0]} ids, as {side}_weight has, got {vocabulary}"
+        )
 
 
 def linear_divergence_gradient(

@@ -1,4 +1,4 @@
-"""C++ kernels of the four ops for CPU tensors: the backend "cpp".
+"""C++ kernels of the ops for CPU tensors: the backend "cpp".
 
 The functions are named and called as in ``mta_fast/reference.py``, which defines them; the kernels stand in ``csrc/``,
 one file per op. They check what they are given before they touch a pointer.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mta_fast.choices import check_choice
 from mta_fast import reference
+from mta_fast.choices import check_choice
 from mta_fast.contract import DIVERGENCES, METHODS, checked, gram_from
 from mta_fast.errors import InputError
 from mta_fast.layout import AlignmentGradient, DivergenceGradient, Head, Spans

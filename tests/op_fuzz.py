@@ -132,7 +132,9 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
         "mta_fast::linear_divergence_rows": {**ops_own, **backend},
         "mta_fast::linear_divergence_gradient": {
             "gradient": [torch.randn(tokens, student_width), *gradient[1:]],
-            **{"grad": torch.rand(()), **dtypes, **backend},
+            "grad": torch.rand(()),
+            **dtypes,
+            **backend,
         },
         "mta_fast::entropy_weights": {"logits": pooled_teacher},
     }

@@ -15,7 +15,9 @@ from batches import EDGE_ROWS, LAYOUTS, RaggedBatch, TokenSpans, make_batch, ran
 from torch import Tensor
 
 from mta_fast import MTAConfig, MTALoss, reference, token_importance
+from mta_fast.contract import DIVERGENCES
 from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
+from mta_fast.ops.linear_divergence import linear_divergence_loss
 from mta_fast.ops.pooling import normalize_weights, pooled_spans
 from mta_fast.ops.span_pairs import span_pair_terms
 
@@ -322,6 +324,34 @@ def test_hidden_alignment(monkeypatch: pytest.MonkeyPatch, dtypes: tuple[str, st
     assert names == ["align"] * 3
     for ours, eager, exact in zip(*made, strict=True):
         check(ours, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("capped", [False, True], ids=["plain", "bias, scale and softcap"])
+def test_linear_divergence(monkeypatch: pytest.MonkeyPatch, capped: bool, name: str, dtype: str) -> None:
+    module = sys.modules["mta_fast.kernels.linear_divergence"]
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 3 * 37)  # 8 positions: 3, 3, 2
+    kind = getattr(torch, dtype)
+    hidden, head, other, other_head, bias, alpha, weights = (
+        torch.randn(*shape).to(kind).to(DEVICE) for shape in ((8, 24), (40, 24), (8, 19), (37, 19), (40,), (8,), (8,))
+    )
+    options: dict[str, Any] = {"vocabulary": 37, "divergence": name, "temperature": 2.0, "beta": 0.25}
+    options |= {"alpha": alpha.float().sigmoid(), "weights": weights.float()}
+    options |= {"labels": torch.arange(8, device=DEVICE) * 4, "detach_mixture": capped and name == "srkl"}
+    if capped:
+        options |= {"student_scale": 0.5, "student_softcap": 2.0, "teacher_softcap": 3.0}
+    made = []
+    with launched() as names:
+        for backend, cast in (("triton", Tensor.clone), ("reference", Tensor.clone), ("reference", Tensor.double)):
+            learnt = [cast(x.detach()).requires_grad_() for x in ((hidden, head, bias) if capped else (hidden, head))]
+            sides = [*learnt[:2], cast(other), cast(other_head)]
+            of_student = learnt[2] if capped else None
+            value = linear_divergence_loss(*sides, student_bias=of_student, **options, backend=backend)
+            made.append((value.detach(), *torch.autograd.grad(value, learnt)))
+    assert names == ["diverge"] * 3
+    for ours, eager, exact in zip(*made, strict=True):
+        check(ours, eager, exact, terms=1.0)
 
 
 def _numerator(*inputs: Any) -> Tensor:

@@ -21,7 +21,8 @@ from mta_fast.ops.pooling import normalize_weights
 
 pytest.importorskip("triton", reason="the triton backend needs the package triton")
 from mta_fast import kernels
-from mta_fast.layout import Spans
+from mta_fast.contract import DIVERGENCES
+from mta_fast.layout import Head, Spans
 
 if torch.cuda.is_available():
     pytest.skip("guard pages are for the interpreter: on a GPU use compute-sanitizer", allow_module_level=True)
@@ -63,6 +64,18 @@ def run_all(end: bool) -> Iterator[Tensor]:
     )
     assert gradient is not None
     yield from (value, *(x for x in gradient if x is not None))
+    heads = [guarded(torch.randn(*shape), end) for shape in ((37, WIDTHS[0]), (37,), (41, WIDTHS[1]), (41,))]
+    states = [guarded(x[:5], end) for x in (student, teacher)]
+    row, labels = guarded(torch.full((5,), 0.1), end), guarded(torch.arange(5), end)
+    for name in DIVERGENCES:
+        read = name != "cross_entropy"
+        others = (states[1], *heads[2:], None) if read else (None, None, None, labels)
+        values, slopes = kernels.linear_divergence(
+            states[0], *heads[:2], *others, row, row, name, 0.5, False, Head(softcap=3.0), Head(), 37,
+            torch.float32, torch.float32, True,
+        )  # fmt: skip
+        assert slopes is not None
+        yield from (values, *slopes)
 
 
 def in_a_process(code: str) -> subprocess.CompletedProcess[str]:

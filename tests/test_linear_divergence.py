@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 M, V, D_S, D_T = 7, 11, 4, 6
 READ_TEACHER = [name for name in DIVERGENCES if name != "cross_entropy"]
-CASES = [(name, detach) for name, detach in itertools.product(DIVERGENCES, (False, True)) if name == "srkl" or not detach]
+CASES = [*((name, False) for name in DIVERGENCES), ("srkl", True)]
 
 
 def _inputs(dtype: torch.dtype = torch.float64, size: int = M, vocabulary: int = V) -> dict[str, Tensor]:
@@ -99,7 +98,7 @@ def test_by_hand() -> None:
 @pytest.mark.parametrize("capped", [False, True])
 def test_value_and_gradient_are_those_of_the_logits(name: str, detach: bool, capped: bool, reduction: str) -> None:
     inputs, labels, weights = _inputs(), _labels(vocabulary=9), torch.rand(M).double()
-    caps = {"student_softcap": 2.0, "teacher_softcap": 3.0} if capped else dict.fromkeys(("student_softcap", "teacher_softcap"))
+    caps = {"student_softcap": 2.0 if capped else None, "teacher_softcap": 3.0 if capped else None}
     how: dict[str, Any] = {"vocabulary": 9, "temperature": 1.5, "student_scale": 0.7, "teacher_scale": 1.2, "beta": 0.3}
     how |= {"alpha": torch.rand(M).double() * 0.8 + 0.1, **caps}
     learnt = _learnt(inputs)
@@ -323,7 +322,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"weights": torch.rand(3)}, r"weights: expected shape \(7,\)"),
     ({"teacher_hidden": torch.rand(3, D_T)}, r"teacher_hidden: expected shape \(7, 6\)"),
     ({"teacher_weight": None}, "teacher_hidden, teacher_weight: expected both with srkl, got none"),
-    ({"student_weight": torch.rand(V, 3)}, r"student_weight: expected shape"),
+    ({"student_weight": torch.rand(V, 3)}, r"student_weight: expected shape \[any, 4\], got \[11, 3\]"),
     ({"student_bias": torch.rand(3)}, "student_bias: expected"),
     ({"divergence": "cross_entropy"}, r"labels: expected \[M\] ids with cross_entropy, got none"),
     ({"divergence": "cross_entropy", "labels": torch.full((M,), V)}, "labels: expected indices from 0 to 10, got 11"),

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from bench.gpu_model.targets import gpu
-from mta_fast.layout import Spans, compute_dtype
+from mta_fast.contract import DIVERGENCES
+from mta_fast.layout import Head, Spans, compute_dtype
 
 if TYPE_CHECKING:
     from mta_fast.kernels._launch import Launch
 
+VOCABULARY = 49152
 LENGTHS = (256, 4096)  # tokens of a row that takes one pass, and of one that takes two
 SPANS = (1000, 5000)  # of a row in pairwise form, and of one in Gram form
 WIDTHS, ODD_WIDTHS = (768, 1600), (577, 1601)  # student and teacher; the odd ones allow no 16-byte loads
@@ -81,7 +83,10 @@ def _variant(launch: Launch, target: str) -> Variant:
     odd = any(name.endswith("width") and not attributes.get((i,)) for i, name in enumerate(signature))
     given = (kernel.cache_key, target, signature, constants, attributes, sorted(launch.options.items()))
     words = {"CAUSAL": "causal", "COUNT_PADDING": "count_padding", "WITH_GRADIENT": "gradient"}
+    words |= {"S_SOFTCAP": "softcap"}
     options = [word for name, word in words.items() if launch.arguments.get(name)]
+    if "DIVERGENCE" in launch.arguments:
+        options.insert(0, DIVERGENCES[launch.arguments["DIVERGENCE"]])
     return Variant(
         target,
         launch.name,
@@ -111,6 +116,7 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
             yield name, precision, partial(_pooling, dtype)
             yield name, precision, partial(_pairs, dtype, dtype, False)
             yield name, precision, partial(_alignment, dtype, dtype)
+            yield name, precision, partial(_divergence, dtype, "srkl")
         for precision in ("highest",) if dtype == torch.float64 else ("highest", "high"):
             yield name, precision, partial(_pairs, dtype, dtype, True)
     for causal, count_padding in ((True, False), (False, True), (True, True)):
@@ -118,6 +124,9 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     yield "bfloat16", "highest", partial(_importance, half, width=ODD_WIDTHS[1])
     yield "bfloat16", "highest", partial(_pooling, half, width=ODD_WIDTHS[0])
     yield "bfloat16", "highest", partial(_alignment, half, half, widths=ODD_WIDTHS)
+    yield "bfloat16", "highest", partial(_divergence, half, "srkl", capped=True)
+    for kind in DIVERGENCES:
+        yield "bfloat16", "highest", partial(_divergence, half, kind, VOCABULARY + 1)
     yield "bfloat16/float32", "highest", partial(_alignment, half, single)
     for with_gradient in (False, True):
         yield "float32", "highest", partial(_pairs, single, single, with_gradient, ODD_WIDTHS)
@@ -178,3 +187,20 @@ def _alignment(student_dtype: torch.dtype, teacher_dtype: torch.dtype, widths: t
     matrix, bias = _empty(widths[1], widths[0], dtype=student_dtype), _empty(widths[1], dtype=student_dtype)
     for gradient in (False, True):
         hidden_alignment(student, teacher, spans.covered, weights, matrix, bias, student_dtype, gradient)
+
+
+def _divergence(dtype: torch.dtype, kind: str, vocabulary: int = VOCABULARY, capped: bool = False) -> None:
+    from mta_fast.kernels import linear_divergence
+
+    size, student, teacher = 512, WIDTHS[0], WIDTHS[1]
+    row = _empty(size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    read = kind != "cross_entropy"
+    own, weight = (_empty(n, student, dtype=dtype) for n in (size, vocabulary))
+    others = [_empty(n, teacher, dtype=dtype) if read else None for n in (size, vocabulary)]
+    head = Head(softcap=30.0) if capped else Head()
+    labels = None if read else _empty(size, dtype=torch.int64)
+    for gradient in (False, True):
+        linear_divergence(
+            own, weight, None, others[0], others[1], None, labels, row, row, kind, 0.5, False, head, head, vocabulary,
+            dtype, dtype, gradient,
+        )  # fmt: skip

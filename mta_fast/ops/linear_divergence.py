@@ -17,7 +17,6 @@ from mta_fast.ops._common import check_device, check_float, check_shape, registe
 from mta_fast.reference import divergence as divergence
 
 REDUCTIONS = ("mean", "sum", "none")
-SKEWED = ("skl", "srkl")  # what ``alpha`` and ``detach_mixture`` are of
 Vocabulary = int | tuple[Tensor, Tensor]
 
 
@@ -106,7 +105,9 @@ def linear_divergence_loss(
     else:
         labels = None
         check_float("teacher_hidden", teacher_hidden, (2,))
-        check_shape("teacher_hidden", teacher_hidden, (size, teacher_hidden.shape[1]), "a row for each of the student's")
+        check_shape(
+            "teacher_hidden", teacher_hidden, (size, teacher_hidden.shape[1]), "a row for each of the student's"
+        )
         check_float("teacher_weight", teacher_weight, (2,))
     if isinstance(vocabulary, tuple):
         student_weight, student_bias = _chosen("vocabulary[0]", vocabulary[0], student_weight, student_bias)
@@ -120,19 +121,17 @@ def linear_divergence_loss(
                 f"vocabulary: expected the number of common ids, as the heads have {vocabulary} and "
                 f"{teacher_weight.shape[0]}, got none"
             )
-    for name, hidden, weight, bias in (
-        ("student", student_hidden, student_weight, student_bias),
-        ("teacher", teacher_hidden, teacher_weight, teacher_bias),
-    ):
-        if hidden is not None and weight is not None:
-            _check_head(name, hidden, weight, bias, vocabulary)
+    contract.check_head("student", student_hidden, student_weight, student_bias, student_hidden, vocabulary)
+    matmul_dtype = teacher_matmul_dtype = _matmul_dtype(student_hidden, student_weight)
+    if teacher_hidden is not None and teacher_weight is not None:
+        contract.check_head("teacher", teacher_hidden, teacher_weight, teacher_bias, student_hidden, vocabulary)
+        teacher_matmul_dtype = _matmul_dtype(teacher_hidden, teacher_weight)
     raw = (
         student_hidden, student_weight, student_bias,
         *(None if x is None else x.detach() for x in (teacher_hidden, teacher_weight, teacher_bias)),
         labels, _alpha(alpha, student_hidden), _factors(weights, student_hidden),
         divergence, beta, detach_mixture, *map(float, heads[0]), *map(float, heads[1]), vocabulary,
-        _matmul_dtype(student_hidden, student_weight),
-        _matmul_dtype(*(student_hidden, student_weight) if teacher_hidden is None else (teacher_hidden, teacher_weight)),
+        matmul_dtype, teacher_matmul_dtype,
     )  # fmt: skip
     backends.check_name(backend)
     if reduction == "none":
@@ -140,14 +139,6 @@ def linear_divergence_loss(
         return values
     total, *_ = _linear_divergence(*raw, with_gradient, backend)
     return total / max(size, 1) if reduction == "mean" else total
-
-
-def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: int) -> None:
-    check_shape(f"{side}_weight", weight, (weight.shape[0], hidden.shape[1]), "[V, width of the states]")
-    if bias is not None:
-        check_shape(f"{side}_bias", bias, (weight.shape[0],), f"one for each row of {side}_weight")
-    if not 1 <= vocabulary <= weight.shape[0]:
-        raise InputError(f"vocabulary: expected from 1 to {weight.shape[0]} ids, as {side}_weight has, got {vocabulary}")
 
 
 def _softcap(name: str, softcap: float | None) -> float:
@@ -313,7 +304,7 @@ def _(*arguments: Any) -> Tensor:
     return made
 
 
-def _save_rows(ctx: Any, inputs: Any, outputs: Tensor) -> None:
+def _save_rows(ctx: Any, inputs: Any, outputs: Any) -> None:
     named = vars(inputs)
     ctx.save_for_backward(*(named[name] for name in _TENSORS))
     ctx.others = [value for name, value in named.items() if name not in _TENSORS]
