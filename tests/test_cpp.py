@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mta_fast import MTAConfig, MTALoss, _extension, backends, token_importance
 from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
+from mta_fast.ops.linear_divergence import linear_divergence_loss
 from mta_fast.ops.pooling import normalize_weights, pooled_spans
 from mta_fast.ops.span_pairs import span_pair_terms
 
@@ -392,4 +393,7 @@ def test_auto_runs_them_on_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch("right", EDGE_ROWS)
     student, teacher = (batch.lay(random_rows(batch.lengths, d), padding=0.0) for d in (6, 8))
     _loss("auto", student.requires_grad_(), teacher, batch, F64, "paper")
+    linear_divergence_loss(
+        torch.randn(3, 6), torch.randn(9, 6).requires_grad_(), torch.randn(3, 8), torch.randn(9, 8)
+    ).backward()
     assert set(seen) == set(backends.OPS)
