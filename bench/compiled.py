@@ -20,7 +20,16 @@ from mta_fast import backends, reference
 
 NAME = "compiled reference"
 _MODULE = "bench._compiled_reference"
-_COMPILED = ("_row_importance", "pool_spans_gradient", "_unit", "_pairwise", "_gram", "hidden_alignment")
+_COMPILED = (
+    "_row_importance",
+    "pool_spans_gradient",
+    "_unit",
+    "_pairwise",
+    "_gram",
+    "hidden_alignment",
+    "divergence",
+    "logit_gradient",
+)
 
 
 @contextmanager

@@ -40,6 +40,11 @@ def hid_flops(tokens: int, student_dim: int, teacher_dim: int) -> int:
     return 6 * tokens * student_dim * teacher_dim
 
 
+def head_flops(ids: int, student_dim: int, positions: int, teacher_dim: int) -> int:
+    """Of a base loss through both LM heads: their logits, and the student's two gradients."""
+    return 2 * positions * ids * (student_dim + teacher_dim) + 4 * positions * ids * student_dim
+
+
 def loss_flops(loss: MTALoss, spans: dict[str, SpanBatch]) -> int:
     """Of one call of ``loss``, forward and backward."""
     total = 0

@@ -14,12 +14,12 @@ from bench import plots
 from bench.compiled import compiled_reference
 from bench.floor import SIZES, CopyRate, GemmRate, check_floor
 from bench.harness import Effort, Tensors, Times, alternate, check_parity
-from bench.ops import hidden_alignment, importance, pooling, span_pairs
+from bench.ops import hidden_alignment, importance, linear_divergence, pooling, span_pairs
 from bench.ops.cases import SHAPES, Op, Shape
 from bench.report import Entry, Report, Section, entry, machine, markdown_table, milliseconds, number
 from bench.workload import REFERENCE, cpu_backends
 
-OPS: tuple[Op, ...] = (importance.OP, pooling.OP, span_pairs.OP, hidden_alignment.OP)
+OPS: tuple[Op, ...] = (importance.OP, pooling.OP, span_pairs.OP, hidden_alignment.OP, linear_divergence.OP)
 
 
 @dataclass(frozen=True)
