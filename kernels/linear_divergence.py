@@ -142,8 +142,9 @@ def _diverge(
     if DIVERGENCE == CROSS_ENTROPY:
         label = tl.load(labels + i_m)
         o_label = label + tl.arange(0, 1)
-        z, _ = _logits(p_s, student_bias, o_label, o_label < width, S_SCALE, S_SOFTCAP, S_TEMPERATURE, ACC)
-        tl.store(values + i_m, s_sum - tl.sum(z, 0))
+        m_label = (o_label >= 0) & (o_label < width)  # on a GPU nobody has looked
+        z, _ = _logits(p_s, student_bias, o_label, m_label, S_SCALE, S_SOFTCAP, S_TEMPERATURE, ACC)
+        tl.store(values + i_m, s_sum - tl.sum(tl.where(m_label, z, float("nan")), 0))
         if WITH_GRADIENT:
             for start in range(0, width, BLOCK_V):
                 o_v = start + tl.arange(0, BLOCK_V)

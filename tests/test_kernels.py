@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mta_fast import MTAConfig, MTALoss, reference, token_importance
 from mta_fast.contract import DIVERGENCES
+from mta_fast.layout import Head
 from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
 from mta_fast.ops.linear_divergence import linear_divergence_loss
 from mta_fast.ops.pooling import normalize_weights, pooled_spans
@@ -23,6 +24,7 @@ from mta_fast.ops.span_pairs import span_pair_terms
 
 triton = pytest.importorskip("triton", reason="the triton backend needs the package triton")
 tl = triton.language
+from mta_fast import kernels  # noqa: E402
 from mta_fast.kernels import _launch, _rows  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -352,6 +354,22 @@ def test_linear_divergence(monkeypatch: pytest.MonkeyPatch, capped: bool, name: 
     assert names == ["diverge"] * 3
     for ours, eager, exact in zip(*made, strict=True):
         check(ours, eager, exact, terms=1.0)
+
+
+def test_a_label_that_is_none_reads_nothing_and_shows() -> None:
+    """A label of -100 that was not left out: on a GPU nobody has looked at its value."""
+    kernel = kernels.linear_divergence.__wrapped__  # type: ignore[attr-defined]  # without the check of CPU tensors
+    hidden, head, row = (
+        torch.randn(3, 24, device=DEVICE),
+        torch.randn(37, 24, device=DEVICE),
+        torch.ones(3, device=DEVICE),
+    )
+    labels = torch.tensor([4, -100, 37], device=DEVICE)
+    values, _ = kernel(
+        hidden, head, None, None, None, None, labels, row, row, "cross_entropy", 0.5, False, Head(), Head(), 37,
+        torch.float32, torch.float32, True,
+    )  # fmt: skip
+    assert values.isnan().tolist() == [False, True, True]
 
 
 def _numerator(*inputs: Any) -> Tensor:

@@ -377,6 +377,10 @@ def test_settings_are_kept_and_later_ones_recorded_beside_them(tmp_path: Path) -
     record(tmp_path, settings)
     assert len(list(tmp_path.iterdir())) == 3
     assert (tmp_path / "config-3.yaml").read_text() == earlier
+    (tmp_path / "config-3.yaml").write_text("[")
+    record(tmp_path, settings)
+    assert (tmp_path / "config-3.yaml").read_text() == "["
+    assert (tmp_path / "config-4.yaml").is_file()
 
 
 def test_keys_of_a_later_version_do_not_differ() -> None:

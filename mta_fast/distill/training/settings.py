@@ -210,8 +210,15 @@ def with_defaults(values: Mapping[str, Any], kind: Any = TrainSettings) -> dict[
 
 
 def same_settings(file: Path, settings: TrainSettings) -> bool:
-    """Whether a file that ``to_dict`` was written to holds these settings; one of an earlier version too."""
-    return with_defaults(_yaml.read(file)) == _yaml.loads(_yaml.dumps(settings.to_dict()), "settings")
+    """Whether a file that ``to_dict`` was written to holds these settings; one of an earlier version too.
+
+    One that is damaged holds others.
+    """
+    try:
+        held = _yaml.read(file)
+    except InputError:
+        return False
+    return with_defaults(held) == _yaml.loads(_yaml.dumps(settings.to_dict()), "settings")
 
 
 def _override(values: dict[str, Any], override: str) -> None:
