@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mta_fast.config import LayerPairs
 from mta_fast.distill.data import LoadedRows, load_rows
+from mta_fast.distill.heads import HeadStates
 from mta_fast.spans.extract import SpanExtractor
 
 Batch = Mapping[str, Any]
@@ -31,6 +32,8 @@ class ModelOutput(Protocol):
     Attributes:
         logits: [B, S, V]; None for a teacher whose distribution is not read.
         hidden_states: by layer, [B, S, d] each: a tuple of all, or {layer: state}.
+
+    An output of the trainer's also has ``head``: a HeadStates, where logits are not made unless a method reads them.
     """
 
     @property
@@ -38,6 +41,12 @@ class ModelOutput(Protocol):
 
     @property
     def hidden_states(self) -> Any: ...
+
+
+def head_of(output: ModelOutput | None) -> HeadStates | None:
+    """What the head of a model was to read; None where its logits are at hand."""
+    head: HeadStates | None = getattr(output, "head", None)
+    return head
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ class BaseMethod:
 
     Attributes:
         reads_teacher: whether the teacher's logits are read; where not, the two may have different vocabularies.
+        reads_heads: whether it reads ``head`` of an output where that is there, and no logits then.
         student_layers, teacher_layers: the hidden states that are read.
         responses: the columns of a row that hold a response; spans lie over prompt + response of each.
         takes_layer_pairs: whether its option layer_pairs, where it is not given, is MTA's.
@@ -117,6 +127,7 @@ class BaseMethod:
     """
 
     reads_teacher = True
+    reads_heads = False
     student_layers: tuple[int, ...] = ()
     teacher_layers: tuple[int, ...] = ()
     responses: tuple[str, ...] = ("output",)
@@ -224,6 +235,7 @@ class NoBaseLoss(BaseMethod):
     """No base loss: MTA alone, or nothing but what the data is read for."""
 
     reads_teacher = False
+    reads_heads = True
     follows_progress = False
 
     @property
@@ -237,5 +249,6 @@ class NoBaseLoss(BaseMethod):
 
     def sums(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """[0], with a graph."""
-        zero: Tensor = student.logits[:0].sum(dtype=torch.float32)
+        head = head_of(student)
+        zero: Tensor = (student.logits if head is None else head.last)[:0].sum(dtype=torch.float32)
         return zero[None][:0]

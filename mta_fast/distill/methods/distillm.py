@@ -58,6 +58,8 @@ class DistiLLM(BaseMethod):
 
     follows_evaluation = True
 
+    reads_heads = True
+
     def __init__(
         self,
         loss: str = "srkl",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mta_fast.distill.data import PAIR
-from mta_fast.distill.methods.base import BaseMethod, Batch, Collator, ModelOutput
+from mta_fast.distill.heads import HeadStates
+from mta_fast.distill.methods.base import BaseMethod, Batch, Collator, ModelOutput, head_of
 from mta_fast.distill.methods.losses import (
     LogProbabilities,
     check_share,
     counted_positions,
     log_probabilities,
+    through_heads,
 )
 from mta_fast.errors import InputError
 from mta_fast.ops.linear_divergence import divergence
@@ -46,6 +48,7 @@ class DistiLLM2(BaseMethod):
     """
 
     responses = PAIR
+    reads_heads = True
 
     def __init__(
         self,
@@ -89,11 +92,14 @@ class DistiLLM2(BaseMethod):
                 f"PairCollator makes such batches of rows with prompt, chosen and rejected"
             )
         counted = counted_positions(labels)
-        lengths = counted.sum(1)
+        lengths, targets, pairs = counted.sum(1), labels[:, 1:][counted], len(labels) // 2
+        rows = torch.arange(len(labels), device=labels.device).repeat_interleave(lengths, output_size=len(targets))
+        own, other = head_of(student), head_of(teacher)
+        if own is not None and other is not None:
+            return self._through_heads(own, other, counted, targets, rows, lengths)
         log = log_probabilities(student.logits, teacher.logits, labels)
-        rows = torch.arange(len(labels), device=labels.device).repeat_interleave(lengths, output_size=len(log.p))
-        alpha = self._alpha(log, labels[:, 1:][counted], rows, lengths)
-        pairs = len(labels) // 2
+        of_labels = (side.detach().gather(-1, targets[:, None])[:, 0] for side in log)
+        alpha = self._alpha(of_labels, rows, lengths, torch.is_grad_enabled())
         split = int(lengths[:pairs].sum())  # positions lie row after row: those of the chosen responses come first
         sizes = [split, len(rows) - split]
         chosen, rejected = (
@@ -104,19 +110,42 @@ class DistiLLM2(BaseMethod):
         weighted = torch.cat([(2 - self.beta) * on_chosen, self.beta * on_rejected])
         return _row_means(weighted, rows, lengths).sum()[None]
 
-    def _alpha(self, log: LogProbabilities, labels: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
-        """[M] the skew at each counted position."""
-        if self._anchor is None:
-            return torch.full_like(log.p[:, 0], self.alpha)
-        p, q = (
-            _row_means(side.detach().gather(-1, labels[:, None])[:, 0], rows, lengths).exp() for side in (log.p, log.q)
+    def _through_heads(
+        self, own: HeadStates, other: HeadStates, counted: Tensor, targets: Tensor, rows: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """``sums`` without logits; the adaptive alpha takes a pass over both heads of its own."""
+        learns = torch.is_grad_enabled()
+        with torch.no_grad():
+            of_labels = (
+                -through_heads(side, None, counted, "cross_entropy", labels=targets, reduction="none")
+                for side in (other, own)
+            )
+            alpha = self._alpha(of_labels, rows, lengths, learns)
+        pairs = len(lengths) // 2
+        split = int(lengths[:pairs].sum())
+        weights = torch.where(rows < pairs, 2 - self.beta, self.beta) / lengths[rows]
+        chosen, rejected = counted.clone(), counted.clone()
+        chosen[pairs:], rejected[:pairs] = False, False
+        on_chosen = through_heads(
+            own, other, chosen, "skl", alpha=alpha[:split], weights=weights[:split], reduction="sum"
         )
+        on_rejected = through_heads(
+            own, other, rejected, "srkl", alpha=alpha[split:], weights=weights[split:],
+            detach_mixture=self.detach_mixture, reduction="sum",
+        )  # fmt: skip
+        return (on_chosen + on_rejected)[None]
+
+    def _alpha(self, of_labels: Iterable[Tensor], rows: Tensor, lengths: Tensor, learns: bool) -> Tensor:
+        """[M] the skew at each counted position, from log p and log q of its label, which are made if they are read."""
+        if self._anchor is None:
+            return torch.full(rows.shape, self.alpha, device=rows.device)
+        p, q = (_row_means(logs, rows, lengths).exp() for logs in of_labels)
         pairs = len(lengths) // 2
         gap = torch.cat([(p - q)[:pairs], (q - p)[pairs:]])
-        if torch.is_grad_enabled():
+        if learns:
             self._anchor.observe(gap.reshape(2, pairs), (lengths > 0).reshape(2, pairs), self.reduce)
         if not self._anchor.known:
-            return torch.full_like(log.p[:, 0], self.alpha)
+            return torch.full(rows.shape, self.alpha, device=rows.device)
         anchor = self._anchor.mean.to(gap).repeat_interleave(pairs)
         alpha = 1 - (1 - LARGEST_ALPHA) * anchor / (gap + GAP_EPS)
         return alpha.nan_to_num(LARGEST_ALPHA).clamp(SMALLEST_ALPHA, LARGEST_ALPHA)[rows]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mta_fast.config import LayerPairs, checked_layer_pairs
-from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput
+from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput, head_of
 from mta_fast.distill.methods.losses import skewed_method
 from mta_fast.errors import InputError
 from mta_fast.layers import num_layers, unwrap
@@ -43,6 +43,7 @@ class FDD(BaseMethod):
     """
 
     takes_layer_pairs = True
+    reads_heads = True
     follows_progress = False
 
     def __init__(
@@ -100,6 +101,7 @@ class FDD(BaseMethod):
         """[2] the token loss and traj + der, each summed over its positions."""
         if self._heads is None:
             raise InputError("FDD: expected the models' heads, got none; call attach(student, teacher) first")
+        own = head_of(student)
         attended = batch["attention_mask"].flatten().nonzero()[:, 0]
         student_head, teacher_head = self._heads
         dynamics = feature_dynamics(
@@ -108,7 +110,7 @@ class FDD(BaseMethod):
             [functools.partial(student_head, layer) for layer in self.student_layers],
             [functools.partial(teacher_head, layer) for layer in self.teacher_layers],
             tau=self.tau,
-            vocabulary=student.logits.shape[-1],
+            vocabulary=student.logits.shape[-1] if own is None else own.ids,
         )
         token = self._token.sums(student, teacher, batch)
         return torch.cat([token, dynamics[None].to(token.dtype)])

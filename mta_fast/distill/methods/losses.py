@@ -10,17 +10,18 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mta_fast.choices import check_choice, nearest
-from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput
+from mta_fast.distill.heads import HeadStates
+from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput, head_of
 from mta_fast.errors import InputError
 from mta_fast.layout import compute_dtype
-from mta_fast.ops.linear_divergence import divergence
+from mta_fast.ops.linear_divergence import divergence, linear_divergence_loss
 from mta_fast.spans.collate import IGNORED_LABEL
 
 Reduction = Literal["mean", "sum"]
@@ -225,6 +226,20 @@ def _reduced(values: Tensor, reduction: Reduction) -> Tensor:
     return values.sum() if reduction == "sum" else values.sum() / max(values.numel(), 1)
 
 
+def through_heads(
+    student: HeadStates, teacher: HeadStates | None, counted: Tensor, divergence: str, **options: Any
+) -> Tensor:
+    """``linear_divergence_loss`` of two passes at the counted positions [B, S - 1]; j predicts label j + 1."""
+    sides: dict[str, Any] = {}
+    for name, read in (("student", student), ("teacher", teacher)):
+        if read is not None:
+            module, states = read.head.module, read.states[:, :-1]
+            sides |= {f"{name}_hidden": states[counted.to(states.device)], f"{name}_weight": module.weight}
+            sides |= {f"{name}_bias": module.bias, f"{name}_scale": read.head.scale}
+            sides |= {f"{name}_softcap": read.head.softcap}
+    return linear_divergence_loss(**sides, divergence=divergence, vocabulary=student.vocabulary, **options)
+
+
 # --- as a base method --------------------------------------------------------------------------------------------
 
 SKEWED_LOSSES = ("srkl", "skl")
@@ -233,11 +248,12 @@ SKEWED_LOSSES = ("srkl", "skl")
 class TokenMethod(BaseMethod):
     """A loss of ``BASE_LOSSES``: the mean over the counted positions."""
 
+    reads_heads = True
     follows_progress = False
 
     def __init__(self, loss: str = "srkl", **options: float | bool) -> None:
         super().__init__()
-        self._name, self._loss = loss, base_loss(loss, **options)
+        self._name, self._loss, self._options = loss, base_loss(loss, **options), options
         for option in ("alpha", "beta"):
             if option in options:
                 check_share(option, float(options[option]))
@@ -254,7 +270,16 @@ class TokenMethod(BaseMethod):
 
     def sums(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """[1] the loss, summed over the counted positions."""
-        return self._loss(student.logits, teacher.logits, batch["labels"], reduction="sum")[None]
+        own, other = head_of(student), head_of(teacher)
+        if own is None or (other is None and self.reads_teacher):
+            return self._loss(student.logits, teacher.logits, batch["labels"], reduction="sum")[None]
+        counted = counted_positions(batch["labels"])
+        options = self._options if self.reads_teacher else {"labels": batch["labels"][:, 1:][counted]}
+        made = through_heads(
+            own, other if self.reads_teacher else None, counted, self._name, reduction="sum", **options
+        )
+        _warn_where_nothing_counts(made.reshape(-1)[: int(counted.any())])
+        return made[None]
 
 
 def skewed_method(loss: str, alpha: float, detach_mixture: bool) -> TokenMethod:

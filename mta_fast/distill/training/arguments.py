@@ -99,6 +99,8 @@ class MTATrainingArguments(TrainingArguments):
             cost nothing. Several ranks are always exact (one all-reduce of [L, 2] numbers a step).
         log_gradient_norms: at logging steps, also the norm of the gradient that base, lambda_dsa DSA and lambda_hid
             Hid each leave on the student (of this rank's first micro-batch); costs three more backward passes.
+        fused_head: make base losses of the states before the LM heads, without logits of all positions, where the
+            models' heads can be taken apart (else a warning says why not). False: of the logits, as up to 0.1.
         max_seconds: stop after the step in which so many seconds of training are reached (evaluation and saving not
             counted), for a comparison at equal time. The learning rate then follows the clock, warm-up as a ratio, and
             num_train_epochs is only an upper bound.
@@ -109,6 +111,7 @@ class MTATrainingArguments(TrainingArguments):
     projection_learning_rate: float = field(default=5e-4, metadata={"help": "learning rate of Hid's projections"})
     accumulation: str = field(default="keep", metadata={"help": f"one of {', '.join(ACCUMULATION)}"})
     log_gradient_norms: bool = field(default=False, metadata={"help": "log the gradient norm of each term"})
+    fused_head: bool = field(default=True, metadata={"help": "make base losses of states and LM heads, without logits"})
     max_seconds: float | None = field(default=None, metadata={"help": "stop after so many seconds of training"})
 
     def __post_init__(self) -> None:

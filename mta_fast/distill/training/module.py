@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mta_fast.distill.heads import HeadStates, LMHead, deferring
 from mta_fast.distill.methods.base import BaseMethod, NoBaseLoss
 from mta_fast.distill.training.stopwatch import Stopwatch
 from mta_fast.inputs import model_inputs
@@ -21,26 +22,48 @@ class TeacherOutput:
     """What the teacher says about a batch, detached.
 
     Attributes:
-        logits: [B, S, V] over the common vocabulary; None where the base loss reads none.
+        logits: [B, S, V] over the common vocabulary; None where the base loss reads none. Made when they are first
+            read, where ``head`` is there.
         hidden_states: {layer: [B, S, d_T]} of the layers that MTA and the base method read.
         entropy_weights: [B, S], or None where the config does not ask for them.
+        head: what the head was to read.
     """
 
-    logits: Tensor | None
+    made: Tensor | None
     hidden_states: Mapping[int, Tensor]
     entropy_weights: Tensor | None = None
+    head: HeadStates | None = None
+
+    @property
+    def logits(self) -> Tensor | None:
+        """The model's own, or made of what its head was to read, under no gradient."""
+        if self.made is None and self.head is not None:
+            with torch.no_grad():
+                self.made = self.head.logits()
+        return self.made
 
 
-class StudentOutput(NamedTuple):
+@dataclass(eq=False)
+class StudentOutput:
     """What the base method reads of the student.
 
     Attributes:
-        logits: [B, S, V] over the common vocabulary.
+        logits: [B, S, V] over the common vocabulary; made when they are first read, where ``head`` is there.
         hidden_states: {layer: [B, S, d_S]} of the layers that MTA and the base method read.
+        head: what the head was to read.
     """
 
-    logits: Tensor
+    made: Tensor | None
     hidden_states: Mapping[int, Tensor]
+    head: HeadStates | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's own, or made of what its head was to read."""
+        if self.made is None:
+            assert self.head is not None
+            self.made = self.head.logits()
+        return self.made
 
 
 @dataclass(eq=False)
@@ -90,6 +113,9 @@ class DistillationModel(nn.Module):
         base: its base method; None trains on MTA alone.
         vocabulary: how many ids of the student's logits the base method reads; None: all.
 
+    Attributes:
+        head: the student's LM head, where its logits are not made unless a base method reads them; None: always.
+
     The teacher is not a part of it: it is not trained, not sharded and not saved.
     """
 
@@ -104,6 +130,7 @@ class DistillationModel(nn.Module):
         self.student, self.mta = student, mta
         self.base, self.vocabulary = NoBaseLoss() if base is None else base, vocabulary
         self.stopwatch: Stopwatch | None = None
+        self.head: LMHead | None = None
 
     def forward(self, batch: Mapping[str, Any], teacher: TeacherOutput, totals: StepTotals) -> DistillationOutput:
         """The losses of one micro-batch.
@@ -113,9 +140,13 @@ class DistillationModel(nn.Module):
             teacher: the teacher's output on the same rows.
             totals: what to divide by.
         """
-        with capture_layers(self.student, self.layers("student")) as hidden:
+        with (
+            capture_layers(self.student, self.layers("student")) as hidden,
+            deferring(self.head, self.vocabulary) as head,
+        ):
             logits = self.student(**model_inputs(self.student, batch), use_cache=False).logits
-        base, terms = self._base(batch, StudentOutput(logits[..., : self.vocabulary], hidden), teacher, totals)
+        made = logits[..., : self.vocabulary] if head is None else None
+        base, terms = self._base(batch, StudentOutput(made, hidden, head), teacher, totals)
         if self.mta is None:
             zero = base.new_zeros(())
             return DistillationOutput(totals.scale * base, base, zero, zero, terms, None)

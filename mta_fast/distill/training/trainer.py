@@ -8,6 +8,7 @@ file adds: the teacher's pass, exact denominators over the step, the projections
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mta_fast.config import MTAConfig
+from mta_fast.distill.heads import LMHead, deferring, take_apart
 from mta_fast.distill.methods.base import BaseMethod, NoBaseLoss, TrainingPlan
 from mta_fast.distill.methods.losses import SEQUENCE_LEVEL_LOSSES
 from mta_fast.distill.methods.registry import base_method
@@ -134,12 +136,39 @@ class MTATrainer(RowFeeding):
         self._teacher_device = args.device if self.teacher is None else place_teacher(self.teacher, args.device)
         self._totals: StepTotals | None = None
         self._teacher_outputs: deque[TeacherOutput] = deque()
+        self._teacher_head: LMHead | None = None
+        if args.fused_head:
+            self._take_heads_apart(sharded)
         self._log = TrainingLog(args.device)
         self._evaluated: EvaluationSums | None = None
         self._module.stopwatch = self._log.mta
         self.add_callback(StepEnd(self._log, self._seconds_of_all))
         if not sharded:
             self.add_callback(GradientsArrive(student, mta))
+
+    def _take_heads_apart(self, sharded: bool) -> None:
+        """Have the base loss made of the states before the LM heads, or say why it is made of logits."""
+        module = self._module
+        if not module.base.reads_heads:
+            return
+        sides: dict[str, nn.Module] = {"student": module.student}
+        if self.teacher is not None and module.base.reads_teacher:
+            sides["teacher"] = self.teacher
+        why = "weights are sharded (FSDP or DeepSpeed)" if sharded else None
+        if self._teacher_device != self.args.device and "teacher" in sides:
+            why = "the teacher is on another device"
+        heads: dict[str, LMHead] = {}
+        for side, model in sides.items() if why is None else ():
+            found = take_apart(model)
+            if isinstance(found, str):
+                why = f"{side}: {found}"
+                break
+            heads[side] = found
+        if why is not None:
+            if self.args.process_index == 0:
+                warnings.warn(f"fused_head: the base loss is made of logits, as {why}", stacklevel=3)
+            return
+        module.head, self._teacher_head = heads["student"], heads.get("teacher")
 
     # --- one optimisation step -----------------------------------------------------------------------------------
 
@@ -227,9 +256,14 @@ class MTATrainer(RowFeeding):
             name: values.to(self._teacher_device) for name, values in model_inputs(self.teacher, batch, side).items()
         }
         by_entropy = config is not None and config.weighting == "entropy"
+        head = self._teacher_head if reads and not by_entropy else None
         with self.accelerator.autocast():
-            with capture_layers(self.teacher, layers) as hidden:
+            with capture_layers(self.teacher, layers) as hidden, deferring(head, module.vocabulary) as read:
                 logits = self.teacher(**inputs, use_cache=False).logits
+        if read is not None:
+            return TeacherOutput(
+                None, {layer: state.to(self.args.device) for layer, state in hidden.items()}, None, read
+            )
         logits = logits[..., : module.vocabulary]
         if reads or by_entropy:
             logits = logits.to(self.args.device)
