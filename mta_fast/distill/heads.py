@@ -73,11 +73,16 @@ def take_apart(model: nn.Module) -> LMHead | str:
         return "its head has hooks"
     if any(hasattr(module, "_orig_mod") for module in (model, inner)) or inner._compiled_call_impl is not None:
         return "it is compiled"
-    config = inner.config.get_text_config()
-    scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
-    scale = 1 / scaling if scaling is not None else getattr(config, "logit_scale", None)
-    head = LMHead(output, 1.0 if scale is None else float(scale), getattr(config, "final_logit_softcapping", None))
+    head = LMHead(output, *scale_and_softcap(inner))
     return _fault(model, head) or head
+
+
+def scale_and_softcap(model: Any) -> tuple[float, float | None]:
+    """What a model does to its head's logits, as its config says."""
+    config = model.config.get_text_config()
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
+    scale = getattr(config, "logit_scale", None) if scaling is None else 1 / scaling
+    return 1.0 if scale is None else float(scale), getattr(config, "final_logit_softcapping", None) or None
 
 
 def _fault(model: nn.Module, head: LMHead) -> str | None:
