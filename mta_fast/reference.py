@@ -502,6 +502,7 @@ def linear_divergence(
     matmul_dtype: torch.dtype,
     teacher_matmul_dtype: torch.dtype,
     with_gradient: bool = False,
+    with_head: bool = True,
 ) -> tuple[Tensor, DivergenceGradient | None]:
     """``divergence`` of the distributions that two LM heads make of hidden states; no [M, V] is kept.
 
@@ -513,6 +514,7 @@ def linear_divergence(
         labels: [M] ids below ``vocabulary``, of "cross_entropy" (-log q at the label), which reads no teacher.
         alpha, factors: [M] the skew, and what a position's value counts in the sum that the gradients are of.
         vocabulary: the distributions are over the first so many ids of both heads.
+        with_gradient: whether gradients are made; with_head: the head's too, which may be frozen.
         matmul_dtype, teacher_matmul_dtype: what states and heads are rounded to before they are multiplied.
 
     Returns:
@@ -529,8 +531,7 @@ def linear_divergence(
     if with_gradient:
         gradient = DivergenceGradient(
             student.new_empty(student.shape, dtype=kept_dtype(student.dtype, dtype)),
-            student_weight.new_zeros(student_weight.shape, dtype=dtype),
-            student.new_zeros(0 if bias is None else student_weight.shape[0], dtype=dtype),
+            *empty_head_gradient(student_weight, student_bias, dtype, with_head),
         )
     for chunk in _chunks(student.shape[0], max(1, CHUNK_LOGITS // vocabulary)):
         h = student[chunk].to(matmul_dtype).to(dtype)
@@ -554,10 +555,20 @@ def linear_divergence(
         if student_head.softcap:
             ds *= 1 - (z * (student_head.temperature / student_head.softcap)) ** 2
         gradient.student[chunk] = torch.mm(ds, matrix)
-        gradient.weight[:vocabulary].addmm_(ds.T, h)
-        if bias is not None:
+        if with_head:
+            gradient.weight[:vocabulary].addmm_(ds.T, h)
+        if gradient.bias.numel():
             gradient.bias[:vocabulary] += ds.sum(0)
     return values, gradient
+
+
+def empty_head_gradient(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, with_head: bool
+) -> tuple[Tensor, Tensor]:
+    """Zeros [V, d] and [V], without rows where there is no bias or the head has no gradient."""
+    rows = weight.shape[0] if with_head else 0
+    made = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
+    return made, weight.new_zeros(0 if bias is None else rows, dtype=dtype)
 
 
 def _cut(
