@@ -217,6 +217,7 @@ def linear_divergence(
     matmul_dtype: torch.dtype,
     teacher_matmul_dtype: torch.dtype,
     with_gradient: bool = False,
+    with_head: bool = True,
 ) -> None:
     """student [M, d_S], student_weight [V_S, d_S], bias [V_S]; the teacher's likewise; labels, alpha, factors [M]."""
     check_choice("divergence", divergence_name, DIVERGENCES)

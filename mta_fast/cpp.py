@@ -128,6 +128,7 @@ def linear_divergence(
     matmul_dtype: torch.dtype,
     teacher_matmul_dtype: torch.dtype,
     with_gradient: bool = False,
+    with_head: bool = True,
 ) -> tuple[Tensor, DivergenceGradient | None]:
     """``reference.linear_divergence``."""
     check_choice("divergence", divergence_name, DIVERGENCES)
@@ -150,6 +151,7 @@ def linear_divergence(
         matmul_dtype,
         teacher_matmul_dtype,
         with_gradient,
+        with_head,
     )
     return values, DivergenceGradient(*gradient) if with_gradient else None
 

@@ -509,6 +509,7 @@ def linear_divergence(
     matmul_dtype: torch.dtype,
     teacher_matmul_dtype: torch.dtype,
     with_gradient: bool = False,
+    with_head: bool = True,
 ) -> tuple[Tensor, DivergenceGradient | None]:
     """``divergence`` of the distributions that two LM heads make of hidden states; no [M, V] is kept.
 
@@ -520,6 +521,7 @@ def linear_divergence(
         labels: [M] ids below ``vocabulary``, of "cross_entropy" (-log q at the label), which reads no teacher.
         alpha, factors: [M] the skew, and what a position's value counts in the sum that the gradients are of.
         vocabulary: the distributions are over the first so many ids of both heads.
+        with_gradient: whether gradients are made; with_head: the head's too, which may be frozen.
         matmul_dtype, teacher_matmul_dtype: what states and heads are rounded to before they are multiplied.
 
     Returns:
@@ -536,8 +538,7 @@ def linear_divergence(
     if with_gradient:
         gradient = DivergenceGradient(
             student.new_empty(student.shape, dtype=kept_dtype(student.dtype, dtype)),
-            student_weight.new_zeros(student_weight.shape, dtype=dtype),
-            student.new_zeros(0 if bias is None else student_weight.shape[0], dtype=dtype),
+            *empty_head_gradient(student_weight, student_bias, dtype, with_head),
         )
     for chunk in _chunks(student.shape[0], max(1, CHUNK_LOGITS // vocabulary)):
         h = student[chunk].to(matmul_dtype).to(dtype)
@@ -561,10 +562,20 @@ def linear_divergence(
         if student_head.softcap:
             ds *= 1 - (z * (student_head.temperature / student_head.softcap)) ** 2
         gradient.student[chunk] = torch.mm(ds, matrix)
-        gradient.weight[:vocabulary].addmm_(ds.T, h)
-        if bias is not None:
+        if with_head:
+            gradient.weight[:vocabulary].addmm_(ds.T, h)
+        if gradient.bias.numel():
             gradient.bias[:vocabulary] += ds.sum(0)
     return values, gradient
+
+
+def empty_head_gradient(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, with_head: bool
+) -> tuple[Tensor, Tensor]:
+    """Zeros [V, d] and [V], without rows where there is no bias or the head has no gradient."""
+    rows = weight.shape[0] if with_head else 0
+    made = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
+    return made, weight.new_zeros(0 if bias is None else rows, dtype=dtype)
 
 
 def _cut(
@@ -633,6 +644,7 @@ def trajectory_divergence(
     matmul_dtype: torch.dtype,
     teacher_matmul_dtype: torch.dtype,
     with_gradient: bool = False,
+    with_head: bool = True,
 ) -> tuple[Tensor, DivergenceGradient | None]:
     """``trajectory`` of what two LM heads make of the states of L layers, summed over the tokens.
 
@@ -654,8 +666,7 @@ def trajectory_divergence(
     if with_gradient:
         gradient = DivergenceGradient(
             student.new_empty(student.shape, dtype=kept_dtype(student.dtype, dtype)),
-            student_weight.new_zeros(student_weight.shape, dtype=dtype),
-            student.new_zeros(0 if student_bias is None else student_weight.shape[0], dtype=dtype),
+            *empty_head_gradient(student_weight, student_bias, dtype, with_head),
         )
     for chunk in _chunks(size, max(1, TRAJECTORY_LOGITS // (layers * vocabulary))):
         h = own.rounded(student[:, chunk].flatten(0, 1))
@@ -702,13 +713,13 @@ class _Factors:
         return logits if self.bias is None else logits.add_(self.bias)
 
     def add_gradients(self, gradient: DivergenceGradient, ds: Tensor, hidden: Tensor) -> Tensor:
-        """Add those of weight and bias; the states' [M, d]."""
+        """Add those of weight and bias, where they have rows; the states' [M, d]."""
         if gradient.bias.numel():
             gradient.bias.add_(ds.sum(0))
         ds = ds.to(hidden.dtype)
-        if ds.dtype == self.dtype:
+        if len(gradient.weight) and ds.dtype == self.dtype:
             gradient.weight.addmm_(ds.T, hidden)
-        else:
+        elif len(gradient.weight):
             gradient.weight.add_(self.product(ds.T, hidden))
         return torch.mm(ds, self.weight)
 

@@ -103,6 +103,7 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
     scaled = {"gradient": pooled, "grad": torch.rand(batch), "span_rows": index.span_rows, "dtype": dtype}
     method = {"method": rng.choice(["auto", "pairwise", "gram"])}
     diverging, kind = _diverging(rng, student, teacher)
+    flags = {**flag, "with_head": rng.random() < 0.7}
     ops_own = {"divergence": kind, **diverging}
     cpps_own = {"kind": DIVERGENCES.index(kind), **diverging}
     pairs_index = {"norms": [norm, teacher_norm], "index": [index.span_rows, index.span_splits, index.host]}
@@ -116,7 +117,7 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
         "mta_fast_cpp::hidden_alignment": {**aligned, **flag},
         "mta_fast_cpp::hidden_alignment_gradient": dict(zip(("rows", "weight", "bias"), gradient, strict=True))
         | backward,
-        "mta_fast_cpp::linear_divergence": cpps_own | _int32_labels(diverging) | flag,
+        "mta_fast_cpp::linear_divergence": cpps_own | _int32_labels(diverging) | flags,
         "mta_fast_cpp::token_ranges": aligning | (texts if rng.random() < 0.5 else dict.fromkeys(texts)),
         "mta_fast_cpp::span_index": {"span_rows": span_rows, "ranges": index.ranges.long()}
         | {"offsets": offsets, "rows": long_rows},
@@ -129,7 +130,7 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
         "mta_fast::span_pairs_gradient": scaled | backend,
         "mta_fast::hidden_alignment": {**aligned, **flag, **backend},
         "mta_fast::hidden_alignment_gradient": {"gradient": list(gradient), **backward, **backend},
-        "mta_fast::linear_divergence": {**ops_own, **flag, **backend},
+        "mta_fast::linear_divergence": {**ops_own, **flags, **backend},
         "mta_fast::linear_divergence_rows": {**ops_own, **backend},
         "mta_fast::linear_divergence_gradient": {
             "gradient": [torch.randn(tokens, student_width), *gradient[1:]],
@@ -137,7 +138,7 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
             **dtypes,
             **backend,
         },
-        "mta_fast::trajectory_divergence": {**_of_layers(diverging, student, teacher), **flag},
+        "mta_fast::trajectory_divergence": {**_of_layers(diverging, student, teacher), **flags},
         "mta_fast::entropy_weights": {"logits": pooled_teacher},
     }
 

@@ -83,6 +83,7 @@ def linear_divergence_loss(
     check_device(device, **given, labels=labels, weights=weights)
     learnt = [x for x in (student_hidden, student_weight, student_bias) if x is not None]
     with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in learnt)
+    with_head = any(x.requires_grad for x in learnt[1:])
     if divergence == "skl" and detach_mixture and with_gradient:
         raise InputError("detach_mixture: expected False with skl, got True: detached it has no gradient at all")
     if not 0 < beta < 1:
@@ -132,7 +133,7 @@ def linear_divergence_loss(
     if reduction == "none":
         values: Tensor = _linear_divergence_rows(*raw, backend)
         return values
-    total, *_ = _linear_divergence(*raw, with_gradient, backend)
+    total, *_ = _linear_divergence(*raw, with_gradient, with_head, backend)
     return total / max(size, 1) if reduction == "mean" else total
 
 
@@ -205,19 +206,19 @@ _ARGUMENTS = """
 @torch.library.custom_op(
     "mta_fast::linear_divergence",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, bool with_gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_ARGUMENTS}, bool with_gradient, bool with_head, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_divergence(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum_i factors_i l_i, and its gradients: states [M, d_S], head, bias; empty where there is none."""
-    *raw, with_gradient, backend = arguments
-    values, gradient = _run(raw, with_gradient, backend)
+    *raw, with_gradient, with_head, backend = arguments
+    values, gradient = _run(raw, backend, with_gradient, with_head)
     total = (values.double() * raw[_TENSORS.index("factors")].double()).sum().to(values.dtype)
     if gradient is None:
         return total, *(total.new_empty(0) for _ in range(3))
     return total, *gradient
 
 
-def _run(raw: Sequence[Any], with_gradient: bool, backend: str) -> tuple[Tensor, DivergenceGradient | None]:
+def _run(raw: Sequence[Any], backend: str, *wanted: bool) -> tuple[Tensor, DivergenceGradient | None]:
     tensors, options = raw[: len(_TENSORS)], raw[len(_TENSORS) :]
     name, beta, detach, *numbers, vocabulary, matmul_dtype, teacher_matmul_dtype = options
     heads = Head(*numbers[:3]), Head(*numbers[3:])
@@ -225,7 +226,7 @@ def _run(raw: Sequence[Any], with_gradient: bool, backend: str) -> tuple[Tensor,
         "linear_divergence",
         backend,
         _states_and_heads(raw),
-        *(*tensors, name, beta, detach, *heads, vocabulary, matmul_dtype, teacher_matmul_dtype, with_gradient),
+        *(*tensors, name, beta, detach, *heads, vocabulary, matmul_dtype, teacher_matmul_dtype, *wanted),
     )
     return made
 
@@ -240,10 +241,12 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     dtype = compute_dtype(*_states_and_heads(arguments))
     nothing = student.new_empty(0, dtype=dtype)
     gradients = (nothing, nothing.clone(), nothing.clone())
-    if arguments[-2]:  # with_gradient
-        of_bias = nothing if bias is None else student.new_empty(bias.shape, dtype=dtype)
+    *_, with_gradient, with_head, _ = arguments
+    if with_gradient:
+        rows = weight.shape[0] if with_head else 0
+        of_bias = student.new_empty(0 if bias is None else rows, dtype=dtype)
         states = student.new_empty(student.shape, dtype=kept_dtype(student.dtype, dtype))
-        gradients = (states, student.new_empty(weight.shape, dtype=dtype), of_bias)
+        gradients = (states, student.new_empty(rows, weight.shape[1], dtype=dtype), of_bias)
     return student.new_empty((), dtype=dtype), *gradients
 
 
@@ -279,7 +282,7 @@ def _(
 
 def _save(ctx: Any, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
     weight, bias = inputs.student_weight, inputs.student_bias
-    ctx.has_bias = bias is not None
+    ctx.learnt = (True, inputs.with_head, inputs.with_head and bias is not None)
     ctx.dtypes = inputs.student.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
     ctx.with_gradient, ctx.backend = inputs.with_gradient, inputs.backend
     ctx.save_for_backward(*outputs[1:])
@@ -288,8 +291,9 @@ def _save(ctx: Any, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
 def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     if not ctx.with_gradient:
         raise RuntimeError("linear_divergence: expected with_gradient=True for a backward, got False")
-    states, weight, bias = _linear_divergence_gradient(list(ctx.saved_tensors), grad, *ctx.dtypes, ctx.backend)
-    return dict(zip(_LEARNT, (states, weight, bias if ctx.has_bias else None), strict=True))
+    made = _linear_divergence_gradient(list(ctx.saved_tensors), grad, *ctx.dtypes, ctx.backend)
+    named = zip(_LEARNT, made, ctx.learnt, strict=True)
+    return {name: gradient if learns else None for name, gradient, learns in named}
 
 
 register_backward(_linear_divergence, "linear_divergence_loss", _save, _backward)
@@ -301,7 +305,7 @@ register_backward(_linear_divergence, "linear_divergence_loss", _save, _backward
 def _linear_divergence_rows(*arguments: Any) -> Tensor:
     """[M] factors_i l_i; the backward is ``_linear_divergence`` with the upstream gradient among the factors."""
     *raw, backend = arguments
-    values, _ = _run(raw, False, backend)
+    values, _ = _run(raw, backend, False)
     return values * raw[_TENSORS.index("factors")].to(values.dtype)
 
 
@@ -320,9 +324,10 @@ def _save_rows(ctx: Any, inputs: Any, outputs: Any) -> None:
 def _backward_rows(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     *tensors, factors = ctx.saved_tensors
     *options, backend = ctx.others
-    _, *made = _linear_divergence(*tensors, factors.to(grad.dtype) * grad, *options, True, backend)
-    learnt = zip(_LEARNT, tensors[: len(_LEARNT)], made, strict=True)
-    return {name: None if leaf is None else gradient.to(leaf.dtype) for name, leaf, gradient in learnt}
+    learns = ctx.needs_input_grad[: len(_LEARNT)]
+    _, *made = _linear_divergence(*tensors, factors.to(grad.dtype) * grad, *options, True, any(learns[1:]), backend)
+    named = zip(_LEARNT, tensors[: len(_LEARNT)], made, learns, strict=True)
+    return {name: gradient.to(leaf.dtype) if wanted else None for name, leaf, gradient, wanted in named}
 
 
 register_backward(_linear_divergence_rows, "linear_divergence_loss", _save_rows, _backward_rows)

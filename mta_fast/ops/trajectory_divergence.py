@@ -64,7 +64,7 @@ def trajectory_divergence(
         *(None if x is None else x.detach() for x in (teacher, teacher_weight, biases[1])),
         float(tau), float(scales[0]), float(caps[0]), float(scales[1]), float(caps[1]), ids,
         product_dtype(student, student_weight), product_dtype(teacher, teacher_weight),
-        torch.is_grad_enabled() and any(x.requires_grad for x in learnt),
+        torch.is_grad_enabled() and any(x.requires_grad for x in learnt), any(x.requires_grad for x in learnt[1:]),
     )  # fmt: skip
     return made[0]
 
@@ -103,6 +103,7 @@ def _trajectory_divergence(
     matmul_dtype: torch.dtype,
     teacher_matmul_dtype: torch.dtype,
     with_gradient: bool,
+    with_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum, and its gradients: states [L, n, d_S], head, bias; empty where there is none."""
     arguments = (
@@ -112,7 +113,7 @@ def _trajectory_divergence(
     )  # fmt: skip
     contract.trajectory_divergence(*arguments)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        total, gradient = reference.trajectory_divergence(*arguments, with_gradient)
+        total, gradient = reference.trajectory_divergence(*arguments, with_gradient, with_head)
     return total, *([total.new_empty(0) for _ in range(3)] if gradient is None else gradient)
 
 
@@ -121,10 +122,12 @@ def _(student: Tensor, student_weight: Tensor, student_bias: Tensor | None, *arg
     dtype = compute_dtype(student, student_weight, *arguments[:2])
     nothing = student.new_empty(0, dtype=dtype)
     gradients = (nothing, nothing.clone(), nothing.clone())
-    if arguments[-1]:  # with_gradient
+    *_, with_gradient, with_head = arguments
+    if with_gradient:
+        rows = student_weight.shape[0] if with_head else 0
         states = student.new_empty(student.shape, dtype=kept_dtype(student.dtype, dtype))
-        of_bias = nothing if student_bias is None else student.new_empty(student_bias.shape, dtype=dtype)
-        gradients = (states, student.new_empty(student_weight.shape, dtype=dtype), of_bias)
+        of_bias = student.new_empty(0 if student_bias is None else rows, dtype=dtype)
+        gradients = (states, student.new_empty(rows, student_weight.shape[1], dtype=dtype), of_bias)
     return student.new_empty((), dtype=dtype), *gradients
 
 
@@ -133,7 +136,7 @@ _LEARNT = ("student", "student_weight", "student_bias")
 
 def _save(ctx: Any, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
     weight, bias = inputs.student_weight, inputs.student_bias
-    ctx.has_bias = bias is not None
+    ctx.learnt = (True, inputs.with_head, inputs.with_head and bias is not None)
     ctx.dtypes = inputs.student.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
     ctx.with_gradient = inputs.with_gradient
     ctx.save_for_backward(*outputs[1:])
@@ -143,8 +146,8 @@ def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     if not ctx.with_gradient:
         raise RuntimeError("trajectory_divergence: expected with_gradient=True for a backward, got False")
     gradient = DivergenceGradient(*ctx.saved_tensors)
-    states, weight, bias = reference.linear_divergence_gradient(gradient, grad, *ctx.dtypes)
-    return dict(zip(_LEARNT, (states, weight, bias if ctx.has_bias else None), strict=True))
+    named = zip(_LEARNT, reference.linear_divergence_gradient(gradient, grad, *ctx.dtypes), ctx.learnt, strict=True)
+    return {name: made if learns else None for name, made, learns in named}
 
 
 register_backward(_trajectory_divergence, "trajectory_divergence", _save, _backward)

@@ -102,19 +102,20 @@ class FDD(BaseMethod):
         if self._heads is None:
             raise InputError("FDD: expected the models' heads, got none; call attach(student, teacher) first")
         attended = batch["attention_mask"].flatten().nonzero()[:, 0]
-        states = [
-            torch.stack([head.states(layer, output.hidden_states[layer].flatten(0, 1)[attended]) for layer in layers])
-            for head, output, layers in zip(
-                self._heads, (student, teacher), (self.student_layers, self.teacher_layers), strict=True
-            )
-        ]
         own, other = head_of(student), head_of(teacher)
+        of_student, of_teacher = self._heads
+        states = of_student.states(student, self.student_layers, attended)
+        teacher_states = of_teacher.states(teacher, self.teacher_layers, attended).detach()
         if own is not None and other is not None:
-            dynamics = _through_heads(*states, own, other, self.tau)
+            dynamics = _through_heads(states, teacher_states, own, other, self.tau)
         else:
-            student_head, teacher_head = self._heads
             dynamics = feature_dynamics(
-                *states, student_head.logits, teacher_head.logits, tau=self.tau, vocabulary=student.logits.shape[-1]
+                states,
+                teacher_states,
+                of_student.logits,
+                of_teacher.logits,
+                tau=self.tau,
+                vocabulary=student.logits.shape[-1],
             )
         token = self._token.sums(student, teacher, batch)
         return torch.cat([token, dynamics[None].to(token.dtype)])
@@ -124,17 +125,23 @@ def _through_heads(
     student_states: Tensor, teacher_states: Tensor, student: HeadStates, teacher: HeadStates, tau: float
 ) -> Tensor:
     """``trajectory_divergence`` of states [L, n, d] through the heads of two passes."""
-    heads = student.head, teacher.head
-    return trajectory_divergence(
-        student_states,
-        teacher_states,
-        *(head.module.weight for head in heads),
-        tau=tau,
-        biases=tuple(head.module.bias for head in heads),
-        softcaps=tuple(head.softcap for head in heads),
-        scales=tuple(head.scale for head in heads),
-        vocabulary=student.vocabulary,
-    )
+    own, other = student.head, teacher.head
+    teacher_weight, teacher_bias = other.weight_and_bias()
+
+    def dynamics(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return trajectory_divergence(
+            states,
+            teacher_states,
+            weight,
+            teacher_weight,
+            tau=tau,
+            biases=(bias, teacher_bias),
+            softcaps=(own.softcap, other.softcap),
+            scales=(own.scale, other.scale),
+            vocabulary=student.vocabulary,
+        )
+
+    return own.call(student_states, dynamics)
 
 
 def feature_dynamics(
@@ -175,7 +182,7 @@ def feature_dynamics(
 
 
 class LayerHead:
-    """A model's head for the hidden state of any layer.
+    """A model's head for the hidden states of any layers.
 
     Raises:
         InputError: a model without output embeddings.
@@ -191,6 +198,9 @@ class LayerHead:
         # OPT's, which the last state has passed
         self._narrow = getattr(getattr(inner.base_model, "decoder", None), "project_out", None)
 
-    def states(self, layer: int, hidden: Tensor) -> Tensor:
-        """What the head reads of a layer's hidden state."""
-        return hidden if self._narrow is None or layer == self._depth else self._narrow(hidden)
+    def states(self, output: ModelOutput, layers: tuple[int, ...], positions: Tensor) -> Tensor:
+        """[L, n, d] what the head reads of hidden states, at positions [n] of the batch's tokens."""
+        chosen = [output.hidden_states[layer].flatten(0, 1)[positions] for layer in layers]
+        if self._narrow is not None:
+            chosen = [h if layer == self._depth else self._narrow(h) for layer, h in zip(layers, chosen, strict=True)]
+        return torch.stack(chosen)

@@ -138,7 +138,7 @@ class MTATrainer(RowFeeding):
         self._teacher_outputs: deque[TeacherOutput] = deque()
         self._teacher_head: LMHead | None = None
         if args.fused_head:
-            self._take_heads_apart(sharded)
+            self._take_heads_apart()
         self._log = TrainingLog(args.device)
         self._evaluated: EvaluationSums | None = None
         self._module.stopwatch = self._log.mta
@@ -146,29 +146,27 @@ class MTATrainer(RowFeeding):
         if not sharded:
             self.add_callback(GradientsArrive(student, mta))
 
-    def _take_heads_apart(self, sharded: bool) -> None:
+    def _take_heads_apart(self) -> None:
         """Have the base loss made of the states before the LM heads, or say why it is made of logits."""
         module = self._module
+        models: dict[str, nn.Module] = {"student": module.student}
+        if self.teacher is not None and module.base.reads_teacher:
+            models["teacher"] = self.teacher
         if not module.base.reads_heads:
             return
-        sides: dict[str, nn.Module] = {"student": module.student}
-        if self.teacher is not None and module.base.reads_teacher:
-            sides["teacher"] = self.teacher
-        why = "weights are sharded (FSDP or DeepSpeed)" if sharded else None
-        if self._teacher_device != self.args.device and "teacher" in sides:
-            why = "the teacher is on another device"
-        heads: dict[str, LMHead] = {}
-        for side, model in sides.items() if why is None else ():
-            found = take_apart(model)
-            if isinstance(found, str):
-                why = f"{side}: {found}"
-                break
-            heads[side] = found
-        if why is not None:
-            if self.args.process_index == 0:
-                warnings.warn(f"fused_head: the base loss is made of logits, as {why}", stacklevel=3)
-            return
-        module.head, self._teacher_head = heads["student"], heads.get("teacher")
+        heads, whys = {}, []
+        for side, model in models.items():
+            head = take_apart(model)
+            if isinstance(head, LMHead):
+                heads[side] = head
+            else:
+                whys.append(f"{side}: {head}")
+        if "teacher" in models and self._teacher_device != self.args.device:
+            whys.append("teacher: it is on another device")
+        if not whys:
+            module.head, self._teacher_head = heads["student"], heads.get("teacher")
+        elif self.args.process_index == 0:
+            warnings.warn(f"fused_head: the base loss is made of logits, as {'; '.join(whys)}", stacklevel=3)
 
     # --- one optimisation step -----------------------------------------------------------------------------------
 
