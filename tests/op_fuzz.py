@@ -26,7 +26,6 @@ from mta_fast import SpanBatch, _extension, backends
 from mta_fast.contract import DIVERGENCES
 from mta_fast.layout import Spans
 from mta_fast.ops import entropy, hidden_alignment, importance, linear_divergence, pooling, span_pairs  # noqa: F401  # registers the ops
-from mta_fast.ops import trajectory_divergence as trajectory_divergence  # as these do
 
 NAMESPACES = ("mta_fast_cpp", "mta_fast")
 FLOAT, INT, LONG = torch.float32, torch.int32, torch.int64

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mta_fast import reference
+from mta_fast import reference, trajectory_divergence
 from mta_fast.errors import DoubleBackwardError, InputError
 from mta_fast.layout import Head
-from mta_fast.ops.trajectory_divergence import _trajectory_divergence, trajectory_divergence
+from mta_fast.ops.trajectory_divergence import _trajectory_divergence
 
 LAYERS, N, V, D_S, D_T = 3, 5, 11, 4, 6
 BENT: dict[str, Any] = {"scales": (0.7, 1.2), "softcaps": (2.0, 3.0)}
