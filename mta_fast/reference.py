@@ -477,7 +477,12 @@ def _mixture(log_p: Tensor, log_q: Tensor, name: str, alpha: float | Tensor, bet
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> Tensor:
     """[M, V] what a softmax is taken of: softcap(scale (W h + bias)) / temperature, softcap(z) = c tanh(z / c)."""
-    logits = F.linear(hidden, weight, bias) * head.scale
+    return processed(F.linear(hidden, weight, bias), head)
+
+
+def processed(logits: Tensor, head: Head) -> Tensor:
+    """What a model makes of its head's own W h + bias; see ``head_logits``."""
+    logits = logits * head.scale
     if head.softcap:
         logits = (logits / head.softcap).tanh() * head.softcap
     return logits / head.temperature
