@@ -239,13 +239,17 @@ def linear_divergence(
         check_head("teacher", teacher, teacher_weight, teacher_bias, student, vocabulary)
     if not 0 < beta < 1:
         raise InputError(f"beta: expected a number between 0 and 1, got {beta}")
+    _heads(student_head, teacher_head)
+    _dtype("matmul_dtype", matmul_dtype)
+    _dtype("teacher_matmul_dtype", teacher_matmul_dtype)
+
+
+def _heads(student_head: Head, teacher_head: Head) -> None:
     for side, head in (("student", student_head), ("teacher", teacher_head)):
         if not head.temperature > 0:
             raise InputError(f"{side}_temperature: expected a number > 0, got {head.temperature}")
         if not head.softcap >= 0:
             raise InputError(f"{side}_softcap: expected a number >= 0, got {head.softcap}")
-    _dtype("matmul_dtype", matmul_dtype)
-    _dtype("teacher_matmul_dtype", teacher_matmul_dtype)
 
 
 def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, beside: Tensor, vocabulary: int) -> None:
@@ -279,6 +283,37 @@ def linear_divergence_gradient(
     _dtype("student_dtype", student_dtype)
     _dtype("weight_dtype", weight_dtype)
     _dtype("bias_dtype", bias_dtype)
+
+
+def trajectory_divergence(
+    student: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    tau: float,
+    student_head: Head,
+    teacher_head: Head,
+    vocabulary: int,
+    matmul_dtype: torch.dtype,
+    teacher_matmul_dtype: torch.dtype,
+) -> None:
+    """student [L >= 1, M, d_S], student_weight [V_S, d_S], bias [V_S]; the teacher's likewise."""
+    _floating("student", student, (None, None, None))
+    _floating("teacher", teacher, (*student.shape[:2], None), student)
+    if not student.shape[0]:
+        raise InputError("student: expected the states of at least 1 layer, got 0")
+    for side, states, weight, bias in (
+        ("student", student, student_weight, student_bias),
+        ("teacher", teacher, teacher_weight, teacher_bias),
+    ):
+        check_head(side, states[0], weight, bias, student, vocabulary)
+    if not tau > 0:
+        raise InputError(f"tau: expected a temperature > 0, got {tau}")
+    _heads(student_head, teacher_head)
+    _dtype("matmul_dtype", matmul_dtype)
+    _dtype("teacher_matmul_dtype", teacher_matmul_dtype)
 
 
 def entropy_weights(logits: Tensor) -> None:

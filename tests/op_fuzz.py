@@ -26,6 +26,7 @@ from mta_fast import SpanBatch, _extension, backends
 from mta_fast.contract import DIVERGENCES
 from mta_fast.layout import Spans
 from mta_fast.ops import entropy, hidden_alignment, importance, linear_divergence, pooling, span_pairs  # noqa: F401  # registers the ops
+from mta_fast.ops import trajectory_divergence as trajectory_divergence  # as these do
 
 NAMESPACES = ("mta_fast_cpp", "mta_fast")
 FLOAT, INT, LONG = torch.float32, torch.int32, torch.int64
@@ -137,6 +138,7 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
             **dtypes,
             **backend,
         },
+        "mta_fast::trajectory_divergence": {**_of_layers(diverging, student, teacher), **flags},
         "mta_fast::entropy_weights": {"logits": pooled_teacher},
     }
 
@@ -154,6 +156,14 @@ def _diverging(rng: random.Random, student: Tensor, teacher: Tensor) -> tuple[Ar
         numbers = {"scale": rng.choice([1.0, 0.5]), "softcap": rng.choice([0.0, 3.0]), "temperature": 2.0}
         made |= {f"{side}_{name}": value for name, value in numbers.items()}
     return made | {"vocabulary": 40, "matmul_dtype": FLOAT, "teacher_matmul_dtype": FLOAT}, kind
+
+
+def _of_layers(diverging: Arguments, student: Tensor, teacher: Tensor) -> Arguments:
+    """Arguments of trajectory_divergence, three layers."""
+    others = ("alpha", "factors", "beta", "detach", "labels", "student_temperature", "teacher_temperature")
+    made = {name: value for name, value in diverging.items() if name not in others}
+    made |= {"teacher_weight": torch.randn(43, teacher.shape[1]), "tau": 2.0}
+    return made | {"student": student.expand(3, -1, -1), "teacher": teacher.expand(3, -1, -1)}
 
 
 def _int32_labels(arguments: Arguments) -> Arguments:

@@ -89,11 +89,6 @@ class HeadStates:
     vocabulary: int | None = None
     states: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    @property
-    def ids(self) -> int:
-        """How many."""
-        return _linear(self.head.module).out_features if self.vocabulary is None else self.vocabulary
-
     def logits(self) -> Tensor:
         """[B, S, vocabulary], for who must have them."""
         return self.head.logits(self.states)[..., : self.vocabulary]
@@ -116,11 +111,11 @@ def take_apart(model: nn.Module) -> LMHead | str:
         return why
     if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in (model, inner, output)):
         return "it is compiled"
-    head = LMHead(output, *_scale_and_softcap(inner))
+    head = LMHead(output, *scale_and_softcap(inner))
     return _fault(model, head) or head
 
 
-def _scale_and_softcap(model: Any) -> tuple[float, float | None]:
+def scale_and_softcap(model: Any) -> tuple[float, float | None]:
     """What a model does to its head's logits, as its config says."""
     config, scale = model.config.get_text_config(), 1.0
     numbers = {name: value for name, value in vars(config).items() if isinstance(value, (int, float)) and value}

@@ -91,7 +91,7 @@ def linear_divergence_loss(
     if not temperature > 0:
         raise InputError(f"temperature: expected a number > 0, got {temperature}")
     heads = [
-        Head(scale, _softcap(name, softcap), temperature)
+        Head(scale, softcap_or_zero(name, softcap), temperature)
         for name, scale, softcap in (
             ("student_softcap", student_scale, student_softcap),
             ("teacher_softcap", teacher_scale, teacher_softcap),
@@ -116,17 +116,12 @@ def linear_divergence_loss(
             teacher_weight, teacher_bias = _chosen("vocabulary[1]", vocabulary[1], teacher_weight, teacher_bias)
         vocabulary = None
     if vocabulary is None:
-        vocabulary = student_weight.shape[0]
-        if teacher_weight is not None and teacher_weight.shape[0] != vocabulary:
-            raise InputError(
-                f"vocabulary: expected the number of common ids, as the heads have {vocabulary} and "
-                f"{teacher_weight.shape[0]}, got none"
-            )
+        vocabulary = all_ids(student_weight, teacher_weight)
     contract.check_head("student", student_hidden, student_weight, student_bias, student_hidden, vocabulary)
-    matmul_dtype = teacher_matmul_dtype = _matmul_dtype(student_hidden, student_weight)
+    matmul_dtype = teacher_matmul_dtype = product_dtype(student_hidden, student_weight)
     if teacher_hidden is not None and teacher_weight is not None:
         contract.check_head("teacher", teacher_hidden, teacher_weight, teacher_bias, student_hidden, vocabulary)
-        teacher_matmul_dtype = _matmul_dtype(teacher_hidden, teacher_weight)
+        teacher_matmul_dtype = product_dtype(teacher_hidden, teacher_weight)
     raw = (
         student_hidden, student_weight, student_bias,
         *(None if x is None else x.detach() for x in (teacher_hidden, teacher_weight, teacher_bias)),
@@ -142,7 +137,19 @@ def linear_divergence_loss(
     return total / max(size, 1) if reduction == "mean" else total
 
 
-def _softcap(name: str, softcap: float | None) -> float:
+def all_ids(student_weight: Tensor, teacher_weight: Tensor | None) -> int:
+    """How many ids heads of one size have."""
+    ids = student_weight.shape[0]
+    if teacher_weight is not None and teacher_weight.shape[0] != ids:
+        raise InputError(
+            f"vocabulary: expected the number of common ids, as the heads have {ids} and {teacher_weight.shape[0]}, "
+            f"got none"
+        )
+    return ids
+
+
+def softcap_or_zero(name: str, softcap: float | None) -> float:
+    """A softcap as the backends take it."""
     if softcap is not None and not softcap > 0:
         raise InputError(f"{name}: expected a number > 0 or None, got {softcap}")
     return 0.0 if softcap is None else softcap
@@ -175,7 +182,7 @@ def _chosen(name: str, ids: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
     return weight.index_select(0, ids), None if bias is None else bias.index_select(0, ids)
 
 
-def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What W h is multiplied in: autocast's dtype where it is on, as in a Linear; else the wider of the two."""
     promoted = torch.promote_types(hidden.dtype, weight.dtype)
     device = hidden.device.type

@@ -260,6 +260,10 @@ class TokenMethod(BaseMethod):
         for option in ("alpha", "beta"):
             if option in options:
                 check_share(option, float(options[option]))
+        if loss == "skl" and options.get("detach_mixture"):
+            raise InputError(
+                "detach_mixture: expected False with skl, got True: detached it has no gradient at all; take srkl"
+            )
         self.reads_teacher = loss not in SEQUENCE_LEVEL_LOSSES
 
     @property
@@ -288,7 +292,7 @@ def skewed_method(loss: str, alpha: float, detach_mixture: bool) -> TokenMethod:
     """SRKL or SKL, as the token loss of another method.
 
     Raises:
-        InputError: another loss, or an alpha outside 0 to 1.
+        InputError: another loss, an alpha outside 0 to 1, or a detached SKL.
     """
     check_choice("loss", loss, SKEWED_LOSSES)
     return TokenMethod(loss, alpha=alpha, detach_mixture=detach_mixture)
