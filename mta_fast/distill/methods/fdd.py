@@ -15,6 +15,7 @@ from mta_fast.config import LayerPairs, checked_layer_pairs
 from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput, head_of
 from mta_fast.distill.methods.losses import skewed_method
 from mta_fast.errors import InputError
+from mta_fast.inputs import attended
 from mta_fast.layers import num_layers, unwrap
 from mta_fast.layout import compute_dtype
 
@@ -95,18 +96,18 @@ class FDD(BaseMethod):
 
     def counts(self, batch: Batch) -> Tensor:
         """[2] counted positions, attended positions."""
-        return torch.cat([self._token.counts(batch), batch["attention_mask"].sum()[None]])
+        return torch.cat([self._token.counts(batch), attended(batch).sum()[None]])
 
     def sums(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """[2] the token loss and traj + der, each summed over its positions."""
         if self._heads is None:
             raise InputError("FDD: expected the models' heads, got none; call attach(student, teacher) first")
         own = head_of(student)
-        attended = batch["attention_mask"].flatten().nonzero()[:, 0]
+        tokens = attended(batch).flatten().nonzero()[:, 0]
         student_head, teacher_head = self._heads
         dynamics = feature_dynamics(
-            [student.hidden_states[layer].flatten(0, 1)[attended] for layer in self.student_layers],
-            [teacher.hidden_states[layer].flatten(0, 1)[attended].detach() for layer in self.teacher_layers],
+            [student.hidden_states[layer].flatten(0, 1)[tokens] for layer in self.student_layers],
+            [teacher.hidden_states[layer].flatten(0, 1)[tokens].detach() for layer in self.teacher_layers],
             [functools.partial(student_head, layer) for layer in self.student_layers],
             [functools.partial(teacher_head, layer) for layer in self.teacher_layers],
             tau=self.tau,

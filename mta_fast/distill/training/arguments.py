@@ -91,6 +91,10 @@ class MTATrainingArguments(TrainingArguments):
         max_length: tokens a row is truncated to (by the collator that MTATrainer makes).
         pad_to: "longest": rows are padded to the longest of their batch; "max_length": to that many tokens, as the
             public scripts do. None: the latter where ``MTAConfig.count_padding`` makes the loss depend on it.
+        padding_free: the rows of a batch lie one behind the other in [1, T] in place of being padded; for models whose
+            attention keeps them apart, which a probe finds out before training. Same losses and gradients.
+        max_tokens_per_batch: batches of rows of like length, as many as fit into so many of the student's tokens,
+            padding included; in place of per_device_train_batch_size.
         projection_learning_rate: learning rate of the projections of Hid (paper: 5e-4).
         accumulation: how "batch" normalisation spans the micro-batches of a step. "keep": exact; the teacher runs
             on all of them first and its outputs are kept (memory: gradient_accumulation_steps times its logits and
@@ -108,6 +112,8 @@ class MTATrainingArguments(TrainingArguments):
 
     max_length: int = field(default=256, metadata={"help": "tokens a row is truncated to"})
     pad_to: str | None = field(default=None, metadata={"help": f"one of {', '.join(PAD_TO)}"})
+    padding_free: bool = field(default=False, metadata={"help": "pack the rows of a batch in place of padding them"})
+    max_tokens_per_batch: int | None = field(default=None, metadata={"help": "tokens of a batch, padding included"})
     projection_learning_rate: float = field(default=5e-4, metadata={"help": "learning rate of Hid's projections"})
     accumulation: str = field(default="keep", metadata={"help": f"one of {', '.join(ACCUMULATION)}"})
     log_gradient_norms: bool = field(default=False, metadata={"help": "log the gradient norm of each term"})
@@ -124,6 +130,8 @@ class MTATrainingArguments(TrainingArguments):
         check_choice("accumulation", self.accumulation, ACCUMULATION)
         if self.pad_to is not None:
             check_choice("pad_to", self.pad_to, PAD_TO, "none")
+            if self.padding_free:
+                raise InputError(f"pad_to: expected none beside padding_free, got {self.pad_to!r}; there is no padding")
         if self.max_seconds is not None:
             if not self.max_seconds > 0:
                 raise InputError(f"max_seconds: expected a time > 0, got {self.max_seconds}")

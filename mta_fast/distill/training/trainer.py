@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -32,6 +33,7 @@ from mta_fast.distill.training.fit import check_room
 from mta_fast.distill.training.fitness import GradientsArrive, check_models, check_optimizer
 from mta_fast.distill.training.log import TERMS, EvaluationSums, StepEnd, TrainingLog
 from mta_fast.distill.training.module import DistillationModel, DistillationOutput, StepTotals, TeacherOutput
+from mta_fast.distill.training.packing import check_joined, check_packing
 from mta_fast.distill.training.placing import place_teacher
 from mta_fast.errors import InputError
 from mta_fast.files import user_path
@@ -114,6 +116,7 @@ class MTATrainer(RowFeeding):
         if data_collator is None:
             known = _num_embeddings(student, teacher if teacher_tokenizer is None else None)
             data_collator = _span_collator(processing_class, teacher_tokenizer, mta, args, num_embeddings=known)
+        check_joined(args.padding_free, None if mta is None else mta.config, method, data_collator)
         _check_padding_side(student, teacher, processing_class, teacher_tokenizer)
         collator = method.collator(data_collator)
         self._batches = method.batches(collator, span_extractor if kinds else None)
@@ -134,6 +137,8 @@ class MTATrainer(RowFeeding):
         )
         method.reduce = self._sum_over_ranks
         self._teacher_device = args.device if self.teacher is None else place_teacher(self.teacher, args.device)
+        if args.padding_free:
+            self._check_packing()
         self._totals: StepTotals | None = None
         self._teacher_outputs: deque[TeacherOutput] = deque()
         self._teacher_head: LMHead | None = None
@@ -145,6 +150,14 @@ class MTATrainer(RowFeeding):
         self.add_callback(StepEnd(self._log, self._seconds_of_all))
         if not sharded:
             self.add_callback(GradientsArrive(student, mta))
+
+    def _check_packing(self) -> None:
+        """Refuse models that don't keep packed rows apart; with the training's autocast."""
+        reads_teacher = self._module.layers("teacher") or self._module.base.reads_teacher
+        with self.accelerator.autocast():
+            check_packing(self._module.student, "student")
+            if self.teacher is not None and reads_teacher:
+                check_packing(self.teacher, "teacher")
 
     def _take_heads_apart(self, sharded: bool) -> None:
         """Have the base loss made of the states before the LM heads, or say why it is made of logits."""
@@ -252,9 +265,7 @@ class MTATrainer(RowFeeding):
             return TeacherOutput(None, {})
         config = None if module.mta is None else module.mta.config
         side = "teacher_" if "teacher_input_ids" in batch else ""
-        inputs = {
-            name: values.to(self._teacher_device) for name, values in model_inputs(self.teacher, batch, side).items()
-        }
+        inputs = send_to_device(model_inputs(self.teacher, batch, side), self._teacher_device)
         by_entropy = config is not None and config.weighting == "entropy"
         head = self._teacher_head if reads and not by_entropy else None
         with self.accelerator.autocast():
@@ -491,7 +502,7 @@ def _span_collator(
     num_embeddings: int | None,
 ) -> SpanCollator:
     """What makes a batch of rows where the user gives nothing else."""
-    by_columns = mta is not None and mta.config.count_padding
+    by_columns = mta is not None and mta.config.count_padding and not args.padding_free
     return SpanCollator(
         tokenizer,
         teacher_tokenizer,
@@ -499,6 +510,7 @@ def _span_collator(
         max_length=args.max_length,
         pad_to=args.pad_to or ("max_length" if by_columns else "longest"),
         num_embeddings=num_embeddings,
+        flatten=args.padding_free,
     )
 
 
