@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,13 @@ REFUSED_OPTIONS: dict[str, str] = {
 }
 # of TrainingArguments for scripts that hold the arguments; nothing here reads them
 FOR_SCRIPTS = ("do_train", "do_eval", "do_predict", "local_rank")
+# what a budget of tokens decides in their place
+WITHOUT_BUDGET = (
+    "per_device_train_batch_size",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "auto_find_batch_size",
+)
 # the projections' learning rate is that of a group, which these don't have
 WITHOUT_GROUPS = (
     "lomo",
@@ -132,6 +139,8 @@ class MTATrainingArguments(TrainingArguments):
             check_choice("pad_to", self.pad_to, PAD_TO, "none")
             if self.padding_free:
                 raise InputError(f"pad_to: expected none beside padding_free, got {self.pad_to!r}; there is no padding")
+        if self.max_tokens_per_batch is not None:
+            self._check_budget()
         if self.max_seconds is not None:
             if not self.max_seconds > 0:
                 raise InputError(f"max_seconds: expected a time > 0, got {self.max_seconds}")
@@ -146,6 +155,17 @@ class MTATrainingArguments(TrainingArguments):
                 f"GPUs: expected one a process, got {self.n_gpu} in this one; start with torchrun or accelerate "
                 f"launch, or set CUDA_VISIBLE_DEVICES"
             )
+
+    def _check_budget(self) -> None:
+        """Refuse a budget below a token, and what it leaves without an effect."""
+        if isinstance(self.max_tokens_per_batch, bool) or not self.max_tokens_per_batch >= 1:  # type: ignore[operator]  # asked by who knows it
+            raise InputError(f"max_tokens_per_batch: expected a number of tokens, got {self.max_tokens_per_batch!r}")
+        for f in fields(self):
+            if f.name in WITHOUT_BUDGET and (value := getattr(self, f.name)) != f.default:
+                raise InputError(
+                    f"{f.name}: expected its default beside max_tokens_per_batch, whose batches are rows of like "
+                    f"length in random order, got {_said(value)}; leave it out"
+                )
 
     def _refuse_what_has_no_effect(self) -> None:
         for name, (kept, why) in REFUSED.items():

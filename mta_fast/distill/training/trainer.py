@@ -28,7 +28,8 @@ from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.models import common_vocabulary, same_vocabulary
 from mta_fast.distill.training import checkpoints, fingerprint
 from mta_fast.distill.training.arguments import MTATrainingArguments, check_options
-from mta_fast.distill.training.feeding import FILLER, RowFeeding, WithoutFillers, check_stream
+from mta_fast.distill.training.budget import check_budget
+from mta_fast.distill.training.feeding import FILLER, RowFeeding, WithoutFillers, check_stream, is_stream
 from mta_fast.distill.training.fit import check_room
 from mta_fast.distill.training.fitness import GradientsArrive, check_models, check_optimizer
 from mta_fast.distill.training.log import TERMS, EvaluationSums, StepEnd, TrainingLog
@@ -123,6 +124,8 @@ class MTATrainer(RowFeeding):
         self.model_fingerprint = fingerprint.of_models(student, teacher, method, teacher_tokenizer)
         options["data_collator"] = WithoutFillers(collator) if args.world_size > 1 else collator
         check_stream(options.get("train_dataset"), args)
+        if args.max_tokens_per_batch is not None:
+            check_budget(method, self._batches, collator, streamed=is_stream(options.get("train_dataset")))
         check_optimizer(options.get("optimizers", (None, None))[0], student, mta)
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         super().__init__(model=model, args=args, processing_class=processing_class, **options)
