@@ -16,6 +16,7 @@ from training import CONFIG, STUDENT_LAYERS, TEACHER_LAYERS, logged, make_pairs,
 
 from mta_fast import MTAConfig, MTALoss, SpanCollator
 from mta_fast.distill import MTATrainer
+from mta_fast.distill.methods.distillm import DistiLLM
 from mta_fast.distill.methods.losses import counted_positions
 from mta_fast.distill.training.packing import check_packing
 from mta_fast.errors import InputError
@@ -137,6 +138,16 @@ def test_the_same_training_as_padded(tmp_path: Path, family: str, attention: str
     expected, found = padded.evaluate(), packed.evaluate()
     for name in ("eval_loss", "eval_base", "eval_dsa", "eval_hid"):
         assert found[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_what_the_student_writes_is_packed_too(tmp_path: Path) -> None:
+    method = DistiLLM(threshold=1.0, increase=0.0, schedule="constant", capacity=4, generation={"max_new_tokens": 3})
+    trainer = make_trainer(tmp_path, base_loss=method, mta=None, padding_free=True, max_steps=2)
+    seen, forward = [], trainer.model.forward
+    trainer.model.forward = lambda batch, *rest: seen.append(batch) or forward(batch, *rest)
+    trainer.train()
+    assert logged(trainer, "student_share") + logged(trainer, "replay_share") != [0.0] * 4
+    assert all(batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch for batch in seen)
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class RowFeeding(WholeCheckpoints):
         """Training batches by ``max_tokens_per_batch``; each rank takes every so many of them."""
         args, given = self.args, self.data_collator
         collator: Any = given.collator if isinstance(given, WithoutFillers) else given
-        lengths = self._column(dataset) or collator.lengths(dataset)
+        lengths = self._column(dataset) or collator.lengths(_without_spans(dataset))
         lengths = [min(length, collator.max_length) for length in lengths]
         seed = args.seed if args.data_seed is None else args.data_seed
         padded = None if collator.flatten else collator.padded
@@ -87,7 +87,7 @@ class RowFeeding(WholeCheckpoints):
         known = self._column(dataset)
         if known is not None:
             return known
-        rows, column = list(dataset), self.args.length_column_name
+        rows, column = list(_without_spans(dataset)), self.args.length_column_name
         responses = self._module.base.responses
         texts = [_texts(i, row, column, responses) for i, row in enumerate(rows)]
         longest = getattr(self.args, "max_length", None)
@@ -108,6 +108,12 @@ class RowFeeding(WholeCheckpoints):
             return None
         lengths = [row.get(column) for row in dataset]
         return None if None in lengths else [int(length) for length in lengths]
+
+
+def _without_spans(dataset: Any) -> Any:
+    """A ``datasets.Dataset`` without its columns of spans, which take long to read; others as they are."""
+    names = [name for name in getattr(dataset, "column_names", None) or () if name.endswith("_spans")]
+    return dataset.remove_columns(names) if names and hasattr(dataset, "remove_columns") else dataset
 
 
 def _texts(i: int, row: Row, column: str, responses: Sequence[str]) -> list[str]:
