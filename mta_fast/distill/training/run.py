@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mta_fast import _yaml
 from mta_fast.choices import nearest
-from mta_fast.distill.data import LoadedRows, data_places, describe_rows, drop_long_rows, span_column
+from mta_fast.distill.data import LoadedRows, cut_texts, data_places, describe_rows, drop_long_rows, span_column
 from mta_fast.distill.methods.base import BaseMethod
 from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_places, same_vocabulary
@@ -254,7 +256,11 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
         models = {side: load_model(sides[side].path, dtype=sides[side].dtype, **sides[side].options) for side in sides}
     student: Any = models["student"]
     with arguments.main_process_first(desc="span extraction"):  # the other ranks then find the spans in the cache
-        rows = {name: _with_spans(settings, method, loaded, extractor) for name, loaded in read.items()}
+        cut = None
+        if settings.spans.truncate:
+            own = [tokenizer] if shared else list(tokenizers.values())
+            cut = partial(cut_texts, tokenizers=own, max_length=arguments.max_length)
+        rows = {name: _with_spans(settings, method, loaded, extractor, cut) for name, loaded in read.items()}
     if settings.student.lora is not None:
         set_seed(arguments.seed)
         student = _with_lora(student, settings.student.lora)
@@ -337,9 +343,17 @@ def _read(
 
 
 def _with_spans(
-    settings: TrainSettings, method: BaseMethod, loaded: LoadedRows[Any], extractor: SpanExtractor | None
+    settings: TrainSettings,
+    method: BaseMethod,
+    loaded: LoadedRows[Any],
+    extractor: SpanExtractor | None,
+    cut: Callable[[Sequence[str]], list[str]] | None = None,
 ) -> Any:
-    """A ``datasets.Dataset`` of prompts, responses and spans; the spans come from the cache where they are."""
+    """A ``datasets.Dataset`` of prompts, responses and spans; the spans come from the cache where they are.
+
+    Args:
+        cut: of the texts, what is parsed; None: all.
+    """
     import datasets
 
     names = ("prompt", *method.responses)
@@ -348,7 +362,7 @@ def _with_spans(
         cache = SpanCache(extractor, settings.spans.cache)
         for response in method.responses:
             texts = [row["prompt"] + row[response] for row in loaded.rows]
-            spans = cache(texts, progress=True)
+            spans = cache(texts if cut is None else cut(texts), progress=True)
             columns |= {span_column(response, name): column for name, column in spans.items()}
     return datasets.Dataset.from_dict(columns)
 

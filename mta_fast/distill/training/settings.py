@@ -118,6 +118,8 @@ class SpanSettings:
     """Processes that parse."""
     skip_unparsable: StrictBool = False
     """Leave a text over which these die again and again without spans, and say so."""
+    truncate: StrictBool = False
+    """Don't parse what training.max_length cuts off; 500 characters of it are, as a parse looks ahead."""
 
 
 @dataclass(frozen=True, config=_OF_A_RUN)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -27,11 +28,13 @@ from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.models import common_vocabulary, same_vocabulary
 from mta_fast.distill.training import checkpoints, fingerprint
 from mta_fast.distill.training.arguments import MTATrainingArguments, check_options
-from mta_fast.distill.training.feeding import FILLER, RowFeeding, WithoutFillers, check_stream
+from mta_fast.distill.training.budget import check_budget
+from mta_fast.distill.training.feeding import FILLER, RowFeeding, WithoutFillers, check_stream, is_stream
 from mta_fast.distill.training.fit import check_room
 from mta_fast.distill.training.fitness import GradientsArrive, check_models, check_optimizer
 from mta_fast.distill.training.log import TERMS, EvaluationSums, StepEnd, TrainingLog
 from mta_fast.distill.training.module import DistillationModel, DistillationOutput, StepTotals, TeacherOutput
+from mta_fast.distill.training.packing import check_joined, check_packing
 from mta_fast.distill.training.placing import place_teacher
 from mta_fast.errors import InputError
 from mta_fast.files import user_path
@@ -114,12 +117,15 @@ class MTATrainer(RowFeeding):
         if data_collator is None:
             known = _num_embeddings(student, teacher if teacher_tokenizer is None else None)
             data_collator = _span_collator(processing_class, teacher_tokenizer, mta, args, num_embeddings=known)
+        check_joined(args.padding_free, None if mta is None else mta.config, method, data_collator)
         _check_padding_side(student, teacher, processing_class, teacher_tokenizer)
         collator = method.collator(data_collator)
         self._batches = method.batches(collator, span_extractor if kinds else None)
         self.model_fingerprint = fingerprint.of_models(student, teacher, method, teacher_tokenizer)
         options["data_collator"] = WithoutFillers(collator) if args.world_size > 1 else collator
         check_stream(options.get("train_dataset"), args)
+        if args.max_tokens_per_batch is not None:
+            check_budget(method, self._batches, collator, streamed=is_stream(options.get("train_dataset")))
         check_optimizer(options.get("optimizers", (None, None))[0], student, mta)
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         super().__init__(model=model, args=args, processing_class=processing_class, **options)
@@ -134,6 +140,8 @@ class MTATrainer(RowFeeding):
         )
         method.reduce = self._sum_over_ranks
         self._teacher_device = args.device if self.teacher is None else place_teacher(self.teacher, args.device)
+        if args.padding_free:
+            self._check_packing()
         self._totals: StepTotals | None = None
         self._teacher_outputs: deque[TeacherOutput] = deque()
         self._teacher_head: LMHead | None = None
@@ -145,6 +153,14 @@ class MTATrainer(RowFeeding):
         self.add_callback(StepEnd(self._log, self._seconds_of_all))
         if not sharded:
             self.add_callback(GradientsArrive(student, mta))
+
+    def _check_packing(self) -> None:
+        """Refuse models that don't keep packed rows apart; with the training's autocast."""
+        reads_teacher = self._module.layers("teacher") or self._module.base.reads_teacher
+        with self.accelerator.autocast():
+            check_packing(self._module.student, "student")
+            if self.teacher is not None and reads_teacher:
+                check_packing(self.teacher, "teacher")
 
     def _take_heads_apart(self) -> None:
         """Have the base loss made of the states before the LM heads, or say why it is made of logits."""
@@ -250,9 +266,7 @@ class MTATrainer(RowFeeding):
             return TeacherOutput(None, {})
         config = None if module.mta is None else module.mta.config
         side = "teacher_" if "teacher_input_ids" in batch else ""
-        inputs = {
-            name: values.to(self._teacher_device) for name, values in model_inputs(self.teacher, batch, side).items()
-        }
+        inputs = send_to_device(model_inputs(self.teacher, batch, side), self._teacher_device)
         by_entropy = config is not None and config.weighting == "entropy"
         head = self._teacher_head if reads and not by_entropy else None
         with self.accelerator.autocast():
@@ -489,7 +503,7 @@ def _span_collator(
     num_embeddings: int | None,
 ) -> SpanCollator:
     """What makes a batch of rows where the user gives nothing else."""
-    by_columns = mta is not None and mta.config.count_padding
+    by_columns = mta is not None and mta.config.count_padding and not args.padding_free
     return SpanCollator(
         tokenizer,
         teacher_tokenizer,
@@ -497,6 +511,7 @@ def _span_collator(
         max_length=args.max_length,
         pad_to=args.pad_to or ("max_length" if by_columns else "longest"),
         num_embeddings=num_embeddings,
+        flatten=args.padding_free,
     )
 
 
