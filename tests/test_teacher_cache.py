@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import errno
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +17,20 @@ import pytest
 import torch
 from batches import make_batch, random_rows
 from models import make_model, make_tokenizer
+from processes import LIMIT
+from safetensors.torch import load_file
 from test_heads import _flat, _losses
+from test_run import run_folder  # noqa: F401  # a fixture
 from training import CONFIG, make_pairs, make_rows, make_trainer
 
 from mta_fast import MTALoss, SpanCollator, SpanExtractor, token_importance
+from mta_fast.__main__ import main
 from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.teacher.contents import Contents
 from mta_fast.distill.teacher.quantize import dequantize, quantize
 from mta_fast.distill.teacher.rows import teacher_rows
 from mta_fast.distill.teacher.store import TeacherStore
+from mta_fast.distill.training import run
 from mta_fast.distill.training.caching import TeacherCache
 from mta_fast.errors import InputError
 from mta_fast.files import CheckpointError
@@ -362,3 +371,95 @@ def test_what_has_no_cache_is_refused(tmp_path: Path) -> None:
         TeacherCache(tmp_path, "int4")
     with pytest.raises(InputError, match="teacher_cache: expected one to fill, got none"):
         _trainer(tmp_path, teacher=_model()).fill_teacher_cache()
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+# teaches into shards of a few rows, and stops for ever once two are there and a third is half written
+_TEACH = """
+import os, sys
+from pathlib import Path
+from processes import hold
+from mta_fast.__main__ import main
+from mta_fast.distill.teacher import store
+
+store.SHARD_BYTES, written, write = 4000, [], Path.write_bytes
+
+def write_bytes(self, data):
+    if len(written) < 2:
+        written.append(self)
+        return write(self, data)
+    write(self, data[: len(data) // 2])
+    print("half", flush=True)
+    hold(int(sys.argv[1]))
+
+def atomic(self, data):
+    return write_bytes(self, data) if self.name.startswith("rows-") else write(self, data)
+
+Path.write_bytes = atomic
+sys.exit(main(["teach", sys.argv[2]]))
+"""
+
+
+def test_teach_survives_a_kill_and_a_second_process(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """One process fills the cache, another reads what is there; the first is killed, and its rows made by a third."""
+    config, states = run_folder / "run.yaml", run_folder / "states"
+    config.write_text(
+        config.read_text().replace("/teacher}", f"/teacher, cache: {states}, cache_dtype: float32}}")
+        + "  per_device_eval_batch_size: 2\n  logging_strategy: 'no'\n"
+    )
+    command = [sys.executable, "-c", _TEACH, str(os.getpid()), str(config)]
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert any(line == "half\n" for line in process.stdout)
+            whole = sorted(path.name for path in states.glob("rows-*.safetensors"))
+            assert len(whole) == 2
+            assert main(["teach", str(config)]) == 2
+            assert f"expected no process at work in it, process {process.pid}" in capsys.readouterr().err
+            training = [
+                "train",
+                str(config),
+                "--override",
+                "training.max_steps=2",
+                "--override",
+                "training.eval_strategy=no",
+            ]
+            assert main(training) == 0
+            assert "teacher: its states are not kept: " in capsys.readouterr().out
+            assert sorted(path.name for path in states.glob("rows-*.safetensors")) == whole
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait(LIMIT)
+    assert list(states.glob("*.partial"))
+    assert main(["teach", str(config)]) == 0
+    assert f"of 12 rows in {states}; the others take" in capsys.readouterr().out
+    assert not list(states.glob("*.partial"))
+    assert set(whole) < {path.name for path in states.glob("rows-*.safetensors")}
+    assert len(TeacherStore(states)) == 12
+    # training loads nothing of the teacher
+    again = [*training, "--override", f"output_dir={run_folder / 'again'}"]
+    with pytest.MonkeyPatch.context() as patched:
+        loaded = run.load_model
+        patched.setattr(
+            run, "load_model", lambda name, **o: pytest.fail(name) if "teacher" in name else loaded(name, **o)
+        )
+        assert main(again) == 0
+    assert f"teacher: 12 of 12 rows in {states}\n" in capsys.readouterr().out
+    first, second = (
+        load_file(each / "student/model.safetensors") for each in (run_folder / "run", run_folder / "again")
+    )
+    assert all(torch.allclose(value, second[name], atol=1e-5) for name, value in first.items())
+
+
+def test_teach_says_what_it_needs(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    config = str(run_folder / "run.yaml")
+    assert main(["teach", config]) == 2
+    assert "teacher.cache: expected a folder for the teacher's states, got none" in capsys.readouterr().err
+    assert main(["teach", config, "--override", f"teacher.cache={run_folder}"]) == 2
+    assert "expected a target apart from what is read" in capsys.readouterr().err
+    assert main(["teach", config, "--override", "teacher.cache_dtype=int4"]) == 2
+    assert (
+        "teacher.cache_dtype: expected one of int8, bfloat16, float16, float32, got 'int4'" in capsys.readouterr().err
+    )
