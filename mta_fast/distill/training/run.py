@@ -17,6 +17,7 @@ from mta_fast.distill.data import LoadedRows, cut_texts, data_places, describe_r
 from mta_fast.distill.methods.base import BaseMethod
 from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_places, same_vocabulary
+from mta_fast.distill.teacher.store import CACHE
 from mta_fast.distill.training import ranks, resuming
 from mta_fast.distill.training.checkpoints import EXPORT, last_checkpoint
 from mta_fast.distill.training.fit import check_evaluation, check_layers, check_room, check_values, rehearse, unsharded
@@ -46,6 +47,7 @@ from mta_fast.spans.extract import SpanExtractor
 
 if TYPE_CHECKING:
     from mta_fast.distill.training.arguments import MTATrainingArguments
+    from mta_fast.distill.training.caching import TeacherCache
     from mta_fast.distill.training.trainer import MTATrainer
 
 STUDENT_FOLDER, PICTURE = "student", "training.png"
@@ -224,7 +226,8 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
     """The trainer of these settings, with its data and models loaded."""
     from transformers import set_seed
 
-    from mta_fast.distill.training.trainer import MTATrainer
+    from mta_fast.distill.training.caching import needs_teacher
+    from mta_fast.distill.training.trainer import MTATrainer, span_collator
 
     arguments = training_arguments(settings)
     method = base_method(settings.base.loss, **settings.base.options)
@@ -252,6 +255,11 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
         sources["eval"] = settings.data.eval, settings.data.eval_split
     with arguments.main_process_first(desc="reading"):
         read = {name: _read(settings, method, *source, tokenizer, arguments) for name, source in sources.items()}
+    cache = teacher_cache(settings)
+    if cache is not None:
+        collator = method.collator(span_collator(tokenizer, None if shared else tokenizers["teacher"], None, arguments))
+        if not needs_teacher(cache, [each.rows for each in read.values()], collator, method):
+            sides.pop("teacher")
     with unsharded(arguments):
         models = {side: load_model(sides[side].path, dtype=sides[side].dtype, **sides[side].options) for side in sides}
     student: Any = models["student"]
@@ -274,10 +282,29 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
         processing_class=tokenizer,
         teacher_tokenizer=tokenizers.get("teacher"),
         base_loss=method,
+        teacher_cache=cache,
         span_extractor=extractor,
         train_dataset=rows["train"],
         eval_dataset=rows.get("eval"),
     )
+
+
+def teacher_cache(settings: TrainSettings) -> TeacherCache | None:
+    """Where the teacher's states are kept; None without a cache.
+
+    Raises:
+        InputError: the folder holds other files, or what is read.
+    """
+    from mta_fast.distill.training.caching import TeacherCache
+    from mta_fast.distill.training.identity import source_of
+
+    teacher = settings.teacher
+    if teacher is None or teacher.cache is None:
+        return None
+    sources = (*model_places(teacher.path), *model_places(settings.student.path))
+    check_target(teacher.cache, CACHE, sources=sources)
+    source = source_of(teacher.path, teacher.dtype, teacher.options)
+    return TeacherCache(teacher.cache, teacher.cache_dtype, source, sources)
 
 
 def training_arguments(settings: TrainSettings) -> MTATrainingArguments:
