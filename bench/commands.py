@@ -39,7 +39,7 @@ _Texts = Annotated[Path | None, typer.Option(help="JSONL with prompt and output;
 BASE = "52342c0"  # the last commit whose base losses read logits
 _Base = Annotated[str, typer.Option(help="The commit of this checkout that counts as before.")]
 
-ALL = ("loss", "ops", "memory", "spans", "model")
+ALL = ("loss", "heads", "ops", "memory", "spans", "model")
 WITH_TEXTS, NEEDS = ("spans",), {"model": "triton"}
 PLACES = {"ops": "ops.run", "static": "gpu_model.static", "model": "gpu_model.model", "on-policy": "on_policy"}
 
@@ -65,6 +65,7 @@ def _run(name: str, out: Path | None, against: Path | None = None, quick: bool =
 
 _BACKENDS = {
     "loss": "The loss, forward + backward, against the public algorithm, the floor, the reference; its peak memory.",
+    "heads": "Both LM heads and SRKL, through the heads and by logits: time against the GEMM floor, peak memory.",
     "ops": "Single ops beside the reference, compiled and not, and other ways to the same numbers.",
     "memory": "Time and peak memory against batch, row, spans and width, and where the two methods of DSA cross.",
 }
@@ -137,7 +138,7 @@ def run_all(
     texts: _Texts = None,
     quick: _Quick = False,
 ) -> None:
-    """Whatever is measured on a CPU, bar the training step: loss, ops, memory, spans, and the GPU model."""
+    """Whatever is measured on a CPU, bar the training step: loss, heads, ops, memory, spans, and the GPU model."""
     out = user_path(out)
     begun, failed = time.perf_counter(), []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

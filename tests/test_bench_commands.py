@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import commands, docs, loss, memory, peak, public_step, side, step
+from bench import commands, docs, heads, loss, memory, peak, public_step, side, step
 from bench import workload as workload_module
 from bench.ops import run as ops
 from mta_fast.__main__ import main
@@ -117,6 +117,22 @@ def test_single_ops_under_pytest_benchmark(tmp_path: Path) -> None:
     (made,) = json.loads((tmp_path / "made.json").read_text())["benchmarks"]
     assert made["group"] == "pooling, forward, B=16 S=256"
     assert made["extra_info"]["megabytes"] > 0
+
+
+def test_heads(tmp_path: Path) -> None:
+    report = _run("heads", tmp_path, "--backend", "reference", "--rounds", "2")
+    rows = _rows(report)
+    assert "reference: time / logits of all positions" in rows
+    assert "reference: time / floor, GEMM rate of the same round" in rows
+    assert {"reference", heads.BEFORE, heads.COUNTED} <= set(report["samples"]["seconds"])
+
+
+def test_heads_that_are_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "_counted", lambda inputs: [1.1 * tensor for tensor in heads._before(inputs)])
+    alternate = heads.alternate
+    monkeypatch.setattr(heads, "alternate", lambda *args: alternate(*args) and pytest.fail("timed"))
+    with pytest.raises(SystemExit, match="heads, logits of counted positions against logits of all positions: exp"):
+        main(["bench", "heads", "--quick", "--backend", "reference"])
 
 
 def test_memory(tmp_path: Path) -> None:
@@ -275,7 +291,7 @@ def test_all_runs_every_benchmark_in_its_own_process(
     monkeypatch.setattr(commands.subprocess, "run", record)
     assert main(["bench", "all", "--out", str(tmp_path), "--texts", "rows.jsonl"]) == 1
     assert [command[0] for command in started] == list(commands.ALL)
-    assert started[3] == ["spans", "--out", str(tmp_path / "spans"), "--texts", "rows.jsonl"]
+    assert started[4] == ["spans", "--out", str(tmp_path / "spans"), "--texts", "rows.jsonl"]
     assert "a target was missed, or it failed: ops" in capsys.readouterr().out
 
 
