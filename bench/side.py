@@ -83,31 +83,44 @@ class Kind:
     cache: str | None = None
 
 
-class Side:
-    """A trainer that takes single steps."""
+def cache_options(folder: str) -> dict[str, Any]:
+    """What a trainer that reads its teacher's states from a folder is given beside the others."""
+    from mta_fast.distill.training.caching import TeacherCache
 
-    def __init__(self, made: Setting, kind: Kind, folder: str) -> None:
+    return {"teacher_cache": TeacherCache(folder)}
+
+
+def fill_cache(made: Setting, rows: Rows, backend: str, folder: str) -> None:
+    """Run the teacher over the rows, and keep what a side with ``Kind.cache`` reads of it."""
+    with tempfile.TemporaryDirectory() as out:
+        side = Side(made, Kind(backend), out, train_dataset=rows, **cache_options(folder))
+        side.trainer.fill_teacher_cache()
+
+
+class Side:
+    """A trainer that takes single steps; ``options`` go to it."""
+
+    def __init__(self, made: Setting, kind: Kind, folder: str, **options: Any) -> None:
         self.made, self.kind = made, kind
         self._times: defaultdict[str, float] = defaultdict(float)
         self._marks: dict[str, float] = {}
         self._losses: list[float] = []
-        self.trainer = self._trainer(folder)
+        self.trainer = self._trainer(folder, options)
         self._loss = self.trainer._module.mta
         self._watch()
 
-    def _trainer(self, folder: str) -> Any:
+    def _trainer(self, folder: str, options: dict[str, Any]) -> Any:
         """The package's trainer; with the public way's loss in MTALoss's place where it is asked for."""
         from mta_fast.distill import MTATrainer, MTATrainingArguments
         from mta_fast.distill.models import cut_layers
         from mta_fast.spans.collate import SpanCollator
 
         made, kind = self.made, self.kind
-        student = cut_layers(made.teacher, made.student_layers)
+        teacher, student = made.teacher, cut_layers(made.teacher, made.student_layers)
         layers = LayerMap.proportional(made.student_layers, made.teacher.config.num_hidden_layers)
         kinds: Any = ("word", *["phrase"] * (len(layers.pairs) - 1))
         arguments = MTATrainingArguments(output_dir=folder, report_to=[], max_length=made.length, learning_rate=1e-5)
-        loss: MTALoss | None = None
-        options: dict[str, Any] = {}
+        loss: MTALoss | MTAConfig | None = None
         if kind.public:
             from bench.public_step import PublicWay
 
@@ -116,9 +129,14 @@ class Side:
             loss = public
             public.prepare(made.tokenizer)
             options["data_collator"] = SpanCollator(made.tokenizer, granularity=(), max_length=made.length)
+        elif kind.cache is not None:
+            teacher, loss = None, MTAConfig(layers.pairs, kinds, backend=str(kind.backend))
+            options |= cache_options(kind.cache)
+            self.made = replace(made, teacher=None)  # the student is made; nothing else of it is held
         elif kind.backend is not None:
             loss = MTALoss.for_models(student, made.teacher, MTAConfig(layers.pairs, kinds, backend=kind.backend))
-        trainer = MTATrainer(student, made.teacher, loss, arguments, processing_class=made.tokenizer, **options)
+        del made
+        trainer = MTATrainer(student, teacher, loss, arguments, processing_class=self.made.tokenizer, **options)
         trainer.create_optimizer()
         return trainer
 
@@ -129,7 +147,7 @@ class Side:
         module, teacher = self.trainer._module, self.trainer.teacher
         self._time_calls("student", module.student)
         self._time_calls("student's head", module.student.get_output_embeddings())
-        if isinstance(teacher, nn.Module):
+        if teacher is not None and not hasattr(teacher, "store"):
             self._time_calls("teacher's head", teacher.get_output_embeddings())  # type: ignore[operator]  # transformers'
         module.student.get_output_embeddings().register_forward_pre_hook(self._mark_states)
         module.base.sums = self._timed("sums", module.base.sums, self._mark_sums)
@@ -211,7 +229,8 @@ class Side:
 
     def checked_step(self, rows: Rows) -> dict[str, Any]:
         """The first one, which allocates the optimiser's state: MTA's terms are those of the reference backend."""
-        check = None if self._loss is None else self._loss.register_forward_hook(partial(_check, str(self.kind)))
+        checked = self._loss is not None and self.kind.cache is None  # what is stored is rounded
+        check = None if not checked else self._loss.register_forward_hook(partial(_check, str(self.kind)))
         made = self.step(rows)
         if check is not None:
             check.remove()

@@ -24,13 +24,27 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from bench import peak
 from bench.harness import median_interval
 from bench.report import Entry, Report, Section, entry, machine, markdown_table, number, skipped, texts_name
-from bench.side import COLLATE, FORWARD, HEADS, MTA, OPTIMISE, TEACH, Kind, Rows, Setting, setting, small_setting
+from bench.side import (
+    COLLATE,
+    FORWARD,
+    HEADS,
+    MTA,
+    OPTIMISE,
+    TEACH,
+    Kind,
+    Rows,
+    Setting,
+    fill_cache,
+    setting,
+    small_setting,
+)
 from bench.workload import cpu_backends
 from mta_fast import SpanExtractor
 from mta_fast.distill.data import load_rows
@@ -60,8 +74,11 @@ def measure(
     rows = full_rows(made, texts)
     about = {"pair": made.name, "batch": f"B={made.batch} S={made.length}", "before": base, "texts": texts_name(texts)}
     title, size = made.title, made.batch
-    del made  # each process has its own models
-    with checkout(base) as before:
+    with checkout(base) as before, tempfile.TemporaryDirectory() as states:
+        if find_spec("mta_fast.distill.training.caching") is not None:
+            fill_cache(made, rows, names[0], states)
+            kinds[CACHED.format(names[0])] = Kind(names[0], cache=states)
+        del made  # each process has its own models
         steps = train(kinds, before, rows, size, rounds or (2 if quick else STEPS), quick)
     sections = [
         Section("The whole step", _whole(steps, names, quick), f"A step of {title}. {WHOLE_TEXT}"),
