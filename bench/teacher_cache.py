@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bench.report import Entry, Report, Section, entry, machine, markdown_table, texts_name
-from bench.step import Rows, Setting, setting, small_setting, with_spans
+from bench.side import Rows, Setting, setting, small_setting
+from bench.step import with_spans
 from mta_fast import LayerMap, MTAConfig, MTALoss
 from mta_fast.config import default_granularity
 from mta_fast.distill.data import load_rows

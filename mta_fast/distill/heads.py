@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mta_fast.layers import evaluating, unwrap
 from mta_fast.layout import Head
-from mta_fast.reference import head_logits, processed
+from mta_fast.ops.linear_divergence import head_logits, processed
 
 PROBE_TOKENS = 4  # of the pass that compares a head that was taken apart with the model's logits
 PROBE_LOGIT = 300.0  # far beyond every softcap: those of a model at its start would not show it
@@ -65,6 +65,11 @@ class LMHead:
                     norm = torch.linalg.norm(weight.detach(), dim=1)
                     weight = weight * (module.lora_magnitude_vector[name].weight / norm).to(weight.dtype)[:, None]
         return weight, linear.bias
+
+    @property
+    def size(self) -> int:
+        """V."""
+        return _linear(self.module).out_features
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] as the model makes them."""

@@ -17,8 +17,7 @@ from mta_fast.errors import InputError
 from mta_fast.inputs import attended
 from mta_fast.layers import num_layers, unwrap
 from mta_fast.layout import compute_dtype
-from mta_fast.ops.trajectory_divergence import trajectory_divergence
-from mta_fast.reference import trajectory
+from mta_fast.ops.trajectory_divergence import trajectory, trajectory_divergence
 
 LOGIT_BUDGET = 1 << 24  # logits of all mapped layers, both sides, that heads make at once: 64 MB of float32
 

@@ -149,7 +149,7 @@ class CachedTeacher:
             at = place
             if contents.shared is None:
                 at = torch.cat([row.tokens[row.counted] for row in rows]).to(self._device)
-            weight = self._head.module.weight
+            weight, _ = self._head.weight_and_bias()
             head = HeadStates(self._head, reads.vocabulary, states=spread(whole[LAST].to(weight.dtype), at))
         return TeacherOutput(
             None,
