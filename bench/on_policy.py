@@ -40,7 +40,8 @@ from bench.report import (
     number,
     texts_name,
 )  # fmt: skip
-from bench.step import Setting, full_rows, setting, small_setting, with_spans
+from bench.side import Setting, setting, small_setting
+from bench.step import full_rows, with_spans
 from mta_fast import SpanCollator, SpanExtractor
 from mta_fast.errors import MissingPackageError
 from mta_fast.spans.extract import DEFAULT_MODEL, load_pipeline

@@ -23,7 +23,6 @@ from torch import Tensor
 from bench.harness import Call
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-CLEAR = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,11 @@ class Probe:
 
 def why_not() -> str | None:
     """Why peaks can't be measured here, or None."""
-    return None if CLEAR.exists() else "the system does not count a process's peak (/proc/self/clear_refs, Linux)"
+    return (
+        None
+        if Path("/proc/self/clear_refs").exists()
+        else "the system does not count a process's peak (/proc/self/clear_refs, Linux)"
+    )
 
 
 def peaks(probes: Sequence[Probe]) -> list[float]:
@@ -71,15 +74,15 @@ def _peak(call: Call) -> float:
     return (peak - before - _size(result)) / 1e6
 
 
-def forget_peak() -> int:
-    """Let the peak of this process be what it holds now: the resident set in bytes."""
-    CLEAR.write_text("5")
-    return status("VmRSS")
+def forget_peak(process: int | str = "self") -> int:
+    """Let the peak of a process be what it holds now: the resident set in bytes."""
+    Path(f"/proc/{process}/clear_refs").write_text("5")
+    return status("VmRSS", process)
 
 
-def status(name: str) -> int:
-    """VmRSS (resident set) or VmHWM (its peak) of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def status(name: str, process: int | str = "self") -> int:
+    """VmRSS (resident set) or VmHWM (its peak) of a process, in bytes."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 

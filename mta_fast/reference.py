@@ -479,10 +479,11 @@ def _mixture(log_p: Tensor, log_q: Tensor, name: str, alpha: float | Tensor, bet
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> Tensor:
     """[M, V] what a softmax is taken of: softcap(scale (W h + bias)) / temperature, softcap(z) = c tanh(z / c)."""
-    return _capped(F.linear(hidden, weight, bias), head)
+    return processed(F.linear(hidden, weight, bias), head)
 
 
-def _capped(logits: Tensor, head: Head) -> Tensor:
+def processed(logits: Tensor, head: Head) -> Tensor:
+    """What a model makes of its head's own W h + bias; see ``head_logits``."""
     if head.scale != 1:
         logits = logits * head.scale
     if head.softcap:
@@ -673,8 +674,8 @@ def trajectory_divergence(
         s = own.logits(h).unflatten(0, (layers, -1))
         t = other.logits(other.rounded(teacher[:, chunk].flatten(0, 1))).unflatten(0, (layers, -1))
         for rows in _chunks(s.shape[1], max(1, row_logits // (layers * vocabulary))):
-            log_p = _capped(t[:, rows], teacher_head).log_softmax(-1)
-            z = _capped(s[:, rows], student_head)
+            log_p = processed(t[:, rows], teacher_head).log_softmax(-1)
+            z = processed(s[:, rows], student_head)
             values, ds = trajectory(log_p, z.log_softmax(-1), tau, with_gradient)
             total += values.double().sum()
             if ds is not None:

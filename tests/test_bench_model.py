@@ -20,7 +20,7 @@ import torch
 from batches import make_batch, random_rows
 from torch import Tensor
 
-from mta_fast import MTAConfig, MTALoss, token_importance
+from mta_fast import MTAConfig, MTALoss, linear_divergence_loss, token_importance
 
 pytest.importorskip("triton")
 pytest.importorskip("typer")
@@ -28,7 +28,7 @@ pytest.importorskip("typer")
 from triton.runtime.interpreter import InterpreterBuilder
 
 from bench.gpu_model.costs import COSTS, SCRATCH, Batch, Cost, cost
-from bench.gpu_model.model import Recorder
+from bench.gpu_model.recorder import Recorder
 from mta_fast.kernels._launch import INTERPRETED, Launch, observe
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -57,7 +57,9 @@ class Counts:
             distinct = len(np.unique(stored[:, 0]))
             total["outputs"] += size * distinct
             if name in SCRATCH.get(self.launch.name, ()):
-                total["scratch"] += size * (len(loaded) + len(stored) - distinct)
+                fresh = len(np.setdiff1d(loaded[:, 0], stored[:, 0]))
+                total["inputs"] += size * fresh
+                total["scratch"] += size * (len(loaded) + len(stored) - distinct - fresh)
                 continue
             tokens = len(np.unique(loaded[:, 0]))
             total["inputs"] += size * tokens
@@ -153,10 +155,24 @@ def test_costs_are_those_of_the_interpreted_kernels(
     with counted(monkeypatch) as launches:
         batch = _run_loss(rows, dtype, method, with_gradient)
     _compare(launches, batch)
-    assert {made.launch.name for made in launches} == set(COSTS) - absent
+    assert {made.launch.name for made in launches} == set(COSTS) - absent - {"diverge"}
 
 
-def _compare(launches: list[Counts], batch: Batch) -> None:
+@interpreted
+@pytest.mark.parametrize("kind", ["srkl", "cross_entropy"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_costs_of_base_losses(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = [torch.randn(size, 24, dtype=dtype) for size in (5, 1030, 5, 1030)]  # a block of ids and a part of one
+    options = {"divergence": kind, "labels": torch.arange(5), "student_bias": torch.randn(1030, dtype=dtype)}
+    with counted(monkeypatch) as launches:
+        for learns in (True, False):
+            sides[0].requires_grad_(learns)
+            linear_divergence_loss(*sides, **options, backend="triton")
+    assert len(launches) == 2
+    _compare(launches, None)
+
+
+def _compare(launches: list[Counts], batch: Batch | None) -> None:
     modelled = [(made.launch.name, cost(made.launch, batch)) for made in launches]
     assert modelled == [(made.launch.name, made.cost()) for made in launches]
 

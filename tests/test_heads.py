@@ -219,6 +219,19 @@ def _with_dropout(_model: Any) -> Any:
     return _adapted(lora_dropout=0.1)
 
 
+def _capped(model: Any) -> Any:
+    """A softcap that no config names, far above the logits of a model at its start."""
+    inner = model.forward
+
+    def forward(*args: Any, **options: Any) -> Any:
+        output = inner(*args, **options)
+        output.logits = 50 * (output.logits / 50).tanh()
+        return output
+
+    model.forward = forward
+    return model
+
+
 def _with_hook(model: Any) -> Any:
     model.lm_head.register_forward_hook(lambda _module, _args, output: output)
     return model
@@ -228,6 +241,7 @@ def _with_hook(model: Any) -> Any:
     ("change", "why"),
     [
         (_cut, "its logits are not its head's"),
+        (_capped, "its logits are not its head's"),
         (_with_own_head, "its head is a _OwnHead, not a Linear"),
         (_without_a_call, "its pass does not call its head"),
         (_with_dropout, "its head has an adapter with dropout"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -27,12 +27,14 @@ from mta_fast.kernels._rows import SHORT_ROW, super_sides
 
 INDEX = 4  # bytes of an int32
 DOUBLE = 8
-# What a kernel writes and reads again: every access counts, as it may be more than a cache holds
+# What a kernel writes and reads again, or reads in several passes: every access counts, as it may be more than a cache
+# holds
 SCRATCH = {
     "statistics": ("partial_max", "partial_sums"),
     "sums": ("partial_sums",),
     "pairs": ("gradient",),
     "span_weights": ("token_weight",),
+    "diverge": ("student", "teacher"),
 }
 
 
@@ -43,7 +45,7 @@ class Cost:
     flops: int = 0  # of the products
     inputs: int = 0  # distinct bytes that are read; a second read, by any program, comes from a cache
     outputs: int = 0  # distinct bytes that are written
-    scratch: int = 0  # bytes of every further access to what the kernel itself writes (``SCRATCH``)
+    scratch: int = 0  # bytes of every further access to what ``SCRATCH`` names
     shared: int = 0  # of ``inputs``, what further programs read again; of pool, pool_gradient and align only
 
     @property
@@ -130,8 +132,8 @@ GPUS = (
 )
 
 
-def cost(launch: Launch, batch: Batch) -> Cost:
-    """What a launch costs; ``batch`` is the one that it works on."""
+def cost(launch: Launch, batch: Batch | None) -> Cost:
+    """What a launch costs; ``batch`` is the one that it works on, None of a kernel that knows no rows and spans."""
     return COSTS[launch.name](launch.arguments, batch, launch.grid)
 
 
@@ -370,10 +372,31 @@ def align(a: Arguments, batch: Batch, grid: Grid) -> Cost:
     return Cost(inputs=grid[0] * token, outputs=grid[0] * written)
 
 
+# --- linear divergence -------------------------------------------------------------------------------------------
+
+
+def diverge(a: Arguments, batch: Batch | None, grid: Grid) -> Cost:
+    """Three passes over both rows of logits (with cross-entropy, over the student's: two and a label)."""
+    rows, width, size = grid[0], a["width"], _size(a, "student")
+    gradient = a["WITH_GRADIENT"]
+    row = _size(a, "values") + (width * _size(a, "out") if gradient else 0)
+    of_rows = 0 if a["UNIT"] else _size(a, "factors")
+    biases = sum(width * a[name].element_size() for name in ("student_bias", "teacher_bias") if a[name] is not None)
+    if a["teacher"] is None:
+        of_rows += _size(a, "labels")
+        first, further = width * size, (width if gradient else 0) * size + size
+    else:
+        of_rows += _size(a, "alphas")
+        first = width * (size + _size(a, "teacher"))
+        further = (2 if gradient else 1) * first
+    return Cost(inputs=rows * (first + of_rows) + biases, outputs=rows * row, scratch=rows * further)
+
+
 _KERNELS = (
     token_scale, strips, statistics, merge_statistics, sums, merge_sums,
     span_weights, pool, pool_gradient,
     pairs, row_totals, gram_products, gram_gradient,
     align,
+    diverge,
 )  # fmt: skip
-COSTS = {kernel.__name__: kernel for kernel in _KERNELS}
+COSTS: dict[str, Callable[[Arguments, Any, Grid], Cost]] = {kernel.__name__: kernel for kernel in _KERNELS}

@@ -11,26 +11,20 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._library.custom_ops import OPDEFS
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from bench.gpu_model.costs import GEMMS, GPUS, Batch, Cost, Gpu, cost, is_half, precision, torch_cost
+from bench.gpu_model import heads
+from bench.gpu_model.costs import GPUS, Batch
+from bench.gpu_model.recorder import ARCHITECTURE, GEMM, OTHER, Recorder, Work, storage_key
 from bench.report import Entry, Report, Section, entry, markdown_table
 from bench.workload import COVERED_SHARE, standard_spans
 from mta_fast import MTAConfig, MTALoss, __version__
 from mta_fast.errors import BackendUnavailableError
-from mta_fast.kernels._launch import INTERPRETED, Launch, observe
-
-ARCHITECTURE = "sm_90"  # whose launch parameters are modelled on all three
+from mta_fast.kernels._launch import INTERPRETED, observe
 
 
 @dataclass(frozen=True)
@@ -53,94 +47,6 @@ SHAPES = (
 )
 
 
-@dataclass(frozen=True)
-class Work:
-    """One launch: whose it is, what it multiplies in, and what it costs."""
-
-    name: str
-    precision: str
-    cost: Cost
-
-    def seconds(self, gpu: Gpu) -> tuple[float, float]:
-        """What the products and what the bytes take."""
-        return self.cost.flops / gpu.peak(self.precision), self.cost.bytes / gpu.bandwidth
-
-
-# --- recording ---------------------------------------------------------------------------------------------------
-
-GEMM, OTHER = "GEMM", "torch"  # names of what is not the package's own
-NO_LAUNCH = {"empty", "new_empty", "empty_like", "squeeze_"}
-
-
-class Recorder(TorchDispatchMode):
-    """Records torch's launches and allocations, and runs the package's ops on tensors without data.
-
-    torch would take the shapes of an op's results from its fake implementation; here the op itself runs.
-    """
-
-    def __init__(self, batches: dict[int, Batch]) -> None:
-        super().__init__()
-        self.batches = batches  # by the storage of an index tensor
-        self.works: list[Work] = []
-        self.allocations: list[tuple[int, tuple[int, ...], str]] = []  # bytes, shape, dtype
-        self.scratch: Counter[str] = Counter()  # by op: most bytes that a call holds at once and does not return
-        self._live: list[tuple[StorageWeakRef, int]] = []
-        self._peak = 0
-
-    def launched(self, launch: Launch) -> None:
-        """Observer of the package's own launches."""
-        tensors = [a for a in launch.arguments.values() if isinstance(a, Tensor)]
-        batch = next(self.batches[_storage(t)] for t in tensors if _storage(t) in self.batches)
-        self.works.append(Work(launch.name, precision(launch), cost(launch, batch)))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run and count one of torch's operators, or open one of the package's ops."""
-        kwargs = kwargs or {}
-        if func.namespace == "mta_fast":
-            return self._run_op(func, args, kwargs)
-        with self:  # what torch composes of others, such as matmul, arrives whole where autograd is off
-            out = func.decompose(*args, **kwargs)
-        if out is not NotImplemented:
-            return out
-        out = func(*args, **kwargs)
-        target = kwargs.pop("out", None)  # written, not read
-        inputs, outputs = _device_tensors((args, kwargs)), _device_tensors(out)
-        known = {_storage(t) for t in (*inputs, *_device_tensors(target))}
-        self._allocated([t for t in outputs if _storage(t) not in known])
-        if outputs and not func.is_view and func._opname not in NO_LAUNCH:
-            name = GEMM if func._opname in GEMMS else OTHER
-            kind = "bfloat16" if is_half(inputs[-1] if inputs else None) else "ieee"
-            self.works.append(Work(name, kind, torch_cost(func._opname, inputs, outputs)))
-        return out
-
-    def _run_op(self, func: Any, args: Any, kwargs: Any) -> Any:
-        before = self._peak = self._held()
-        with self:
-            out = OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
-        returned = sum(t.untyped_storage().nbytes() for t in _device_tensors(out))
-        self.scratch[func._opname] = max(self.scratch[func._opname], self._peak - before - returned)
-        return out
-
-    def _allocated(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._live.append((StorageWeakRef(storage), storage.nbytes()))
-            self.allocations.append((storage.nbytes(), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
-        self._peak = max(self._peak, self._held())
-
-    def _held(self) -> int:
-        self._live = [(ref, size) for ref, size in self._live if not ref.expired()]
-        return sum(size for _, size in self._live)
-
-
-def _device_tensors(values: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_meta and t.numel()]
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def record(shape: Shape) -> Recorder:
     """Every launch and allocation of a forward and backward pass: bf16 states and projections, paper preset."""
     batches: dict[int, Batch] = {}
@@ -148,7 +54,7 @@ def record(shape: Shape) -> Recorder:
     for kind, made in standard_spans(shape.batch, shape.seq_len).spans.items():
         spans[kind] = made.to("meta")
         index = [*spans[kind].index_tensors(), spans[kind].rows.table]
-        batches |= dict.fromkeys((_storage(t) for t in index), Batch.of(made))
+        batches |= dict.fromkeys((storage_key(t) for t in index), Batch.of(made))
     layers = range(shape.pairs)
     config = MTAConfig.paper(
         layer_pairs=tuple((layer, layer) for layer in layers),
@@ -280,6 +186,7 @@ def _markdown(content: dict[str, Any], reached: Sequence[Entry]) -> str:
     judged = [[each.what, each.target, f"{each.median:.4g} {each.unit}", each.verdict] for each in reached]
     lines += ["", "## Targets", "", *markdown_table(("figure", "target", "modelled", "reached"), judged), ""]
     lines += ["## Shapes", "", *_shape_tables(content["shapes"])]
+    lines += ["## Base loss through the LM heads", "", heads.TEXT, "", *heads.table(content["heads"]), ""]
     for made in content["shapes"]:
         lines += [f"## {made['shape']['name']}", "", *_kernel_table(made), ""]
     return "\n".join(lines)
@@ -329,9 +236,10 @@ def measure() -> Report:
             "bench model: expected the kernels as they are compiled, got TRITON_INTERPRET=1; unset it"
         )
     shapes = [summarise(shape, record(shape)) for shape in SHAPES]
-    reached = targets(shapes)
+    of_heads = [heads.summarise(shape) for shape in heads.SHAPES]
+    reached = [*targets(shapes), *heads.targets(of_heads)]
     about = {"mta_fast": __version__, "torch": torch.__version__, "triton": importlib.metadata.version("triton")}
     gpus, rows = ([asdict(each) for each in of] for of in (GPUS, reached))
-    content = {"about": about, "gpus": gpus, "rows": rows, "shapes": shapes}
+    content = {"about": about, "gpus": gpus, "rows": rows, "shapes": shapes, "heads": of_heads}
     sections = [Section("Targets", reached)]
     return Report("mta-fast bench model", about, sections, content=content, text=_markdown(content, reached))

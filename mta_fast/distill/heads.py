@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from mta_fast.layers import evaluating, unwrap
 from mta_fast.layout import Head
-from mta_fast.reference import head_logits
+from mta_fast.ops.linear_divergence import head_logits, processed
 
 PROBE_TOKENS = 4  # of the pass that compares a head that was taken apart with the model's logits
+PROBE_LOGIT = 300.0  # far beyond every softcap: those of a model at its start would not show it
+# what configs call the factor of the logits, its inverse, and c of the softcap
+SCALES, INVERSE_SCALES = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # of their difference, relative to the largest logit; half precision rounds both, maybe not alike
 TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 2e-2
 
@@ -62,10 +66,19 @@ class LMHead:
                     weight = weight * (module.lora_magnitude_vector[name].weight / norm).to(weight.dtype)[:, None]
         return weight, linear.bias
 
+    @property
+    def size(self) -> int:
+        """V."""
+        return _linear(self.module).out_features
+
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] as the model makes them."""
-        logits: Tensor = self.module(states) * self.scale
-        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+        return processed(self.module(states), self.how)
+
+    @property
+    def how(self) -> Head:
+        """As the formulas take it."""
+        return Head(self.scale, self.softcap or 0.0)
 
 
 @dataclass(eq=False)
@@ -94,6 +107,9 @@ def take_apart(model: nn.Module) -> LMHead | str:
 
     Asks the config for a scale and a softcap, and compares on a few tokens what that makes with the model's logits.
     """
+    stored = getattr(model, "stored_head", None)
+    if isinstance(stored, LMHead):  # of a teacher whose states are on disk: taken apart when they were made
+        return stored
     inner: Any = unwrap(model)
     output = inner.get_output_embeddings()
     if hasattr(output, "modules_to_save"):  # PEFT's copy that is trained
@@ -109,10 +125,13 @@ def take_apart(model: nn.Module) -> LMHead | str:
 
 def scale_and_softcap(model: Any) -> tuple[float, float | None]:
     """What a model does to its head's logits, as its config says."""
-    config = model.config.get_text_config()
-    scaling = getattr(config, "logits_scaling", None)  # Granite divides, Cohere multiplies
-    scale = getattr(config, "logit_scale", None) if scaling is None else 1 / scaling
-    return 1.0 if scale is None else float(scale), getattr(config, "final_logit_softcapping", None) or None
+    config, scale = model.config.get_text_config(), 1.0
+    numbers = {name: value for name, value in vars(config).items() if isinstance(value, (int, float)) and value}
+    for name in SCALES:
+        scale *= numbers.get(name, 1.0)
+    for name in INVERSE_SCALES:
+        scale /= numbers.get(name, 1.0)
+    return scale, next((float(numbers[name]) for name in SOFTCAPS if name in numbers), None)
 
 
 def _unreadable(output: Any) -> str | None:
@@ -148,25 +167,33 @@ def _active_adapters(module: Any) -> list[str]:
 
 
 def _fault(model: nn.Module, head: LMHead) -> str | None:
+    """What a pass over a few tokens shows against a head: its own logits, and what is made of large ones."""
     device = next(model.parameters()).device
     tokens = torch.arange(PROBE_TOKENS, device=device)[None] % unwrap(model).get_input_embeddings().num_embeddings  # type: ignore[operator]  # transformers' method
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+    read: list[Tensor] = []
+
+    def keep(states: Tensor) -> Tensor:
+        read.append(states)
+        return large.to(states.dtype).expand(*states.shape[:-1], -1)
+
     with evaluating(model), torch.no_grad():
         expected = model(**inputs).logits
-        with deferring_logits(head) as read:
-            model(**inputs)
-        if not read.states.numel():
+        large = torch.linspace(-PROBE_LOGIT, PROBE_LOGIT, expected.shape[-1], device=device)
+        with _called_as(head.module, keep):
+            expected_large = model(**inputs).logits
+        if not read:
             return "its pass does not call its head"
-        how = Head(head.scale, head.softcap or 0.0)
-        made = head.call(read.states, lambda states, weight, bias: head_logits(states, weight, bias, how))
-    if made.shape != expected.shape:
-        return f"its logits are {list(expected.shape)}, its head makes {list(made.shape)}"
-    exact = expected.dtype in (torch.float32, torch.float64)
-    made, expected = made.float(), expected.float()
-    error = (made - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-    if error <= (TOLERANCE if exact else HALF_PRECISION_TOLERANCE):
-        return None
-    return f"its logits are not its head's (they differ by {error:.1e} of the largest)"
+        made = head.call(read[0], lambda states, weight, bias: head_logits(states, weight, bias, head.how))
+        made_large = processed(large, head.how).expand_as(expected_large)
+    for found, of_model in ((made, expected), (made_large, expected_large)):
+        if found.shape != of_model.shape:
+            return f"its logits are {list(of_model.shape)}, its head makes {list(found.shape)}"
+        exact = of_model.dtype in (torch.float32, torch.float64)
+        error = (found.float() - of_model.float()).abs().max() / of_model.float().abs().max().clamp(min=1e-30)
+        if not error <= (TOLERANCE if exact else HALF_PRECISION_TOLERANCE):
+            return f"its logits are not its head's (they differ by {error:.1e} of the largest)"
+    return None
 
 
 # --- passes without logits ---------------------------------------------------------------------------------------
@@ -182,9 +209,16 @@ def deferring_logits(head: LMHead, vocabulary: int | None = None) -> Iterator[He
         read.states = states
         return states.new_zeros(*states.shape[:-2], 1, ids)
 
-    module._compiled_call_impl = keep  # in place of the whole call: no hook gathers a weight that nobody reads
-    try:
+    with _called_as(module, keep):
         yield read
+
+
+@contextmanager
+def _called_as(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A module whose whole call is ``function``: no hook of it gathers a weight that nobody reads."""
+    module._compiled_call_impl = function
+    try:
+        yield
     finally:
         module._compiled_call_impl = None
 

@@ -15,6 +15,8 @@ from mta_fast.errors import InputError
 from mta_fast.layout import DivergenceGradient, Head, compute_dtype, kept_dtype
 from mta_fast.ops._common import check_device, check_float, check_shape, register_backward
 from mta_fast.reference import divergence as divergence
+from mta_fast.reference import head_logits as head_logits
+from mta_fast.reference import processed as processed
 
 REDUCTIONS = ("mean", "sum", "none")
 Vocabulary = int | tuple[Tensor, Tensor]

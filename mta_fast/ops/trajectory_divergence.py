@@ -13,6 +13,7 @@ from mta_fast.errors import InputError
 from mta_fast.layout import DivergenceGradient, Head, compute_dtype, kept_dtype
 from mta_fast.ops._common import check_device, check_float, check_shape, register_backward
 from mta_fast.ops.linear_divergence import all_ids, product_dtype, softcap_or_zero
+from mta_fast.reference import trajectory as trajectory
 
 
 def trajectory_divergence(

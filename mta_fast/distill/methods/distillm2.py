@@ -50,6 +50,7 @@ class DistiLLM2(BaseMethod):
 
     responses = PAIR
     reads_heads = True
+    reads_rows = True
 
     def __init__(
         self,

@@ -14,10 +14,10 @@ from mta_fast.distill.heads import HeadStates, LMHead, scale_and_softcap
 from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput, head_of
 from mta_fast.distill.methods.losses import skewed_method
 from mta_fast.errors import InputError
+from mta_fast.inputs import attended
 from mta_fast.layers import num_layers, unwrap
 from mta_fast.layout import compute_dtype
-from mta_fast.ops.trajectory_divergence import trajectory_divergence
-from mta_fast.reference import trajectory
+from mta_fast.ops.trajectory_divergence import trajectory, trajectory_divergence
 
 LOGIT_BUDGET = 1 << 24  # logits of all mapped layers, both sides, that heads make at once: 64 MB of float32
 
@@ -95,17 +95,17 @@ class FDD(BaseMethod):
 
     def counts(self, batch: Batch) -> Tensor:
         """[2] counted positions, attended positions."""
-        return torch.cat([self._token.counts(batch), batch["attention_mask"].sum()[None]])
+        return torch.cat([self._token.counts(batch), attended(batch).sum()[None]])
 
     def sums(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """[2] the token loss and traj + der, each summed over its positions."""
         if self._heads is None:
             raise InputError("FDD: expected the models' heads, got none; call attach(student, teacher) first")
-        attended = batch["attention_mask"].flatten().nonzero()[:, 0]
+        tokens = attended(batch).flatten().nonzero()[:, 0]
         own, other = head_of(student), head_of(teacher)
         of_student, of_teacher = self._heads
-        states = of_student.states(student, self.student_layers, attended)
-        teacher_states = of_teacher.states(teacher, self.teacher_layers, attended).detach()
+        states = of_student.states(student, self.student_layers, tokens)
+        teacher_states = of_teacher.states(teacher, self.teacher_layers, tokens).detach()
         if own is not None and other is not None:
             dynamics = _through_heads(states, teacher_states, own, other, self.tau)
         else:
