@@ -22,7 +22,6 @@ from mta_fast.errors import InputError
 from mta_fast.layout import AlignmentGradient, DivergenceGradient, Head, Spans
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-OPTIONAL = ("proj_bias", "student_bias", "teacher", "teacher_weight", "teacher_bias", "labels")
 DIVERGENCES = ("forward_kl", "reverse_kl", "skl", "srkl", "jsd", "cross_entropy")
 METHODS = ("auto", "pairwise", "gram")
 MOST = 2**31 - 1  # tokens, spans and features: indices are int32
@@ -50,9 +49,9 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def check_given(op: str, arguments: Sequence[Any]) -> None:
     """No tensor is None, which an op's schema lets through, but for those that need not be there."""
     if any(value is None for value in arguments):
-        for name, value in zip(inspect.signature(CHECKS[op]).parameters, arguments, strict=False):
-            if value is None and name not in OPTIONAL:
-                raise InputError(f"{name}: expected a tensor, got None")
+        for parameter, value in zip(inspect.signature(CHECKS[op]).parameters.values(), arguments, strict=False):
+            if value is None and "None" not in parameter.annotation:
+                raise InputError(f"{parameter.name}: expected a tensor, got None")
 
 
 def as_spans(tensors: Sequence[Tensor]) -> Spans:
@@ -349,6 +348,7 @@ CHECKS: dict[str, Callable[..., None]] = {
         hidden_alignment_gradient,
         linear_divergence,
         linear_divergence_gradient,
+        trajectory_divergence,
     )
 }
 

@@ -112,6 +112,7 @@ def _trajectory_divergence(
         Head(student_scale, student_softcap), Head(teacher_scale, teacher_softcap), vocabulary,
         matmul_dtype, teacher_matmul_dtype,
     )  # fmt: skip
+    contract.check_given("trajectory_divergence", arguments)
     contract.trajectory_divergence(*arguments)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         total, gradient = reference.trajectory_divergence(*arguments, with_gradient, with_head)
