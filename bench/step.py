@@ -70,7 +70,7 @@ def measure(
     """Every side against the commit before, and MTA's own part."""
     names = cpu_backends(backends)
     made = small_setting() if quick else setting()
-    kinds = {BEFORE: Kind(), WITHOUT: Kind(), **{name: Kind(name) for name in names}, PUBLIC: Kind(public=True)}
+    kinds = {BEFORE: Kind(), WITHOUT: Kind(), **{name: Kind(name) for name in names}}
     rows = full_rows(made, texts)
     about = {"pair": made.name, "batch": f"B={made.batch} S={made.length}", "before": base, "texts": texts_name(texts)}
     title, size = made.title, made.batch
@@ -78,6 +78,7 @@ def measure(
         if find_spec("mta_fast.distill.training.caching") is not None:
             fill_cache(made, rows, names[0], states)
             kinds[CACHED.format(names[0])] = Kind(names[0], cache=states)
+        kinds[PUBLIC] = Kind(public=True)
         del made  # each process has its own models
         steps = train(kinds, before, rows, size, rounds or (2 if quick else STEPS), quick)
     sections = [

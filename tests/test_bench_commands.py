@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import commands, docs, heads, loss, memory, peak, public_step, side, step
+from bench import commands, docs, heads, loss, memory, padding, peak, public_step, side, step, training
 from bench import workload as workload_module
 from bench.ops import run as ops
 from mta_fast.__main__ import main
@@ -219,6 +219,25 @@ def test_sides_of_other_losses_are_not_timed() -> None:
     for wrong, message in ((("a", [2.1, 1.0, 1.0]), "a: base loss: expected 2,"), (("b", [2.0, 1.1, 1.0]), "b: DSA: ")):
         with pytest.raises(SystemExit, match=message):
             step.check_losses(losses | dict([wrong]), kinds)
+
+
+def test_padding(tmp_path: Path) -> None:
+    pytest.importorskip("spacy")
+    pytest.importorskip("transformers")
+    report = _run("padding", tmp_path, "--rounds", "1")
+    assert f"{padding.PADDED} / {padding.GROUPED}" in _rows(report)
+    assert {padding.PADDED, padding.GROUPED} <= set(report["samples"]["seconds"])
+
+
+def test_runs_before_and_now_differ_in_what_is_new() -> None:
+    before, *others = (training.settings("student", False, *changes) for changes in training.CHANGES.values())
+    assert before["training"]["num_train_epochs"] == training.EPOCHS
+    assert "max_steps" not in before["training"]
+    assert [other["teacher"] for other in others] == [before["teacher"] | {"cache": "states"}] * 2
+    assert others[0] | {"teacher": before["teacher"]} == before
+    assert others[1]["training"].items() - before["training"].items() == {
+        ("train_sampling_strategy", "group_by_length")
+    }
 
 
 def test_on_policy(tmp_path: Path) -> None:
