@@ -83,7 +83,8 @@ def _trainer(made: Setting, side: str, folder: str) -> Any:
 
     student = cut_layers(made.teacher, made.student_layers)
     layers = LayerMap.proportional(made.student_layers, made.teacher.config.num_hidden_layers)
-    config = MTAConfig(layers.pairs, ("word", *["phrase"] * (len(layers.pairs) - 1)))
+    kinds: Any = ("word", *["phrase"] * (len(layers.pairs) - 1))
+    config = MTAConfig(layers.pairs, kinds)
     options: dict[str, Any] = {"padding_free": True} if side == PACKED else {}
     arguments = MTATrainingArguments(output_dir=folder, report_to=[], max_length=made.length, **options)
     trainer = MTATrainer(student, made.teacher, config, arguments, processing_class=made.tokenizer)
