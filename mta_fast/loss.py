@@ -251,10 +251,10 @@ class MTALoss(nn.Module):
             hidden = _hidden_state(teacher_hidden, layer, "teacher", self.teacher_dims[i], other).detach()
             check_spans(other, hidden.shape[:-1], hidden.device, "teacher_hidden")
             if layer not in importances:
-                given = (
-                    None if teacher_importance is None else _given_importance(teacher_importance, layer, hidden, other)
-                )
-                importances[layer] = self._importance(hidden, other.rows) if given is None else given
+                if teacher_importance is None:
+                    importances[layer] = self._importance(hidden, other.rows)
+                else:
+                    importances[layer] = _given_importance(teacher_importance, layer, hidden, other)
             importance = importances[layer]
             weights = pooling = normalize_weights(importance, other, backend=config.backend)
             if config.weighting != "importance":

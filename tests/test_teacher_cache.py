@@ -61,6 +61,7 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("srkl", {}, {"mta": replace(CONFIG, weighting="entropy")}),
     ("srkl", {}, {"mta": replace(CONFIG, causal=True), "fused_head": False}),
     ("srkl", {}, {"mta": replace(CONFIG, layer_pairs=((1, 2), (2, 4), (3, 6)))}),  # not the last layer
+    ("srkl", {}, {"padding_free": True, "family": "llama"}),
 ]
 
 
@@ -104,6 +105,17 @@ def test_rounded_states(tmp_path: Path, dtype: str, limit: float) -> None:
     for left, right in zip(read, first, strict=True):
         assert (left - right).norm() <= 1e-4 * right.norm() + 1e-6
     assert any(not torch.equal(left, right) for left, right in zip(read, expected, strict=True))
+
+
+def test_the_steps_denominators_are_those_of_the_teacher(tmp_path: Path) -> None:
+    """They follow from importance alone, which int8 does not round."""
+    trainers = [_trainer(tmp_path, *where, teacher=_model()) for where in ((), (tmp_path / "states", "int8"))]
+    trainers[1].fill_teacher_cache()
+    made = []
+    for trainer in trainers:
+        batches = [dict(batch) for batch, _ in zip(trainer.get_train_dataloader(), range(2), strict=False)]
+        made.append(trainer._step_denominators(batches))
+    torch.testing.assert_close(*made, rtol=1e-6, atol=0)
 
 
 def test_filled_while_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,7 +173,7 @@ class MTATrainer(RowFeeding):
         reads_teacher = self._module.layers("teacher") or self._module.base.reads_teacher
         with self.accelerator.autocast():
             check_packing(self._module.student, "student")
-            if self.teacher is not None and reads_teacher:
+            if self.teacher is not None and reads_teacher and not isinstance(self.teacher, StoredTeacher):
                 check_packing(self.teacher, "teacher")
 
     def _take_heads_apart(self) -> None:
