@@ -109,6 +109,7 @@ class CachedTeacher:
         entropy = None
         if contents.entropy:
             assert read is not None
+            read.vocabulary = contents.entropy
             entropy = entropy_weights(live.logits_of(read)).flatten()
         made = {}
         for row in missing:
