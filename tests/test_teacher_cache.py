@@ -129,6 +129,17 @@ def test_filled_while_training(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [each.stat().st_size for each in (tmp_path / "states").glob("rows-*")]
 
 
+def test_a_run_that_reads_less_fills_in_all(tmp_path: Path) -> None:
+    """A cache holds the same of every row, also where a run that fills it reads neither logits nor entropy."""
+    mta = replace(CONFIG, weighting="entropy")
+    folder, rows = tmp_path / "states", make_rows()
+    _trainer(tmp_path, folder, teacher=_model(), mta=mta, rows=rows[:20]).fill_teacher_cache()
+    _trainer(tmp_path, folder, teacher=_model(), base_loss=None, rows=rows).fill_teacher_cache()
+    assert len(TeacherStore(folder)) == 24
+    live, cached = _trainer(tmp_path, teacher=_model(), mta=mta), _trainer(tmp_path, folder, mta=mta)
+    assert cached.evaluate()["eval_loss"] == pytest.approx(live.evaluate()["eval_loss"], rel=1e-5)
+
+
 def test_what_is_not_stored_is_not_read(tmp_path: Path) -> None:
     """Padding, and last states of positions that don't count: NaN in their place changes nothing."""
     mta = replace(CONFIG, layer_pairs=((1, 2), (2, 4), (3, 6)))
@@ -379,6 +390,8 @@ def test_another_teacher_and_other_layers(tmp_path: Path) -> None:
 def test_what_has_no_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected count_padding=False, got True .*public"):
         _trainer(tmp_path, tmp_path / "states", teacher=_model(), mta=replace(CONFIG, count_padding=True))
+    with pytest.raises(InputError, match="expected a run that reads its teacher, got none"):
+        _trainer(tmp_path, tmp_path / "states", teacher=_model(), mta=None, base_loss="cross_entropy")
     with pytest.raises(InputError, match="cache_dtype"):
         TeacherCache(tmp_path, "int4")
     with pytest.raises(InputError, match="teacher_cache: expected one to fill, got none"):

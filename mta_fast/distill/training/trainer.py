@@ -310,6 +310,9 @@ class MTATrainer(RowFeeding):
         try:
             filling.begin(rank=self.args.process_index, told=self._told, alone=alone)
             yield filling
+            if self._cached.store.writable:
+                self._cached.store.flush()
+            self.accelerator.wait_for_everyone()  # the lock is that of all ranks
         finally:
             self._cached.store.close()
 
@@ -333,7 +336,6 @@ class MTATrainer(RowFeeding):
                 self.args.world_size,
                 lambda batch: self._prepare_inputs(dict(batch)),
             )
-        self.accelerator.wait_for_everyone()
 
     def compute_loss(
         self,
