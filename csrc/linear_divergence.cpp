@@ -48,7 +48,7 @@ struct Inputs {
   int64_t vocabulary;
 };
 
-// Where the gradients go; null pointers where none is wanted.
+// Where the gradients go; null pointers where none is wanted, those of the head alone for a frozen one.
 template <typename T>
 struct Gradient {
   char* student;  // [M, d_S] in `dtype`
@@ -208,7 +208,8 @@ class Divergence {
 
   void make_gradients(int64_t first, int64_t count) {
     const int64_t blocks = ceil_div(count, kRowBlock), d = in_.student.hidden.cols;
-    run_tasks(blocks + student_.tiles(), 2 * count * vocabulary_ * d, [&](int64_t task, int64_t) {
+    const int64_t tiles = gradient_.weight != nullptr ? student_.tiles() : 0;
+    run_tasks(blocks + tiles, 2 * count * vocabulary_ * d, [&](int64_t task, int64_t) {
       if (task < blocks) {
         write_states_gradient(first, task * kRowBlock, std::min(kRowBlock, count - task * kRowBlock));
       } else {
@@ -290,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_divergence(
     std::optional<Tensor> labels, const Tensor& alpha, const Tensor& factors, int64_t kind, double beta, bool detach,
     double student_scale, double student_softcap, double student_temperature, double teacher_scale,
     double teacher_softcap, double teacher_temperature, int64_t vocabulary, ScalarType matmul_dtype,
-    ScalarType teacher_matmul_dtype, bool with_gradient) {
+    ScalarType teacher_matmul_dtype, bool with_gradient, bool with_head) {
   MTA_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Kind::kCrossEntropy), "kind", "a divergence from 0 to 5", kind);
   const bool reads_teacher = static_cast<Kind>(kind) != Kind::kCrossEntropy;
   MTA_CHECK(reads_teacher == (teacher.has_value() && teacher_weight.has_value()) && reads_teacher != labels.has_value(),
@@ -322,7 +323,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_divergence(
     in.labels->check_below(vocabulary);
   }
   const ScalarType kept = in.student.hidden.dtype == ScalarType::BFloat16 ? ScalarType::BFloat16 : dtype;
-  const int64_t rows = with_gradient ? size : 0, ids = with_gradient ? in.student.weight.rows : 0;
+  const int64_t rows = with_gradient ? size : 0, ids = with_gradient && with_head ? in.student.weight.rows : 0;
   Tensor values = make_empty("student", {size}, dtype), states = make_empty("student", {rows, d}, kept);
   Tensor weight = make_empty("student_weight", {ids, d}, dtype);
   Tensor bias = make_empty("student_bias", {student_bias ? ids : 0}, dtype);
@@ -330,8 +331,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_divergence(
     using T = decltype(zero);
     Gradient<T> gradient{nullptr, kept, nullptr, nullptr};
     if (with_gradient) {
-      gradient = {static_cast<char*>(states.mutable_data_ptr()), kept, data<T>(weight),
-                  student_bias ? data<T>(bias) : nullptr};
+      gradient.student = static_cast<char*>(states.mutable_data_ptr());
+    }
+    if (ids > 0) {
+      gradient.weight = data<T>(weight);
+      if (student_bias) gradient.bias = data<T>(bias);
       const int64_t written = size > 0 ? vocabulary : 0;  // ids beyond the vocabulary have no gradient
       std::fill(gradient.weight + written * d, gradient.weight + ids * d, T(0));
       if (gradient.bias != nullptr) std::fill(gradient.bias + written, gradient.bias + ids, T(0));
@@ -349,7 +353,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mta_fast_cpp, m) {
       "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? labels, Tensor alpha, Tensor factors, int kind, "
       "float beta, bool detach, float student_scale, float student_softcap, float student_temperature, "
       "float teacher_scale, float teacher_softcap, float teacher_temperature, int vocabulary, "
-      "ScalarType matmul_dtype, ScalarType teacher_matmul_dtype, bool with_gradient) "
+      "ScalarType matmul_dtype, ScalarType teacher_matmul_dtype, bool with_gradient, bool with_head) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 

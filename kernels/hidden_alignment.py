@@ -152,18 +152,24 @@ def add_gradients(
     matrix: Tensor,
     scales: Tensor | None,
 ) -> None:
-    """dh, dW and dbias of a chunk; ``scales`` [chunk] are what the rows of ``dp`` still have to be multiplied by."""
+    """dh, dW and dbias of a chunk; ``scales`` [chunk] are what the rows of ``dp`` still have to be multiplied by.
+
+    A gradient without rows is not wanted.
+    """
     bias, rows = gradient.bias, gradient.student[chunk]
     if scales is None:
         if rows.dtype == dp.dtype:
             torch.mm(dp, matrix, out=rows)
         else:
             rows.copy_(torch.mm(dp, matrix))
-        gradient.weight.add_(product(dp.T, h, gradient.weight.dtype))
+        if len(gradient.weight):
+            gradient.weight.add_(product(dp.T, h, gradient.weight.dtype))
         if bias.numel():
             bias.add_(dp.sum(0, dtype=bias.dtype))
         return
     torch.mul(torch.mm(dp, matrix), scales[:, None], out=rows)
+    if not len(gradient.weight):
+        return
     largest = scales.amax()  # the scales of the second product, relative to it, are in float16's range
     relative = torch.where(largest == 0, 0.0, scales / largest)[:, None]
     gradient.weight.addcmul_(product(dp.T, (h * relative).to(h.dtype), gradient.weight.dtype), largest)

@@ -12,6 +12,7 @@ from mta_fast.kernels._device import load
 from mta_fast.kernels._launch import launch, numerics, writable
 from mta_fast.kernels.hidden_alignment import add_gradients, product
 from mta_fast.layout import DivergenceGradient, Head, compute_dtype, kept_dtype
+from mta_fast.reference import empty_head_gradient
 
 CHUNK_LOGITS = 1 << 26  # of each side at a time: 268 MB of float32
 FORWARD_KL, REVERSE_KL, SKL, SRKL, JSD, CROSS_ENTROPY = (tl.constexpr(i) for i in range(len(DIVERGENCES)))
@@ -198,6 +199,7 @@ def linear_divergence(
     matmul_dtype: torch.dtype,
     teacher_matmul_dtype: torch.dtype,
     with_gradient: bool = False,
+    with_head: bool = True,
 ) -> tuple[Tensor, DivergenceGradient | None]:
     """``reference.linear_divergence``: float32 logits, whose gradient is rounded to ``matmul_dtype`` for its products.
 
@@ -216,8 +218,7 @@ def linear_divergence(
     if with_gradient:
         gradient = DivergenceGradient(
             student.new_empty(student.shape, dtype=kept_dtype(student.dtype, dtype)),
-            student.new_zeros(student_weight.shape, dtype=dtype),
-            student.new_zeros(0 if bias is None else student_weight.shape[0], dtype=dtype),
+            *empty_head_gradient(student_weight, student_bias, dtype, with_head),
         )
     step = max(1, CHUNK_LOGITS // vocabulary)
     for start in range(0, size, step):

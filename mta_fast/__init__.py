@@ -10,6 +10,7 @@ from mta_fast.ops.importance import token_importance
 from mta_fast.ops.linear_divergence import linear_divergence_loss
 from mta_fast.ops.pooling import normalize_weights, pool_spans
 from mta_fast.ops.span_pairs import span_pair_loss
+from mta_fast.ops.trajectory_divergence import trajectory_divergence
 from mta_fast.spans.batch import SpanBatch
 from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor
@@ -31,4 +32,5 @@ __all__ = [
     "pool_spans",
     "span_pair_loss",
     "token_importance",
+    "trajectory_divergence",
 ]

@@ -1,4 +1,4 @@
-"""The commands: mta-fast doctor, demo, train, schema, ablate, generate, eval, export, cut, inspect, spans and bench."""
+"""The commands: mta-fast doctor, demo, train, teach, schema, ablate, generate, eval, export, cut, inspect, spans."""
 
 from __future__ import annotations
 
@@ -100,6 +100,18 @@ def train(
     changes = [*(override or []), *(["data.skip_bad_rows=true"] if skip_bad_rows else [])]
     settings = TrainSettings.from_yaml(config, changes)
     raise typer.Exit(run(settings, resume=resume, match_time=match_time, allow_changes=allow_changes))
+
+
+@app.command()
+def teach(
+    config: Annotated[Path, typer.Argument(help="YAML file of the training, with teacher.cache.")],
+    override: Annotated[list[str] | None, typer.Option(help="key=value with dotted keys; may be repeated.")] = None,
+) -> None:
+    """Run the teacher once over all rows and keep its states, which train then reads; goes on where it was stopped."""
+    from mta_fast.distill.training.settings import TrainSettings
+    from mta_fast.distill.training.teach import teach as run
+
+    run(TrainSettings.from_yaml(config, override or []))
 
 
 @app.command()

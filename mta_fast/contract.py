@@ -22,7 +22,6 @@ from mta_fast.errors import InputError
 from mta_fast.layout import AlignmentGradient, DivergenceGradient, Head, Spans
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-OPTIONAL = ("proj_bias", "student_bias", "teacher", "teacher_weight", "teacher_bias", "labels")
 DIVERGENCES = ("forward_kl", "reverse_kl", "skl", "srkl", "jsd", "cross_entropy")
 METHODS = ("auto", "pairwise", "gram")
 MOST = 2**31 - 1  # tokens, spans and features: indices are int32
@@ -50,9 +49,9 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def check_given(op: str, arguments: Sequence[Any]) -> None:
     """No tensor is None, which an op's schema lets through, but for those that need not be there."""
     if any(value is None for value in arguments):
-        for name, value in zip(inspect.signature(CHECKS[op]).parameters, arguments, strict=False):
-            if value is None and name not in OPTIONAL:
-                raise InputError(f"{name}: expected a tensor, got None")
+        for parameter, value in zip(inspect.signature(CHECKS[op]).parameters.values(), arguments, strict=False):
+            if value is None and "None" not in parameter.annotation:
+                raise InputError(f"{parameter.name}: expected a tensor, got None")
 
 
 def as_spans(tensors: Sequence[Tensor]) -> Spans:
@@ -217,6 +216,7 @@ def linear_divergence(
     matmul_dtype: torch.dtype,
     teacher_matmul_dtype: torch.dtype,
     with_gradient: bool = False,
+    with_head: bool = True,
 ) -> None:
     """student [M, d_S], student_weight [V_S, d_S], bias [V_S]; the teacher's likewise; labels, alpha, factors [M]."""
     check_choice("divergence", divergence_name, DIVERGENCES)
@@ -238,13 +238,17 @@ def linear_divergence(
         check_head("teacher", teacher, teacher_weight, teacher_bias, student, vocabulary)
     if not 0 < beta < 1:
         raise InputError(f"beta: expected a number between 0 and 1, got {beta}")
+    _heads(student_head, teacher_head)
+    _dtype("matmul_dtype", matmul_dtype)
+    _dtype("teacher_matmul_dtype", teacher_matmul_dtype)
+
+
+def _heads(student_head: Head, teacher_head: Head) -> None:
     for side, head in (("student", student_head), ("teacher", teacher_head)):
         if not head.temperature > 0:
             raise InputError(f"{side}_temperature: expected a number > 0, got {head.temperature}")
         if not head.softcap >= 0:
             raise InputError(f"{side}_softcap: expected a number >= 0, got {head.softcap}")
-    _dtype("matmul_dtype", matmul_dtype)
-    _dtype("teacher_matmul_dtype", teacher_matmul_dtype)
 
 
 def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, beside: Tensor, vocabulary: int) -> None:
@@ -280,6 +284,37 @@ def linear_divergence_gradient(
     _dtype("bias_dtype", bias_dtype)
 
 
+def trajectory_divergence(
+    student: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    tau: float,
+    student_head: Head,
+    teacher_head: Head,
+    vocabulary: int,
+    matmul_dtype: torch.dtype,
+    teacher_matmul_dtype: torch.dtype,
+) -> None:
+    """student [L >= 1, M, d_S], student_weight [V_S, d_S], bias [V_S]; the teacher's likewise."""
+    _floating("student", student, (None, None, None))
+    _floating("teacher", teacher, (*student.shape[:2], None), student)
+    if not student.shape[0]:
+        raise InputError("student: expected the states of at least 1 layer, got 0")
+    for side, states, weight, bias in (
+        ("student", student, student_weight, student_bias),
+        ("teacher", teacher, teacher_weight, teacher_bias),
+    ):
+        check_head(side, states[0], weight, bias, student, vocabulary)
+    if not tau > 0:
+        raise InputError(f"tau: expected a temperature > 0, got {tau}")
+    _heads(student_head, teacher_head)
+    _dtype("matmul_dtype", matmul_dtype)
+    _dtype("teacher_matmul_dtype", teacher_matmul_dtype)
+
+
 def entropy_weights(logits: Tensor) -> None:
     """logits [..., V >= 2]."""
     if logits is None:
@@ -313,6 +348,7 @@ CHECKS: dict[str, Callable[..., None]] = {
         hidden_alignment_gradient,
         linear_divergence,
         linear_divergence_gradient,
+        trajectory_divergence,
     )
 }
 

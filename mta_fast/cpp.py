@@ -63,7 +63,8 @@ def span_pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.span_pairs``."""
     check_choice("method", method, METHODS)
-    least = {"pairwise": -1, "gram": 0, "auto": gram_from(student.shape[1], teacher.shape[1])}[method]
+    widths = [x.shape[1] if x.ndim == 2 and x.shape[1] else 1 for x in (student, teacher)]  # others the kernel refuses
+    least = {"pairwise": -1, "gram": 0, "auto": gram_from(*widths)}[method]
     numerator, denominator, gradient = _ops.span_pairs(
         student, teacher, weights, student_norm, teacher_norm, span_splits, least, with_gradient
     )
@@ -128,6 +129,7 @@ def linear_divergence(
     matmul_dtype: torch.dtype,
     teacher_matmul_dtype: torch.dtype,
     with_gradient: bool = False,
+    with_head: bool = True,
 ) -> tuple[Tensor, DivergenceGradient | None]:
     """``reference.linear_divergence``."""
     check_choice("divergence", divergence_name, DIVERGENCES)
@@ -150,6 +152,7 @@ def linear_divergence(
         matmul_dtype,
         teacher_matmul_dtype,
         with_gradient,
+        with_head,
     )
     return values, DivergenceGradient(*gradient) if with_gradient else None
 

@@ -1,4 +1,4 @@
-"""What a model is called with: a batch's tokens and mask, and their positions where padding on the left shifts them."""
+"""What a model is called with: a batch's tokens and mask or row bounds, and positions where it can't count them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from mta_fast.errors import InputError
 from mta_fast.layers import evaluating, unwrap
 
 PROBE_TOKENS, PROBE_PADDING = 3, 5
+# of rows that are packed, as transformers names them
+PACKED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # relative difference of the probe's logits: rounding stays below, padding that is read as text is far above
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_PRECISION_TOLERANCE = 0.1
@@ -33,24 +35,49 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (columns - before).clamp(min=0)
 
 
-def model_inputs(model: nn.Module, batch: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+def attended(batch: Mapping[str, Any]) -> Tensor:
+    """[B, S], or [1, T] of packed rows: non-zero at real tokens."""
+    mask: Tensor | None = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The arguments of a model for a batch of SpanCollator: ``model(**model_inputs(model, batch))``.
 
     With padding on the left they hold position_ids, without which GPT-2 and others count from the first column.
 
     Args:
         model: a causal language model of transformers, also wrapped as in ``layers.unwrap``.
-        batch: input_ids and attention_mask [B, S]; and position_ids, or else they come from the mask.
+        batch: input_ids and attention_mask [B, S]; and position_ids, or else they come from the mask. Or rows packed
+            by ``SpanCollator(flatten=True)``.
         prefix: "teacher_" for the tokens of a teacher's own tokenizer.
 
     Returns:
         input_ids and attention_mask, and position_ids [B, S] for a model that takes them, where padding may be left.
+        Of packed rows: input_ids, position_ids, and their bounds for a model that hands them to its attention.
+
+    Raises:
+        InputError: packed rows for a model that takes no positions.
     """
+    if f"{prefix}cu_seq_lens_q" in batch:
+        return _packed_inputs(model, batch, prefix)
     inputs = {name: batch[prefix + name] for name in ("input_ids", "attention_mask")}
     if (f"{prefix}position_ids" in batch or _may_pad_left(batch, prefix)) and takes_positions(model):
         given = batch.get(f"{prefix}position_ids")
         inputs["position_ids"] = position_ids(inputs["attention_mask"]) if given is None else given
     return inputs
+
+
+def _packed_inputs(model: nn.Module, batch: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    if not takes_positions(model):
+        raise InputError(
+            f"model: expected one that takes position_ids with packed rows, {type(unwrap(model)).__name__} takes none; "
+            f"leave flatten (padding_free) out"
+        )
+    parameters = inspect.signature(type(unwrap(model)).forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    names = [name for name in PACKED if takes_any or name in parameters]
+    return {name: batch[prefix + name] for name in ("input_ids", *names)}
 
 
 def takes_positions(model: nn.Module) -> bool:

@@ -144,6 +144,7 @@ class MTALoss(nn.Module):
         teacher_spans: Mapping[str, SpanBatch] | None = None,
         teacher_attention_mask: Tensor | None = None,
         entropy_weights: Tensor | None = None,
+        teacher_importance: Mapping[int, Tensor] | None = None,
         denominators: Tensor | None = None,
         explain: bool = False,
     ) -> MTAOutput | MTAExplanation:
@@ -151,7 +152,7 @@ class MTALoss(nn.Module):
 
         Args:
             student_hidden: {layer: [B, S, d_S]} of the configured layers, or a transformers ``hidden_states``
-                tuple; [T, d_S] packed.
+                tuple; [T, d_S] or [1, T, d_S] packed.
             teacher_hidden: likewise; needs no gradient and may be half precision.
             spans: {"word": SpanBatch, "phrase": SpanBatch} (those the config uses), on the same device. They
                 carry the rows, so the masks are not needed.
@@ -159,8 +160,10 @@ class MTALoss(nn.Module):
                 content where it is on the CPU and not compiled.
             teacher_spans: with two tokenizers, the teacher's half of ``SpanBatch.pair``.
             teacher_attention_mask: likewise for the teacher's tokens.
-            entropy_weights: [B, S] over the teacher's tokens (``entropy_weights(logits)``); needed for
-                ``weighting="entropy"``, refused otherwise.
+            entropy_weights: [B, S] over the teacher's tokens (``entropy_weights(logits)``), packed like the states;
+                needed for ``weighting="entropy"``, refused otherwise.
+            teacher_importance: {teacher layer: [B, S]} as ``token_importance`` gives it, where it is known without the
+                states or from better ones, 0 at padding; None: made of ``teacher_hidden``.
             denominators: [L, 2] from ``denominators()``, summed over all micro-batches and ranks. Then the sum
                 of the micro-batches' losses (and gradients) is that of the one big batch.
             explain: keep what the terms were made of, too.
@@ -173,10 +176,10 @@ class MTALoss(nn.Module):
         Raises:
             InputError: layers, widths, shapes, dtypes or devices that don't match.
         """
-        pairs = self._pairs(spans, teacher_spans, teacher_hidden, entropy_weights)
+        pairs = self._pairs(spans, teacher_spans, teacher_hidden, entropy_weights, teacher_importance)
         terms, explained = [], []
         for i, ((layer, _), pair) in enumerate(zip(self.config.layer_pairs, pairs, strict=True)):
-            student = _hidden_state(student_hidden, layer, "student", self.student_dims[i])
+            student = _hidden_state(student_hidden, layer, "student", self.student_dims[i], pair.spans)
             check_device(student.device, teacher_hidden=pair.teacher)
             check_spans(pair.spans, student.shape[:-1], student.device, "student_hidden")
             _check_mask("attention_mask", attention_mask, pair.spans.rows)
@@ -204,6 +207,7 @@ class MTALoss(nn.Module):
         *,
         teacher_spans: Mapping[str, SpanBatch] | None = None,
         entropy_weights: Tensor | None = None,
+        teacher_importance: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
         """[L, 2] denominators of (DSA, Hid) per layer pair, from the teacher only.
 
@@ -215,7 +219,7 @@ class MTALoss(nn.Module):
             As in ``forward``.
         """
         rows = []
-        for pair in self._pairs(spans, teacher_spans, teacher_hidden, entropy_weights):
+        for pair in self._pairs(spans, teacher_spans, teacher_hidden, entropy_weights, teacher_importance):
             # the denominator needs weights only: zero vectors of one feature stand in for the pooled states
             zero = torch.zeros_like(pair.weights.span)
             stand_in = PooledSpans(zero[:, None], zero, zero)
@@ -229,6 +233,7 @@ class MTALoss(nn.Module):
         teacher_spans: Mapping[str, SpanBatch] | None,
         teacher_hidden: HiddenStates,
         entropy_weights: Tensor | None,
+        teacher_importance: Mapping[int, Tensor] | None,
     ) -> list[_LayerPair]:
         """What every layer pair has before the student is read. Importance is computed once for a layer used twice."""
         config = self.config
@@ -243,14 +248,17 @@ class MTALoss(nn.Module):
             own = _span_batch("spans", spans, kind)
             other = own if teacher_spans is None else _span_batch("teacher_spans", teacher_spans, kind)
             _check_paired(own, other)
-            hidden = _hidden_state(teacher_hidden, layer, "teacher", self.teacher_dims[i]).detach()
+            hidden = _hidden_state(teacher_hidden, layer, "teacher", self.teacher_dims[i], other).detach()
             check_spans(other, hidden.shape[:-1], hidden.device, "teacher_hidden")
             if layer not in importances:
-                importances[layer] = self._importance(hidden, other.rows)
+                given = None if teacher_importance is None else _given_importance(teacher_importance, layer, hidden)
+                importances[layer] = self._importance(hidden, other.rows) if given is None else given
             importance = importances[layer]
             weights = pooling = normalize_weights(importance, other, backend=config.backend)
             if config.weighting != "importance":
-                values = torch.ones_like(importance) if entropy_weights is None else entropy_weights
+                values = (
+                    torch.ones_like(importance) if entropy_weights is None else _unpacked(entropy_weights, other, 1)
+                )
                 check_device(hidden.device, entropy_weights=values)
                 check_shape("entropy_weights", values, hidden.shape[:-1], "the teacher's tokens")
                 weights = normalize_weights(values, other, backend=config.backend)
@@ -388,7 +396,7 @@ def _check_paired(own: SpanBatch, other: SpanBatch) -> None:
         )
 
 
-def _hidden_state(hidden: HiddenStates, layer: int, side: str, width: int) -> Tensor:
+def _hidden_state(hidden: HiddenStates, layer: int, side: str, width: int, spans: SpanBatch) -> Tensor:
     if isinstance(hidden, Mapping):
         state = hidden.get(layer)
         available = sorted(hidden)
@@ -403,7 +411,25 @@ def _hidden_state(hidden: HiddenStates, layer: int, side: str, width: int) -> Te
             f"{side}_hidden[{layer}]: expected width {width} as MTALoss was made for, got {state.shape[-1]}; "
             f"MTALoss.for_models reads the widths from the models"
         )
-    return state
+    return _unpacked(state, spans, 2)
+
+
+def _unpacked(tensor: Tensor, spans: SpanBatch, ndim: int) -> Tensor:
+    """[1, T, ...] of models that run on packed rows as [T, ...], of ``ndim`` dimensions; others as they are."""
+    packed = len(spans.shape) == 1 and tensor.ndim == ndim + 1 and tensor.shape[0] == 1
+    return tensor.squeeze(0) if packed else tensor
+
+
+def _given_importance(importance: Mapping[int, Tensor], layer: int, hidden: Tensor) -> Tensor:
+    if layer not in importance:
+        raise InputError(
+            f"teacher_importance: expected that of layer {layer}, got layers {sorted(importance)}; give all, or none"
+        )
+    values = importance[layer].detach()
+    check_float(f"teacher_importance[{layer}]", values, (1, 2))
+    check_shape(f"teacher_importance[{layer}]", values, hidden.shape[:-1], "the teacher's tokens")
+    check_device(hidden.device, teacher_importance=values)
+    return values
 
 
 def _check_mask(name: str, mask: Tensor | None, rows: Rows) -> None:

@@ -30,6 +30,8 @@ SPAN_BLOCK = 2048  # spans of the error matrix: [2048, spans of the row], 16 MB 
 TOKEN_CHUNK = 1024  # tokens of the projected states: [1024, d_T], 7 MB at d_T = 1,600
 LOGIT_BUDGET = 1 << 22  # logits of the entropy: 16 MB
 CHUNK_LOGITS = 1 << 22  # of each side that a divergence holds, 16 MB of float32 a copy
+TRAJECTORY_LOGITS = 12 << 20  # of each side that FDD holds, 48 MB of float32
+ROW_LOGITS = 1 << 18  # of each side that FDD's passes over rows read at a time: 1 MB a copy stays in the caches
 
 
 def power_of_two(values: Tensor) -> Tensor:
@@ -308,8 +310,8 @@ def span_distances(pooled: Tensor) -> Tensor:
 
 
 def _unit(vectors: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [N, d] scaled from length ``norm`` [N] to 1 (zero rows stay zero), and the scales [N, 1]."""
-    scale = inverse_norms(norm.to(vectors.dtype))[:, None]
+    """Rows [..., d] scaled from length ``norm`` [...] to 1 (zero rows stay zero), and the scales [..., 1]."""
+    scale = inverse_norms(norm.to(vectors.dtype))[..., None]
     return vectors * scale, scale
 
 
@@ -477,10 +479,16 @@ def _mixture(log_p: Tensor, log_q: Tensor, name: str, alpha: float | Tensor, bet
 
 def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> Tensor:
     """[M, V] what a softmax is taken of: softcap(scale (W h + bias)) / temperature, softcap(z) = c tanh(z / c)."""
-    logits = F.linear(hidden, weight, bias) * head.scale
+    return processed(F.linear(hidden, weight, bias), head)
+
+
+def processed(logits: Tensor, head: Head) -> Tensor:
+    """What a model makes of its head's own W h + bias; see ``head_logits``."""
+    if head.scale != 1:
+        logits = logits * head.scale
     if head.softcap:
         logits = (logits / head.softcap).tanh() * head.softcap
-    return logits / head.temperature
+    return logits if head.temperature == 1 else logits / head.temperature
 
 
 def linear_divergence(
@@ -502,6 +510,7 @@ def linear_divergence(
     matmul_dtype: torch.dtype,
     teacher_matmul_dtype: torch.dtype,
     with_gradient: bool = False,
+    with_head: bool = True,
 ) -> tuple[Tensor, DivergenceGradient | None]:
     """``divergence`` of the distributions that two LM heads make of hidden states; no [M, V] is kept.
 
@@ -513,6 +522,7 @@ def linear_divergence(
         labels: [M] ids below ``vocabulary``, of "cross_entropy" (-log q at the label), which reads no teacher.
         alpha, factors: [M] the skew, and what a position's value counts in the sum that the gradients are of.
         vocabulary: the distributions are over the first so many ids of both heads.
+        with_gradient: whether gradients are made; with_head: the head's too, which may be frozen.
         matmul_dtype, teacher_matmul_dtype: what states and heads are rounded to before they are multiplied.
 
     Returns:
@@ -529,8 +539,7 @@ def linear_divergence(
     if with_gradient:
         gradient = DivergenceGradient(
             student.new_empty(student.shape, dtype=kept_dtype(student.dtype, dtype)),
-            student_weight.new_zeros(student_weight.shape, dtype=dtype),
-            student.new_zeros(0 if bias is None else student_weight.shape[0], dtype=dtype),
+            *empty_head_gradient(student_weight, student_bias, dtype, with_head),
         )
     for chunk in _chunks(student.shape[0], max(1, CHUNK_LOGITS // vocabulary)):
         h = student[chunk].to(matmul_dtype).to(dtype)
@@ -554,10 +563,20 @@ def linear_divergence(
         if student_head.softcap:
             ds *= 1 - (z * (student_head.temperature / student_head.softcap)) ** 2
         gradient.student[chunk] = torch.mm(ds, matrix)
-        gradient.weight[:vocabulary].addmm_(ds.T, h)
-        if bias is not None:
+        if with_head:
+            gradient.weight[:vocabulary].addmm_(ds.T, h)
+        if gradient.bias.numel():
             gradient.bias[:vocabulary] += ds.sum(0)
     return values, gradient
+
+
+def empty_head_gradient(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, with_head: bool
+) -> tuple[Tensor, Tensor]:
+    """Zeros [V, d] and [V], without rows where there is no bias or the head has no gradient."""
+    rows = weight.shape[0] if with_head else 0
+    made = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
+    return made, weight.new_zeros(0 if bias is None else rows, dtype=dtype)
 
 
 def _cut(
@@ -578,7 +597,135 @@ def linear_divergence_gradient(
     return (student * grad).to(student_dtype), (weight * grad).to(weight_dtype), (bias * grad).to(bias_dtype)
 
 
-# --- 7 normalisation ---------------------------------------------------------------------------------------------
+# --- 7 FDD: the distributions of several layers, and how they change from one to the next -------------------------
+
+
+def trajectory(log_p: Tensor, log_q: Tensor, tau: float, with_gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+    """traj + der of each token, from the teacher's p and the student's q of L mapped layers.
+
+    traj = mean_l KL(p_l^(1/tau) || q_l^(1/tau)), both normalised again; der = mean_{l >= 1} (1 - cos(D^T_l, D^S_l)),
+    D_l = log q_l - log q_(l-1) (the teacher's of p): 0 for one layer. A cosine with a zero vector is 0.
+
+    Args:
+        log_p, log_q: [L, n, V] log-probabilities at temperature 1.
+
+    Returns:
+        [n], differentiable by autograd; [L, n, V] its gradient in the student's logits, or None.
+    """
+    layers = log_q.shape[0]
+    soft_p, soft_q = ((log / tau).log_softmax(-1) for log in (log_p, log_q))
+    values = _kl(soft_p, soft_q).mean(0)
+    gradient = (soft_q.exp() - soft_p.exp()) / (tau * layers) if with_gradient else None
+    if layers == 1:
+        return values, gradient
+    of_q, of_p = log_q.diff(dim=0), log_p.diff(dim=0)
+    unit, scale = _unit(of_q, row_norms(of_q))
+    target, _ = _unit(of_p, row_norms(of_p))
+    cosine = torch.linalg.vecdot(unit, target)
+    values = values + (1 - cosine).mean(0)
+    if gradient is not None:
+        slope = (unit * cosine[..., None] - target) * (scale / (layers - 1))  # in D^S
+        total, q = slope.sum(-1, keepdim=True), log_q.exp()
+        gradient[1:] += slope - q[1:] * total
+        gradient[:-1] -= slope - q[:-1] * total
+    return values, gradient
+
+
+def trajectory_divergence(
+    student: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    tau: float,
+    student_head: Head,
+    teacher_head: Head,
+    vocabulary: int,
+    matmul_dtype: torch.dtype,
+    teacher_matmul_dtype: torch.dtype,
+    with_gradient: bool = False,
+    with_head: bool = True,
+) -> tuple[Tensor, DivergenceGradient | None]:
+    """``trajectory`` of what two LM heads make of the states of L layers, summed over the tokens.
+
+    Chunk by chunk, all layers at once, as ``linear_divergence``: no [M, V] is kept.
+
+    Args:
+        student: [L, M, d_S]; teacher: [L, M, d_T]; the others as in ``linear_divergence``.
+
+    Returns:
+        A scalar in the compute dtype, and its gradients (the student's [L, M, d_S]), or None.
+    """
+    layers, size, _ = student.shape
+    dtype = compute_dtype(student, student_weight, teacher, teacher_weight)
+    own = _Factors(student_weight, student_bias, vocabulary, matmul_dtype, dtype)
+    other = _Factors(teacher_weight, teacher_bias, vocabulary, teacher_matmul_dtype, dtype)
+    row_logits = ROW_LOGITS if student.device.type == "cpu" else TRAJECTORY_LOGITS
+    total = student.new_zeros((), dtype=torch.float64)
+    gradient = None
+    if with_gradient:
+        gradient = DivergenceGradient(
+            student.new_empty(student.shape, dtype=kept_dtype(student.dtype, dtype)),
+            *empty_head_gradient(student_weight, student_bias, dtype, with_head),
+        )
+    for chunk in _chunks(size, max(1, TRAJECTORY_LOGITS // (layers * vocabulary))):
+        h = own.rounded(student[:, chunk].flatten(0, 1))
+        s = own.logits(h).unflatten(0, (layers, -1))
+        t = other.logits(other.rounded(teacher[:, chunk].flatten(0, 1))).unflatten(0, (layers, -1))
+        for rows in _chunks(s.shape[1], max(1, row_logits // (layers * vocabulary))):
+            log_p = processed(t[:, rows], teacher_head).log_softmax(-1)
+            z = processed(s[:, rows], student_head)
+            values, ds = trajectory(log_p, z.log_softmax(-1), tau, with_gradient)
+            total += values.double().sum()
+            if ds is not None:
+                if student_head.softcap:
+                    ds *= 1 - (z / student_head.softcap) ** 2
+                torch.mul(ds, student_head.scale, out=s[:, rows])  # in place of the logits
+        if gradient is not None:
+            of_ids = gradient._replace(weight=gradient.weight[:vocabulary], bias=gradient.bias[:vocabulary])
+            gradient.student[:, chunk] = own.add_gradients(of_ids, s.flatten(0, 1), h).unflatten(0, (layers, -1))
+    return total.to(dtype), gradient
+
+
+class _Factors:
+    """A head's weight [V, d] and bias as products take them, which sum in ``dtype``.
+
+    Rounded to ``matmul_dtype`` and held in ``dtype``; bfloat16 as it is where CUDA multiplies it into float32.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, vocabulary: int, matmul_dtype: torch.dtype, dtype: torch.dtype
+    ) -> None:
+        self.matmul_dtype, self.dtype = matmul_dtype, dtype
+        self.weight = self.rounded(weight[:vocabulary])
+        self.bias = None if bias is None else bias[:vocabulary].to(dtype)
+
+    def rounded(self, factor: Tensor) -> Tensor:
+        whole = (self.matmul_dtype, self.dtype, factor.device.type) == (torch.bfloat16, torch.float32, "cuda")
+        return factor.to(self.matmul_dtype).to(self.matmul_dtype if whole and not torch.version.hip else self.dtype)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch.mm(left, right) if left.dtype == self.dtype else torch.mm(left, right, out_dtype=self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[M, V] W h + bias."""
+        logits = self.product(hidden, self.weight.T)
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def add_gradients(self, gradient: DivergenceGradient, ds: Tensor, hidden: Tensor) -> Tensor:
+        """Add those of weight and bias, where they have rows; the states' [M, d]."""
+        if gradient.bias.numel():
+            gradient.bias.add_(ds.sum(0))
+        ds = ds.to(hidden.dtype)
+        if len(gradient.weight) and ds.dtype == self.dtype:
+            gradient.weight.addmm_(ds.T, hidden)
+        elif len(gradient.weight):
+            gradient.weight.add_(self.product(ds.T, hidden))
+        return torch.mm(ds, self.weight)
+
+
+# --- 8 normalisation ---------------------------------------------------------------------------------------------
 
 
 def reduce_rows(numerators: Tensor, denominators: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -598,7 +745,7 @@ def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / torch.where(denominator == 0, 1.0, denominator)
 
 
-# --- 8 entropy weights -------------------------------------------------------------------------------------------
+# --- 9 entropy weights -------------------------------------------------------------------------------------------
 
 
 def entropy_weights(logits: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
     told = {
         "wrapper": type(trainer.model_wrapped).__name__,
         "steps": trainer.state.global_step,
+        "fused_head": trainer._module.head is not None,
         "rate": trainer.lr_scheduler.get_last_lr()[0],
     }
     (Path(out) / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(told), encoding="utf-8")

@@ -102,6 +102,7 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
     scaled = {"gradient": pooled, "grad": torch.rand(batch), "span_rows": index.span_rows, "dtype": dtype}
     method = {"method": rng.choice(["auto", "pairwise", "gram"])}
     diverging, kind = _diverging(rng, student, teacher)
+    flags = {**flag, "with_head": rng.random() < 0.7}
     ops_own = {"divergence": kind, **diverging}
     cpps_own = {"kind": DIVERGENCES.index(kind), **diverging}
     pairs_index = {"norms": [norm, teacher_norm], "index": [index.span_rows, index.span_splits, index.host]}
@@ -115,7 +116,7 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
         "mta_fast_cpp::hidden_alignment": {**aligned, **flag},
         "mta_fast_cpp::hidden_alignment_gradient": dict(zip(("rows", "weight", "bias"), gradient, strict=True))
         | backward,
-        "mta_fast_cpp::linear_divergence": cpps_own | _int32_labels(diverging) | flag,
+        "mta_fast_cpp::linear_divergence": cpps_own | _int32_labels(diverging) | flags,
         "mta_fast_cpp::token_ranges": aligning | (texts if rng.random() < 0.5 else dict.fromkeys(texts)),
         "mta_fast_cpp::span_index": {"span_rows": span_rows, "ranges": index.ranges.long()}
         | {"offsets": offsets, "rows": long_rows},
@@ -128,7 +129,7 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
         "mta_fast::span_pairs_gradient": scaled | backend,
         "mta_fast::hidden_alignment": {**aligned, **flag, **backend},
         "mta_fast::hidden_alignment_gradient": {"gradient": list(gradient), **backward, **backend},
-        "mta_fast::linear_divergence": {**ops_own, **flag, **backend},
+        "mta_fast::linear_divergence": {**ops_own, **flags, **backend},
         "mta_fast::linear_divergence_rows": {**ops_own, **backend},
         "mta_fast::linear_divergence_gradient": {
             "gradient": [torch.randn(tokens, student_width), *gradient[1:]],
@@ -136,6 +137,7 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
             **dtypes,
             **backend,
         },
+        "mta_fast::trajectory_divergence": {**_of_layers(diverging, student, teacher), **flags},
         "mta_fast::entropy_weights": {"logits": pooled_teacher},
     }
 
@@ -153,6 +155,14 @@ def _diverging(rng: random.Random, student: Tensor, teacher: Tensor) -> tuple[Ar
         numbers = {"scale": rng.choice([1.0, 0.5]), "softcap": rng.choice([0.0, 3.0]), "temperature": 2.0}
         made |= {f"{side}_{name}": value for name, value in numbers.items()}
     return made | {"vocabulary": 40, "matmul_dtype": FLOAT, "teacher_matmul_dtype": FLOAT}, kind
+
+
+def _of_layers(diverging: Arguments, student: Tensor, teacher: Tensor) -> Arguments:
+    """Arguments of trajectory_divergence, three layers."""
+    others = ("alpha", "factors", "beta", "detach", "labels", "student_temperature", "teacher_temperature")
+    made = {name: value for name, value in diverging.items() if name not in others}
+    made |= {"teacher_weight": torch.randn(43, teacher.shape[1]), "tau": 2.0}
+    return made | {"student": student.expand(3, -1, -1), "teacher": teacher.expand(3, -1, -1)}
 
 
 def _int32_labels(arguments: Arguments) -> Arguments:

@@ -9,8 +9,18 @@ from typing import Any
 import pytest
 from models import make_tokenizer
 
-from mta_fast.distill.data import LoadedRows, describe_rows, drop_long_rows, fill_template, load_rows, texts_of
+from mta_fast.distill.data import (
+    LoadedRows,
+    cut_texts,
+    describe_rows,
+    drop_long_rows,
+    fill_template,
+    load_rows,
+    load_sample,
+    texts_of,
+)
 from mta_fast.errors import InputError
+from mta_fast.tokens import encode
 
 GOOD = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
 PROMPT = {"prompt": "1 + 2 = ", "output": "3"}
@@ -134,6 +144,19 @@ def test_long_prompts_are_left_out_and_counted() -> None:
         drop_long_rows(LoadedRows(rows), tokenizer, max_length=1)
     with pytest.raises(InputError, match="max_prompt_length: expected less than max_length = 8, got 8"):
         drop_long_rows(LoadedRows(rows), tokenizer, max_length=8, max_prompt_length=8)
+
+
+def test_texts_are_cut_behind_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = load_sample()[:12]
+    text = "".join(row["prompt"] + row["output"] for row in rows)
+    own, other = make_tokenizer(), make_tokenizer(300)
+    ends = [encode(tokenizer, [text], 64)[0].offsets[-1][1] for tokenizer in (own, other)]
+    assert ends[0] > ends[1]
+    assert cut_texts([text, "short"], [own], max_length=64) == [text[: ends[0] + 500], "short"]
+    assert cut_texts([text], [own, other], max_length=64) == [text[: ends[1] + 500]]  # dropped on both sides
+    monkeypatch.setattr("mta_fast.distill.data.TOKENIZE_ROWS", 1)
+    monkeypatch.setattr("mta_fast.distill.data.PARSED_BEYOND", 0)
+    assert cut_texts([text, text[: ends[0]]], [own], max_length=64) == [text[: ends[0]]] * 2
 
 
 def test_real_rows(shared: Path) -> None:

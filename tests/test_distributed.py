@@ -115,7 +115,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("mode", "wrapper"), [("ddp", "DistributedDataParallel"), ("fsdp", "FSDPDistillationModel")])
 def test_two_trainers_equal_one(tmp_path: Path, single: Path, mode: str, wrapper: str) -> None:
-    assert [rank["wrapper"] for rank in _run(tmp_path / "two", mode, WORLD)] == [wrapper] * WORLD
+    told = _run(tmp_path / "two", mode, WORLD)
+    assert [(rank["wrapper"], rank["fused_head"]) for rank in told] == [(wrapper, True)] * WORLD
     _assert_same_run(single, tmp_path / "two")
     # what both leave is a plain student, and either can go on from the middle
     _run(tmp_path / "on", mode, WORLD, "srkl", str(tmp_path / "two/checkpoint-2"))

@@ -351,7 +351,11 @@ def test_linear_divergence(monkeypatch: pytest.MonkeyPatch, capped: bool, name: 
             of_student = learnt[2] if capped else None
             value = linear_divergence_loss(*sides, student_bias=of_student, **options, backend=backend)
             made.append((value.detach(), *torch.autograd.grad(value, learnt)))
-    assert names == ["diverge"] * 3
+        frozen = [hidden.clone().requires_grad_(), head, other, other_head]
+        of_student = bias if capped else None
+        value = linear_divergence_loss(*frozen, student_bias=of_student, **options, backend="triton")
+        assert torch.equal(torch.autograd.grad(value, frozen[0])[0], made[0][1])
+    assert names == ["diverge"] * 6
     for ours, eager, exact in zip(*made, strict=True):
         check(ours, eager, exact, terms=1.0)
 

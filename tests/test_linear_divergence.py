@@ -249,7 +249,7 @@ def test_autocast_rounds_the_factors_alone() -> None:
 def test_no_gradient_is_computed_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted: list[bool] = []
     original = reference.linear_divergence
-    monkeypatch.setattr(reference, "linear_divergence", lambda *args: (wanted.append(args[-1]), original(*args))[1])
+    monkeypatch.setattr(reference, "linear_divergence", lambda *args: (wanted.append(args[17]), original(*args))[1])
     inputs = _inputs()
     linear_divergence_loss(**inputs, backend="reference")
     inputs["student_bias"].requires_grad_()
@@ -258,6 +258,23 @@ def test_no_gradient_is_computed_without_need(monkeypatch: pytest.MonkeyPatch) -
     linear_divergence_loss(**inputs, backend="reference", reduction="none")
     linear_divergence_loss(**inputs, backend="reference")
     assert wanted == [False, False, False, True]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["srkl", "cross_entropy"])
+def test_a_frozen_head_costs_no_gradient_of_its_own(name: str, dtype: torch.dtype, reduction: str) -> None:
+    inputs = _inputs(dtype)
+    options: dict[str, Any] = {"divergence": name, "labels": _labels(), "reduction": reduction}
+    student, weight, bias = _learnt(inputs)
+    expected, *_ = torch.autograd.grad(linear_divergence_loss(**inputs, **options).sum(), [student, weight, bias])
+    frozen = inputs | {"student_weight": weight.detach(), "student_bias": bias.detach()}
+    loss = linear_divergence_loss(**frozen, **options)
+    if reduction == "sum":
+        kept = [tuple(tensor.shape) for tensor in loss.grad_fn.saved_tensors]  # type: ignore[union-attr]  # it has one
+        assert kept == [(M, D_S), (0, D_S), (0,)]
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert torch.equal(gradient, expected)
 
 
 def test_the_teacher_and_the_weights_have_no_gradient() -> None:
@@ -351,7 +368,9 @@ def test_opcheck(name: str, bias: bool) -> None:
     raw = (hidden, weight, of_student if bias else None, *([None] * 3 if labels is not None else teacher), labels,
            torch.full((M,), 0.1), torch.rand(M), name, 0.5, False, *Head(), *Head(0.5, 3.0, 2.0), V,
            torch.float64, torch.float64)  # fmt: skip
-    torch.library.opcheck(_linear_divergence, (*raw, True, "reference"))
+    torch.library.opcheck(_linear_divergence, (*raw, True, True, "reference"))
+    frozen = [x if x is None else x.detach() for x in raw[1:3]]
+    torch.library.opcheck(_linear_divergence, (hidden, *frozen, *raw[3:], True, False, "reference"))
     torch.library.opcheck(_linear_divergence_rows, (*raw, "reference"))
 
 

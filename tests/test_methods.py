@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import make_model
+from test_heads import _model as make_head_model
 from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from mta_fast.distill.heads import LMHead, deferring_logits, take_apart
 from mta_fast.distill.methods import fdd
 from mta_fast.distill.methods.base import BaseMethod
 from mta_fast.distill.methods.distillm import DistiLLM
@@ -335,12 +337,11 @@ def test_fdd_equals_all_logits_at_once(family: str, pairs: Any, monkeypatch: pyt
 
 def test_fdd_gradcheck() -> None:
     heads = torch.randn(7, 3).double(), torch.randn(7, 4).double()
-    teacher = [torch.randn(5, 4).double() for _ in range(2)]
-    student = [torch.randn(5, 3).double().requires_grad_() for _ in range(2)]
+    student, teacher = torch.randn(2, 5, 3).double().requires_grad_(), torch.randn(2, 5, 4).double()
 
-    def loss(*states: Tensor) -> Tensor:
+    def loss(states: Tensor) -> Tensor:
         return fdd.feature_dynamics(
-            states, teacher, [lambda h: h @ heads[0].T] * 2, [lambda h: h @ heads[1].T] * 2, tau=2.0, vocabulary=7
+            states, teacher, lambda h: h @ heads[0].T, lambda h: h @ heads[1].T, tau=2.0, vocabulary=7
         )
 
     assert torch.autograd.gradcheck(loss, student)
@@ -356,14 +357,71 @@ def test_fdd_keeps_no_logits_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> N
         kept += value.numel() * (value.shape[-1:] == (vocabulary,))
         return value
 
-    states = [torch.randn(tokens, 4, requires_grad=True) for _ in range(2)]
-    head = torch.randn(4, vocabulary)
+    states = torch.randn(2, tokens, 4, requires_grad=True)
+    matrix = torch.randn(4, vocabulary)
+
+    def head(h: Tensor) -> Tensor:
+        return h @ matrix
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        heads = [lambda h: h @ head] * 2
-        total = fdd.feature_dynamics(states, [s.detach() for s in states], heads, heads, tau=1.0, vocabulary=vocabulary)
+        total = fdd.feature_dynamics(states, states.detach(), head, head, tau=1.0, vocabulary=vocabulary)
     assert kept == 0
     total.backward()
-    assert states[0].grad is not None
+    assert states.grad is not None
+
+
+def _read(model: Any, inputs: Any) -> Any:
+    """Its pass without logits, as the trainer makes it."""
+    head = take_apart(model)
+    assert isinstance(head, LMHead)
+    with deferring_logits(head) as read:
+        hidden = model(**inputs, output_hidden_states=True).hidden_states
+    return SimpleNamespace(hidden_states=hidden, head=read)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt-350m", "gemma2", "cohere", "granite"])
+def test_fdds_last_distribution_is_the_models(family: str) -> None:
+    """Its own logits, which are softcapped or scaled, on both paths; a student's gradient too."""
+    student, teacher = models = [make_head_model(family, 64).eval() for _ in range(2)]
+    for parameter in (p for model in models for p in model.parameters()):
+        parameter.data += torch.randn_like(parameter) / 5  # logits that a softcap bends
+    batch = _batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    outs = [model(**inputs, output_hidden_states=True) for model in (student, teacher)]
+    q, p = ((out.logits[batch["attention_mask"].bool()] / 3).softmax(-1) for out in outs)
+    expected = _kl(p.detach(), q).sum()
+    parameters = list(student.parameters())
+    wanted = torch.autograd.grad(expected, parameters, allow_unused=True, retain_graph=True)
+    method = FDD([(4, 4)], tau=3.0).attach(student, teacher)
+    for found in (outs, [_read(model, inputs) for model in (student, teacher)]):
+        made = method.sums(*found, batch)[1]
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+        grads = torch.autograd.grad(made, parameters, allow_unused=True, retain_graph=True)
+        for got, true in zip(grads, wanted, strict=True):
+            assert got is None if true is None else (got - true).norm() <= 1e-4 * true.norm() + 1e-5
+
+
+@pytest.mark.parametrize("family", ["opt-350m", "gemma2", "granite"])
+def test_fdd_through_the_heads_is_fdd_of_logits(family: str) -> None:
+    models = [make_head_model(name, 64).double().eval() for name in (family, "cohere")]
+    batch = _batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    method = FDD([(1, 2), (3, 3), (4, 4)]).attach(*models)
+    plain = method(*(model(**inputs, output_hidden_states=True) for model in models), batch)
+    read = method(*(_read(model, inputs) for model in models), batch)
+    torch.testing.assert_close(read, plain)
+    parameters = list(models[0].parameters())
+    for got, true in zip(*(torch.autograd.grad(x, parameters, allow_unused=True) for x in (read, plain)), strict=True):
+        torch.testing.assert_close(got, true)
+
+
+@pytest.mark.parametrize("name", ["skl", "distillm", "fdd"])
+def test_a_detached_skl_is_refused_as_it_has_no_gradient(name: str) -> None:
+    options = {} if name == "skl" else {"loss": "skl"}
+    with pytest.raises(InputError, match="detach_mixture: expected False with skl, got True: detached it has no grad"):
+        base_method(name, detach_mixture=True, **options)
+    base_method(name, **options)
+    base_method("srkl" if name == "skl" else name, detach_mixture=True)
 
 
 def test_fdd_refuses_what_it_cannot_map() -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,27 @@ def test_train_from_yaml(run_folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert "12 of 12 texts from" in capsys.readouterr().err
     first, again = _weights(out / "student"), _weights(run_folder / "again/student")
     assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def test_what_is_cut_off_is_not_parsed(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mta_fast.distill.training.run import build_trainer
+    from mta_fast.distill.training.settings import TrainSettings
+    from mta_fast.spans.cache import SpanCache
+
+    monkeypatch.setattr("mta_fast.distill.data.PARSED_BEYOND", 100)
+    parsed: list[list[str]] = []
+    find = SpanCache.__call__
+    monkeypatch.setattr(
+        SpanCache, "__call__", lambda self, texts, **options: parsed.append(texts) or find(self, texts, **options)
+    )
+    settings = TrainSettings.from_yaml(run_folder / "run.yaml")
+    truncating = replace(settings, spans=replace(settings.spans, truncate=True))
+    trainers = [build_trainer(each) for each in (truncating, settings)]
+    cut, _, whole, _ = (sum(map(len, texts)) for texts in parsed)  # of training, of evaluation
+    assert cut < whole
+    batches = [trainer.data_collator(list(trainer.train_dataset)) for trainer in trainers]
+    for kind, spans in batches[0]["spans"].items():
+        assert torch.equal(spans.ranges, batches[1]["spans"][kind].ranges)
 
 
 def test_resume_gives_the_same_student(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,12 +60,13 @@ def make_trainer(
     rows: list[dict[str, Any]] | None = None,
     callbacks: Any = None,
     data_collator: Any = None,
+    teacher_cache: Any = None,
     **arguments: Any,
 ) -> MTATrainer:
     """A trainer of four steps over four rows each; ``arguments`` change MTATrainingArguments."""
     tokenizer = make_tokenizer()
     student = make_model(family, STUDENT_LAYERS, vocabulary=len(tokenizer)) if student is None else student
-    if teacher is None:
+    if teacher is None and teacher_cache is None:
         teacher = make_model("llama", TEACHER_LAYERS, width=48, vocabulary=len(tokenizer))
     settings: dict[str, Any] = {
         "max_steps": 4,
@@ -87,6 +88,7 @@ def make_trainer(
         processing_class=tokenizer,
         teacher_tokenizer=teacher_tokenizer,
         base_loss=base_loss,
+        teacher_cache=teacher_cache,
         span_extractor=span_extractor,
         train_dataset=rows[:16],
         eval_dataset=rows[16:],

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from mta_fast.distill.methods.distillm2 import DistiLLM2
     from mta_fast.distill.methods.fdd import FDD
     from mta_fast.distill.training.arguments import MTATrainingArguments
+    from mta_fast.distill.training.caching import TeacherCache
     from mta_fast.distill.training.trainer import MTATrainer
 
-__all__ = ["FDD", "BaseMethod", "DistiLLM", "DistiLLM2", "MTATrainer", "MTATrainingArguments"]
+__all__ = ["FDD", "BaseMethod", "DistiLLM", "DistiLLM2", "MTATrainer", "MTATrainingArguments", "TeacherCache"]
 _HOMES = {
     "BaseMethod": "mta_fast.distill.methods.base",
     "DistiLLM": "mta_fast.distill.methods.distillm",
@@ -23,6 +24,7 @@ _HOMES = {
     "FDD": "mta_fast.distill.methods.fdd",
     "MTATrainer": "mta_fast.distill.training.trainer",
     "MTATrainingArguments": "mta_fast.distill.training.arguments",
+    "TeacherCache": "mta_fast.distill.training.caching",
 }
 find_moved()
 

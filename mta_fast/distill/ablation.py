@@ -192,7 +192,11 @@ def _with_own_layers(settings: TrainSettings, student_layers: int, teacher_layer
 def _run(settings: TrainSettings, out: Path, row: str, mta: MTASettings, seed: int) -> Run:
     folder = run_folder(out, row, seed)
     training = {"save_total_limit": 1, **settings.training, "seed": seed}
-    return Run(row, seed, folder, replace(settings, output_dir=str(folder), mta=mta, training=training))
+    teacher = settings.teacher
+    if teacher is not None and teacher.cache is not None:  # rows read other layers, seeds the same
+        teacher = replace(teacher, cache=str(run_folder(Path(teacher.cache), row, seed).parent))
+    made = replace(settings, output_dir=str(folder), mta=mta, training=training, teacher=teacher)
+    return Run(row, seed, folder, made)
 
 
 def _claim(run: Run) -> None:

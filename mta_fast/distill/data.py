@@ -29,6 +29,7 @@ _WITHOUT_INPUT = (
 TEMPLATES = ("paper", "plain", "chat")
 PAIR = ("chosen", "rejected")  # the two responses of a row of ``mta-fast generate``
 TOKENIZE_ROWS = 1000  # rows that one call of the tokenizer measures
+PARSED_BEYOND = 500  # characters; on Dolly text 200 already leave every span as it is
 
 
 class PromptRow(TypedDict):
@@ -227,6 +228,25 @@ def drop_long_rows(
             f"{min(lengths)}); raise max_length or max_prompt_length, or shorten the prompts"
         )
     return LoadedRows(kept, skipped)
+
+
+def cut_texts(texts: Sequence[str], tokenizers: Sequence[Any], *, max_length: int) -> list[str]:
+    """Texts without what lies more than PARSED_BEYOND characters behind the tokens that are kept of them.
+
+    Spans behind those are dropped anyway, on both sides of two tokenizers if one cuts them off. A parse depends on what
+    follows, so that spans next to the cut may differ from those of the whole text, those before the margin hardly ever.
+
+    Args:
+        tokenizers: fast ones. max_length: tokens that are kept.
+    """
+    cut = []
+    for start in range(0, len(texts), TOKENIZE_ROWS):
+        part = texts[start : start + TOKENIZE_ROWS]
+        sides = [encode(tokenizer, part, max_length) for tokenizer in tokenizers]
+        for text, *rows in zip(part, *sides, strict=True):
+            full = [max(end for _, end in row.offsets) for row in rows if len(row.ids) >= max_length]
+            cut.append(text[: min(full) + PARSED_BEYOND] if full else text)
+    return cut
 
 
 def _numbered(source: Any, split: str) -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "package:"
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.index.json", "*.py", "config.json")
 CONFIG_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")
 LEADING_BLOCKS = {"first_k_dense_replace", "num_dense_layers", "max_window_layers"}  # so many blocks are of one kind
 CONFIG_OPTIONS = {
@@ -181,6 +182,30 @@ def model_places(name: str) -> list[Path]:
     except (ImportError, HFValidationError):
         return [place]
     return [place, *([Path(cached).parents[2]] if isinstance(cached, str) else [])]  # REPO/snapshots/COMMIT/config.json
+
+
+def model_files(name: str, **options: Any) -> list[Path]:
+    """The files that a model's weights, config and adapters are read from; names and options as in ``load_model``.
+
+    Empty where they aren't on this machine, or can't be told without loading (an adapter's base).
+    """
+    folder = Path(_resolve(name)[0])
+    if not folder.is_dir():
+        try:
+            from huggingface_hub import try_to_load_from_cache
+            from huggingface_hub.errors import HFValidationError
+
+            where = {"cache_dir": options.get("cache_dir"), "revision": options.get("revision")}
+            cached = try_to_load_from_cache(name, "config.json", **where)
+        except (ImportError, HFValidationError):
+            return []
+        if not isinstance(cached, str):
+            return []
+        folder = Path(cached).parent
+    folder /= options.get("subfolder", "")
+    if (folder / "adapter_config.json").is_file():
+        return []
+    return sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)})
 
 
 def _transformers() -> Any:

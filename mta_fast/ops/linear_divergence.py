@@ -15,6 +15,8 @@ from mta_fast.errors import InputError
 from mta_fast.layout import DivergenceGradient, Head, compute_dtype, kept_dtype
 from mta_fast.ops._common import check_device, check_float, check_shape, register_backward
 from mta_fast.reference import divergence as divergence
+from mta_fast.reference import head_logits as head_logits
+from mta_fast.reference import processed as processed
 
 REDUCTIONS = ("mean", "sum", "none")
 Vocabulary = int | tuple[Tensor, Tensor]
@@ -83,6 +85,7 @@ def linear_divergence_loss(
     check_device(device, **given, labels=labels, weights=weights)
     learnt = [x for x in (student_hidden, student_weight, student_bias) if x is not None]
     with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in learnt)
+    with_head = any(x.requires_grad for x in learnt[1:])
     if divergence == "skl" and detach_mixture and with_gradient:
         raise InputError("detach_mixture: expected False with skl, got True: detached it has no gradient at all")
     if not 0 < beta < 1:
@@ -90,7 +93,7 @@ def linear_divergence_loss(
     if not temperature > 0:
         raise InputError(f"temperature: expected a number > 0, got {temperature}")
     heads = [
-        Head(scale, _softcap(name, softcap), temperature)
+        Head(scale, softcap_or_zero(name, softcap), temperature)
         for name, scale, softcap in (
             ("student_softcap", student_scale, student_softcap),
             ("teacher_softcap", teacher_scale, teacher_softcap),
@@ -115,17 +118,12 @@ def linear_divergence_loss(
             teacher_weight, teacher_bias = _chosen("vocabulary[1]", vocabulary[1], teacher_weight, teacher_bias)
         vocabulary = None
     if vocabulary is None:
-        vocabulary = student_weight.shape[0]
-        if teacher_weight is not None and teacher_weight.shape[0] != vocabulary:
-            raise InputError(
-                f"vocabulary: expected the number of common ids, as the heads have {vocabulary} and "
-                f"{teacher_weight.shape[0]}, got none"
-            )
+        vocabulary = all_ids(student_weight, teacher_weight)
     contract.check_head("student", student_hidden, student_weight, student_bias, student_hidden, vocabulary)
-    matmul_dtype = teacher_matmul_dtype = _matmul_dtype(student_hidden, student_weight)
+    matmul_dtype = teacher_matmul_dtype = product_dtype(student_hidden, student_weight)
     if teacher_hidden is not None and teacher_weight is not None:
         contract.check_head("teacher", teacher_hidden, teacher_weight, teacher_bias, student_hidden, vocabulary)
-        teacher_matmul_dtype = _matmul_dtype(teacher_hidden, teacher_weight)
+        teacher_matmul_dtype = product_dtype(teacher_hidden, teacher_weight)
     raw = (
         student_hidden, student_weight, student_bias,
         *(None if x is None else x.detach() for x in (teacher_hidden, teacher_weight, teacher_bias)),
@@ -137,11 +135,23 @@ def linear_divergence_loss(
     if reduction == "none":
         values: Tensor = _linear_divergence_rows(*raw, backend)
         return values
-    total, *_ = _linear_divergence(*raw, with_gradient, backend)
+    total, *_ = _linear_divergence(*raw, with_gradient, with_head, backend)
     return total / max(size, 1) if reduction == "mean" else total
 
 
-def _softcap(name: str, softcap: float | None) -> float:
+def all_ids(student_weight: Tensor, teacher_weight: Tensor | None) -> int:
+    """How many ids heads of one size have."""
+    ids = student_weight.shape[0]
+    if teacher_weight is not None and teacher_weight.shape[0] != ids:
+        raise InputError(
+            f"vocabulary: expected the number of common ids, as the heads have {ids} and {teacher_weight.shape[0]}, "
+            f"got none"
+        )
+    return ids
+
+
+def softcap_or_zero(name: str, softcap: float | None) -> float:
+    """A softcap as the backends take it."""
     if softcap is not None and not softcap > 0:
         raise InputError(f"{name}: expected a number > 0 or None, got {softcap}")
     return 0.0 if softcap is None else softcap
@@ -174,7 +184,7 @@ def _chosen(name: str, ids: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
     return weight.index_select(0, ids), None if bias is None else bias.index_select(0, ids)
 
 
-def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What W h is multiplied in: autocast's dtype where it is on, as in a Linear; else the wider of the two."""
     promoted = torch.promote_types(hidden.dtype, weight.dtype)
     device = hidden.device.type
@@ -198,19 +208,19 @@ _ARGUMENTS = """
 @torch.library.custom_op(
     "mta_fast::linear_divergence",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, bool with_gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_ARGUMENTS}, bool with_gradient, bool with_head, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_divergence(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum_i factors_i l_i, and its gradients: states [M, d_S], head, bias; empty where there is none."""
-    *raw, with_gradient, backend = arguments
-    values, gradient = _run(raw, with_gradient, backend)
+    *raw, with_gradient, with_head, backend = arguments
+    values, gradient = _run(raw, backend, with_gradient, with_head)
     total = (values.double() * raw[_TENSORS.index("factors")].double()).sum().to(values.dtype)
     if gradient is None:
         return total, *(total.new_empty(0) for _ in range(3))
     return total, *gradient
 
 
-def _run(raw: Sequence[Any], with_gradient: bool, backend: str) -> tuple[Tensor, DivergenceGradient | None]:
+def _run(raw: Sequence[Any], backend: str, *wanted: bool) -> tuple[Tensor, DivergenceGradient | None]:
     tensors, options = raw[: len(_TENSORS)], raw[len(_TENSORS) :]
     name, beta, detach, *numbers, vocabulary, matmul_dtype, teacher_matmul_dtype = options
     heads = Head(*numbers[:3]), Head(*numbers[3:])
@@ -218,7 +228,7 @@ def _run(raw: Sequence[Any], with_gradient: bool, backend: str) -> tuple[Tensor,
         "linear_divergence",
         backend,
         _states_and_heads(raw),
-        *(*tensors, name, beta, detach, *heads, vocabulary, matmul_dtype, teacher_matmul_dtype, with_gradient),
+        *(*tensors, name, beta, detach, *heads, vocabulary, matmul_dtype, teacher_matmul_dtype, *wanted),
     )
     return made
 
@@ -233,10 +243,12 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     dtype = compute_dtype(*_states_and_heads(arguments))
     nothing = student.new_empty(0, dtype=dtype)
     gradients = (nothing, nothing.clone(), nothing.clone())
-    if arguments[-2]:  # with_gradient
-        of_bias = nothing if bias is None else student.new_empty(bias.shape, dtype=dtype)
+    *_, with_gradient, with_head, _ = arguments
+    if with_gradient:
+        rows = weight.shape[0] if with_head else 0
+        of_bias = student.new_empty(0 if bias is None else rows, dtype=dtype)
         states = student.new_empty(student.shape, dtype=kept_dtype(student.dtype, dtype))
-        gradients = (states, student.new_empty(weight.shape, dtype=dtype), of_bias)
+        gradients = (states, student.new_empty(rows, weight.shape[1], dtype=dtype), of_bias)
     return student.new_empty((), dtype=dtype), *gradients
 
 
@@ -272,7 +284,7 @@ def _(
 
 def _save(ctx: Any, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
     weight, bias = inputs.student_weight, inputs.student_bias
-    ctx.has_bias = bias is not None
+    ctx.learnt = (True, inputs.with_head, inputs.with_head and bias is not None)
     ctx.dtypes = inputs.student.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
     ctx.with_gradient, ctx.backend = inputs.with_gradient, inputs.backend
     ctx.save_for_backward(*outputs[1:])
@@ -281,8 +293,9 @@ def _save(ctx: Any, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
 def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     if not ctx.with_gradient:
         raise RuntimeError("linear_divergence: expected with_gradient=True for a backward, got False")
-    states, weight, bias = _linear_divergence_gradient(list(ctx.saved_tensors), grad, *ctx.dtypes, ctx.backend)
-    return dict(zip(_LEARNT, (states, weight, bias if ctx.has_bias else None), strict=True))
+    made = _linear_divergence_gradient(list(ctx.saved_tensors), grad, *ctx.dtypes, ctx.backend)
+    named = zip(_LEARNT, made, ctx.learnt, strict=True)
+    return {name: gradient if learns else None for name, gradient, learns in named}
 
 
 register_backward(_linear_divergence, "linear_divergence_loss", _save, _backward)
@@ -294,7 +307,7 @@ register_backward(_linear_divergence, "linear_divergence_loss", _save, _backward
 def _linear_divergence_rows(*arguments: Any) -> Tensor:
     """[M] factors_i l_i; the backward is ``_linear_divergence`` with the upstream gradient among the factors."""
     *raw, backend = arguments
-    values, _ = _run(raw, False, backend)
+    values, _ = _run(raw, backend, False)
     return values * raw[_TENSORS.index("factors")].to(values.dtype)
 
 
@@ -313,9 +326,10 @@ def _save_rows(ctx: Any, inputs: Any, outputs: Any) -> None:
 def _backward_rows(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
     *tensors, factors = ctx.saved_tensors
     *options, backend = ctx.others
-    _, *made = _linear_divergence(*tensors, factors.to(grad.dtype) * grad, *options, True, backend)
-    learnt = zip(_LEARNT, tensors[: len(_LEARNT)], made, strict=True)
-    return {name: None if leaf is None else gradient.to(leaf.dtype) for name, leaf, gradient in learnt}
+    learns = ctx.needs_input_grad[: len(_LEARNT)]
+    _, *made = _linear_divergence(*tensors, factors.to(grad.dtype) * grad, *options, True, any(learns[1:]), backend)
+    named = zip(_LEARNT, tensors[: len(_LEARNT)], made, learns, strict=True)
+    return {name: gradient.to(leaf.dtype) if wanted else None for name, leaf, gradient, wanted in named}
 
 
 register_backward(_linear_divergence_rows, "linear_divergence_loss", _save_rows, _backward_rows)

@@ -76,6 +76,7 @@ class SpanBatch:
         student: tuple[Any, ...],
         teacher: tuple[Any, ...],
         *,
+        cu_seqlens: Sequence[Any] | None = None,
         texts: Sequence[str] | None = None,
         backend: str = "auto",
     ) -> tuple[SpanBatch, SpanBatch]:
@@ -86,12 +87,13 @@ class SpanBatch:
         Args:
             char_spans: per row, (start, end) characters.
             student, teacher: (offset_mapping [B, S, 2], attention_mask [B, S] or None) of each side, and, if wanted,
-                its special_tokens_mask.
+                its special_tokens_mask; [T] in place of [B, S] with ``cu_seqlens``.
+            cu_seqlens: [B + 1] bounds of packed sequences, of the student's tokens and of the teacher's.
             texts, backend: as in ``from_char_spans``.
         """
         sides = [
-            _Side.make(offsets, mask, None, special[0] if special else None, texts, backend)
-            for offsets, mask, *special in (student, teacher)
+            _Side.make(offsets, mask, bounds, special[0] if special else None, texts, backend)
+            for (offsets, mask, *special), bounds in zip((student, teacher), cu_seqlens or (None, None), strict=True)
         ]
         spans = sides[0].flatten(char_spans)
         sides[1].flatten(char_spans)

@@ -1,9 +1,10 @@
-"""SpanCollator: rows with spans to a padded batch with labels and SpanBatches, in the data loader's workers."""
+"""SpanCollator: rows with spans to a padded or packed batch with labels and SpanBatches, in the loader's workers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -18,17 +19,13 @@ IGNORED_LABEL = -100
 PAD_TO = ("longest", "max_length")
 
 
-class _Tokenized(NamedTuple):
-    ids: Tensor  # [B, S]
-    mask: Tensor  # [B, S]
-    labels: Tensor  # [B, S]
+class TokenSide(NamedTuple):
+    """What spans are aligned to: one tokenizer's tokens of a batch; [T] in place of [B, S] where rows are packed."""
+
     offsets: Tensor  # [B, S, 2]
     special: Tensor  # [B, S] bool
-
-    def batch(self, prefix: str) -> dict[str, Any]:
-        """What a model reads."""
-        made = {"input_ids": self.ids, "attention_mask": self.mask, "labels": self.labels}
-        return {prefix + name: value for name, value in made.items()}
+    mask: Tensor | None  # [B, S]; None of packed rows
+    cu_seqlens: Tensor | None  # [B + 1] bounds of packed rows; None of padded ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +33,14 @@ class TokenizedRows:
     """Rows as ``SpanCollator.tokenize`` leaves them: a batch without its spans, and what those are aligned to.
 
     Attributes:
-        batch: input_ids, attention_mask and labels [B, S] int64; with a teacher tokenizer also teacher_input_ids,
-            teacher_attention_mask and teacher_labels.
+        batch: what ``SpanCollator`` returns but for its spans.
         texts: prompt + output of each row, which the character spans count in.
-        sides: (offsets [B, S, 2], attention mask [B, S], special tokens mask [B, S]) of the student's tokens, then of a
-            teacher's own.
+        sides: the student's tokens, then a teacher's own.
     """
 
     batch: dict[str, Any]
     texts: Sequence[str]
-    sides: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    sides: tuple[TokenSide, ...]
 
 
 @dataclass
@@ -68,9 +63,11 @@ class SpanCollator:
         pad_to_multiple_of: round S up to a multiple.
         backend: of the span alignment, as in ``SpanBatch.from_char_spans``.
         num_embeddings: tokens that the models of ``tokenizer`` know, where it has more; rows with others are refused.
+        flatten: no padding: the rows lie one behind the other in [1, T]. Only for models and attention that keep such
+            rows apart, as ``training.packing.check_packing`` finds out.
 
     Raises:
-        InputError: a tokenizer without offsets, or a row without its columns.
+        InputError: a tokenizer without offsets, a row without its columns, or ``flatten`` beside padding.
     """
 
     tokenizer: Any
@@ -82,6 +79,7 @@ class SpanCollator:
     pad_to_multiple_of: int | None = None
     backend: str = "auto"
     num_embeddings: int | None = None
+    flatten: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.granularity, str):
@@ -89,6 +87,9 @@ class SpanCollator:
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise InputError(f"max_length: expected an integer >= 1, got {self.max_length!r}")
         check_choice("pad_to", self.pad_to, PAD_TO)
+        for name, unset in (("pad_to", "longest"), ("pad_to_multiple_of", None)):
+            if self.flatten and (value := getattr(self, name)) != unset:
+                raise InputError(f"{name}: expected {unset!r} beside flatten, got {value!r}; flat rows have no padding")
         for tokenizer in filter(None, (self.tokenizer, self.teacher_tokenizer)):
             if getattr(tokenizer, "truncation_side", "right") != "right":
                 raise InputError(
@@ -108,6 +109,10 @@ class SpanCollator:
             input_ids, attention_mask, labels [B, S] int64 and spans {"word": SpanBatch, ...}; with a teacher
             tokenizer also teacher_input_ids, teacher_attention_mask, teacher_labels and teacher_spans. Call models with
             ``inputs.model_inputs(model, batch)``, which adds positions where padding is on the left.
+
+            With ``flatten``: input_ids, labels and position_ids [1, T], which count from 0 in each row, and what
+            transformers documents for flash attention without padding, cu_seq_lens_q and cu_seq_lens_k [B + 1] int32
+            and max_length_q and max_length_k; no mask. A row's first label is -100: the row before doesn't predict it.
         """
         tokenized = self.tokenize(rows)
         names = [f"{kind}_spans" for kind in self.granularity]
@@ -120,12 +125,12 @@ class SpanCollator:
             raise InputError("rows: expected at least one row, got none")
         prompts, texts = zip(*(self._texts(i, row) for i, row in enumerate(rows)), strict=True)
         batch: dict[str, Any] = {}
-        sides: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()
+        sides: tuple[TokenSide, ...] = ()
         for prefix, tokenizer in (("", self.tokenizer), ("teacher_", self.teacher_tokenizer)):
             if tokenizer is not None:
-                made = self._tokenize(tokenizer, prompts, texts)
-                batch |= made.batch(prefix)
-                sides += ((made.offsets, made.mask, made.special),)
+                made, side = self._tokenize(tokenizer, prompts, texts)
+                batch |= {prefix + name: value for name, value in made.items()}
+                sides += (side,)
         return TokenizedRows(batch, texts, sides)
 
     def align(self, tokenized: TokenizedRows, columns: Mapping[str, Any]) -> dict[str, dict[str, SpanBatch]]:
@@ -142,18 +147,23 @@ class SpanCollator:
         if missing:
             raise InputError(f"columns: expected {', '.join(missing)}, got {sorted(columns)}; extract those spans too")
         char_spans = {kind: columns[f"{kind}_spans"] for kind in self.granularity}
-        sides, texts, backend = tokenized.sides, tokenized.texts, self.backend
-        if len(sides) == 1:
+        first, *others = tokenized.sides
+        options: dict[str, Any] = {"texts": tokenized.texts, "backend": self.backend}
+        if not others:
+            own = first._asdict()
+            own |= {"special_tokens_mask": own.pop("special"), "attention_mask": own.pop("mask")}
+            offsets = own.pop("offsets")
             return {
                 "spans": {
-                    kind: SpanBatch.from_char_spans(
-                        spans, *sides[0][:2], special_tokens_mask=sides[0][2], texts=texts, backend=backend
-                    )
+                    kind: SpanBatch.from_char_spans(spans, offsets, **own, **options)
                     for kind, spans in char_spans.items()
                 }
             }
+        student, teacher = ((side.offsets, side.mask, side.special) for side in tokenized.sides)
+        bounds = [side.cu_seqlens for side in tokenized.sides]
         pairs = {
-            kind: SpanBatch.pair(spans, *sides, texts=texts, backend=backend) for kind, spans in char_spans.items()
+            kind: SpanBatch.pair(spans, student, teacher, cu_seqlens=bounds if self.flatten else None, **options)
+            for kind, spans in char_spans.items()
         }
         return {
             "spans": {kind: pair[0] for kind, pair in pairs.items()},
@@ -171,11 +181,25 @@ class SpanCollator:
             f"got { ({name: type(value).__name__ for name, value in row.items()}) }"
         )
 
-    def _tokenize(self, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> _Tokenized:
-        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-        pad = end if pad is None else pad
-        if pad is None:
-            raise InputError(f"tokenizer: expected a pad or an end token, {type(tokenizer).__name__} has neither")
+    def lengths(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Tokens of each row in a batch, of ``tokenizer``; columns of spans are not read."""
+        prompts, texts = zip(*(self._texts(i, row) for i, row in enumerate(rows)), strict=True)
+        return [len(row.ids) for row, _ in self._rows(self.tokenizer, prompts, texts)]
+
+    def padded(self, longest: int) -> int:
+        """S of a batch whose longest row has so many tokens."""
+        size = self.max_length if self.pad_to == "max_length" else longest
+        return -(-size // self.pad_to_multiple_of) * self.pad_to_multiple_of if self.pad_to_multiple_of else size
+
+    def _tokenize(
+        self, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]
+    ) -> tuple[dict[str, Any], TokenSide]:
+        """What a model reads, and what spans are aligned to."""
+        parts = self._rows(tokenizer, prompts, texts)
+        return _packed(parts) if self.flatten else self._padded(tokenizer, parts)
+
+    def _rows(self, tokenizer: Any, prompts: Sequence[str], texts: Sequence[str]) -> list[tuple[Encoded, list[int]]]:
+        """Tokens and labels of each text."""
         encoded = encode(tokenizer, texts, self.max_length)
         if self.num_embeddings is not None and tokenizer is self.tokenizer:
             for i, row in enumerate(encoded):
@@ -184,26 +208,28 @@ class SpanCollator:
                         f"row {i} of a batch: expected tokens below {self.num_embeddings} (the model's embeddings), "
                         f"got {most}, {tokenizer.convert_ids_to_tokens(most)!r}; leave it out of the text"
                     )
-        parts = [self._row(row, len(prompt), end) for row, prompt in zip(encoded, prompts, strict=True)]
-        size = self.max_length if self.pad_to == "max_length" else max(len(row.ids) for row, _ in parts)
-        if self.pad_to_multiple_of:
-            size = -(-size // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        made = _Tokenized(
-            torch.full((len(parts), size), pad),
-            torch.zeros(len(parts), size, dtype=torch.long),
-            torch.full((len(parts), size), IGNORED_LABEL),
-            torch.zeros(len(parts), size, 2, dtype=torch.long),
-            torch.zeros(len(parts), size, dtype=torch.bool),
-        )
-        for b, (row, labels) in enumerate(parts):
+        end = tokenizer.eos_token_id
+        return [self._row(row, len(prompt), end) for row, prompt in zip(encoded, prompts, strict=True)]
+
+    def _padded(self, tokenizer: Any, parts: Sequence[tuple[Encoded, list[int]]]) -> tuple[dict[str, Any], TokenSide]:
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if pad is None:
+            raise InputError(f"tokenizer: expected a pad or an end token, {type(tokenizer).__name__} has neither")
+        size = self.padded(max(len(row.ids) for row, _ in parts))
+        ids, labels = torch.full((len(parts), size), pad), torch.full((len(parts), size), IGNORED_LABEL)
+        mask = torch.zeros(len(parts), size, dtype=torch.long)
+        offsets = torch.zeros(len(parts), size, 2, dtype=torch.long)
+        special = torch.zeros(len(parts), size, dtype=torch.bool)
+        for b, (row, own_labels) in enumerate(parts):
             count = len(row.ids)
             real = slice(size - count, size) if tokenizer.padding_side == "left" else slice(0, count)
-            made.ids[b, real] = torch.tensor(row.ids, dtype=torch.long)
-            made.mask[b, real] = 1
-            made.labels[b, real] = torch.tensor(labels, dtype=torch.long)
-            made.offsets[b, real] = torch.tensor(row.offsets, dtype=torch.long).reshape(-1, 2)
-            made.special[b, real] = torch.tensor(row.special, dtype=torch.bool)
-        return made
+            ids[b, real] = torch.tensor(row.ids, dtype=torch.long)
+            mask[b, real] = 1
+            labels[b, real] = torch.tensor(own_labels, dtype=torch.long)
+            offsets[b, real] = torch.tensor(row.offsets, dtype=torch.long).reshape(-1, 2)
+            special[b, real] = torch.tensor(row.special, dtype=torch.bool)
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return batch, TokenSide(offsets, special, mask, None)
 
     def _row(self, row: Encoded, prompt: int, end: int | None) -> tuple[Encoded, list[int]]:
         """One row's tokens and labels, with the end token where the row was not truncated."""
@@ -218,6 +244,23 @@ class SpanCollator:
             row = Encoded([*row.ids, end], [*row.offsets, (0, 0)], [*row.special, True])
             labels = [*labels, end]
         return row, labels
+
+
+def _packed(parts: Sequence[tuple[Encoded, list[int]]]) -> tuple[dict[str, Any], TokenSide]:
+    """The rows one behind the other."""
+    lengths = [len(row.ids) for row, _ in parts]
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    flat = {
+        "input_ids": [token for row, _ in parts for token in row.ids],
+        "labels": [label for _, labels in parts for label in [IGNORED_LABEL, *labels[1:]][: len(labels)]],
+        "position_ids": [position for length in lengths for position in range(length)],
+    }
+    batch: dict[str, Any] = {name: torch.tensor([values], dtype=torch.long) for name, values in flat.items()}
+    batch |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
+    batch |= {name: max(lengths) for name in ("max_length_q", "max_length_k")}
+    offsets = torch.tensor([pair for row, _ in parts for pair in row.offsets], dtype=torch.long).reshape(-1, 2)
+    special = torch.tensor([flag for row, _ in parts for flag in row.special], dtype=torch.bool)
+    return batch, TokenSide(offsets, special, None, bounds)
 
 
 def _spans_of(i: int, row: Mapping[str, Any], name: str) -> Any:

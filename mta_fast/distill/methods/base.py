@@ -116,6 +116,7 @@ class BaseMethod:
 
     Attributes:
         reads_teacher: whether the teacher's logits are read; where not, the two may have different vocabularies.
+        reads_rows: whether it reads the rows of a padded batch, labels [B, S]; where not, rows may be packed in [1, T].
         reads_heads: whether it reads ``head`` of an output where that is there, and no logits then.
         student_layers, teacher_layers: the hidden states that are read.
         responses: the columns of a row that hold a response; spans lie over prompt + response of each.
@@ -128,6 +129,7 @@ class BaseMethod:
 
     reads_teacher = True
     reads_heads = False
+    reads_rows = False
     student_layers: tuple[int, ...] = ()
     teacher_layers: tuple[int, ...] = ()
     responses: tuple[str, ...] = ("output",)
@@ -249,6 +251,7 @@ class NoBaseLoss(BaseMethod):
 
     def sums(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """[0], with a graph."""
-        head = head_of(student)
-        zero: Tensor = (student.logits if head is None else head.last)[:0].sum(dtype=torch.float32)
+        read = head_of(student)
+        nothing = student.logits[:0] if read is None else read.head.module(read.states[:0])
+        zero: Tensor = nothing.sum(dtype=torch.float32)
         return zero[None][:0]

@@ -17,6 +17,7 @@ from mta_fast.distill.methods.losses import (
     counted_positions,
     log_probabilities,
     through_heads,
+    warn_where_nothing_counts,
 )
 from mta_fast.errors import InputError
 from mta_fast.ops.linear_divergence import divergence
@@ -49,6 +50,7 @@ class DistiLLM2(BaseMethod):
 
     responses = PAIR
     reads_heads = True
+    reads_rows = True
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class DistiLLM2(BaseMethod):
         rows = torch.arange(len(labels), device=labels.device).repeat_interleave(lengths, output_size=len(targets))
         own, other = head_of(student), head_of(teacher)
         if own is not None and other is not None:
+            warn_where_nothing_counts(targets)
             return self._through_heads(own, other, counted, targets, rows, lengths)
         log = log_probabilities(student.logits, teacher.logits, labels)
         of_labels = (side.detach().gather(-1, targets[:, None])[:, 0] for side in log)

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mta_fast.config import LayerPairs, checked_layer_pairs
+from mta_fast.distill.heads import HeadStates, LMHead, scale_and_softcap
 from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput, head_of
 from mta_fast.distill.methods.losses import skewed_method
 from mta_fast.errors import InputError
+from mta_fast.inputs import attended
 from mta_fast.layers import num_layers, unwrap
 from mta_fast.layout import compute_dtype
+from mta_fast.ops.trajectory_divergence import trajectory, trajectory_divergence
 
-Head = Callable[[int, Tensor], Tensor]  # (layer, its hidden state [n, d]) -> logits [n, V]
-LOGIT_BUDGET = 1 << 24  # logits of all mapped layers, both sides, that are in memory at once: 64 MB of float32
+LOGIT_BUDGET = 1 << 24  # logits of all mapped layers, both sides, that heads make at once: 64 MB of float32
 
 
 class FDD(BaseMethod):
     """L_FDD = traj + der, added to a token loss (feature dynamics distillation).
 
-    With u_l = LMhead(h_l) of mapped layer l:
+    With u_l = LMhead(h_l) of mapped layer l, softcap and logit scale included:
 
         traj = mean_l KL(softmax(u^T_l / tau) || softmax(u^S_l / tau))
         der  = mean_{l >= 1} [1 - cos(D^T_l, D^S_l)],  D_l = logsoftmax(u_l) - logsoftmax(u_(l-1));  0 for one layer
@@ -61,7 +61,7 @@ class FDD(BaseMethod):
         self.tau = tau
         self._token = skewed_method(loss, alpha, detach_mixture)
         self._pairs = None if layer_pairs is None else checked_layer_pairs(layer_pairs)
-        self._heads: tuple[Head, Head] | None = None
+        self._heads: tuple[LayerHead, LayerHead] | None = None
 
     @property
     def layer_pairs(self) -> LayerPairs:
@@ -90,101 +90,117 @@ class FDD(BaseMethod):
         ):
             if max(layers) > num_layers(model):
                 raise InputError(f"FDD: expected {side} layers up to its depth {num_layers(model)}, got {layers}")
-        self._heads = lm_head(student), lm_head(teacher)
+        self._heads = LayerHead(student), LayerHead(teacher)
         return self
 
     def counts(self, batch: Batch) -> Tensor:
         """[2] counted positions, attended positions."""
-        return torch.cat([self._token.counts(batch), batch["attention_mask"].sum()[None]])
+        return torch.cat([self._token.counts(batch), attended(batch).sum()[None]])
 
     def sums(self, student: ModelOutput, teacher: ModelOutput, batch: Batch) -> Tensor:
         """[2] the token loss and traj + der, each summed over its positions."""
         if self._heads is None:
             raise InputError("FDD: expected the models' heads, got none; call attach(student, teacher) first")
-        own = head_of(student)
-        attended = batch["attention_mask"].flatten().nonzero()[:, 0]
-        student_head, teacher_head = self._heads
-        dynamics = feature_dynamics(
-            [student.hidden_states[layer].flatten(0, 1)[attended] for layer in self.student_layers],
-            [teacher.hidden_states[layer].flatten(0, 1)[attended].detach() for layer in self.teacher_layers],
-            [functools.partial(student_head, layer) for layer in self.student_layers],
-            [functools.partial(teacher_head, layer) for layer in self.teacher_layers],
-            tau=self.tau,
-            vocabulary=student.logits.shape[-1] if own is None else own.ids,
-        )
+        tokens = attended(batch).flatten().nonzero()[:, 0]
+        own, other = head_of(student), head_of(teacher)
+        of_student, of_teacher = self._heads
+        states = of_student.states(student, self.student_layers, tokens)
+        teacher_states = of_teacher.states(teacher, self.teacher_layers, tokens).detach()
+        if own is not None and other is not None:
+            dynamics = _through_heads(states, teacher_states, own, other, self.tau)
+        else:
+            dynamics = feature_dynamics(
+                states,
+                teacher_states,
+                of_student.logits,
+                of_teacher.logits,
+                tau=self.tau,
+                vocabulary=student.logits.shape[-1],
+            )
         token = self._token.sums(student, teacher, batch)
         return torch.cat([token, dynamics[None].to(token.dtype)])
 
 
+def _through_heads(
+    student_states: Tensor, teacher_states: Tensor, student: HeadStates, teacher: HeadStates, tau: float
+) -> Tensor:
+    """``trajectory_divergence`` of states [L, n, d] through the heads of two passes."""
+    own, other = student.head, teacher.head
+    teacher_weight, teacher_bias = other.weight_and_bias()
+
+    def dynamics(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return trajectory_divergence(
+            states,
+            teacher_states,
+            weight,
+            teacher_weight,
+            tau=tau,
+            biases=(bias, teacher_bias),
+            softcaps=(own.softcap, other.softcap),
+            scales=(own.scale, other.scale),
+            vocabulary=student.vocabulary,
+        )
+
+    return own.call(student_states, dynamics)
+
+
 def feature_dynamics(
-    student_states: Sequence[Tensor],
-    teacher_states: Sequence[Tensor],
-    student_heads: Sequence[Callable[[Tensor], Tensor]],
-    teacher_heads: Sequence[Callable[[Tensor], Tensor]],
+    student_states: Tensor,
+    teacher_states: Tensor,
+    student_head: Callable[[Tensor], Tensor],
+    teacher_head: Callable[[Tensor], Tensor],
     *,
     tau: float,
     vocabulary: int,
 ) -> Tensor:
-    """traj + der of FDD, summed over the tokens.
+    """traj + der of FDD, summed over the tokens, of heads that make logits in their own way.
 
     The tokens go piece by piece, and the backward makes each piece's logits anew: never more than LOGIT_BUDGET of
     [layers, tokens, V] are kept, whatever the batch.
 
     Args:
-        student_states, teacher_states: of each mapped layer, [n, d]; the teacher's without a graph.
-        student_heads, teacher_heads: from a layer's states to logits [n, >= vocabulary].
+        student_states, teacher_states: [L, n, d]; the teacher's receive no gradient.
+        student_head, teacher_head: from states to logits [..., >= vocabulary].
         tau: temperature of the trajectory. vocabulary: how many ids are compared.
     """
-    layers, tokens = len(student_states), len(student_states[0])
+    layers, tokens, _ = student_states.shape
     size = max(1, LOGIT_BUDGET // (2 * layers * vocabulary))
 
-    def piece(*states: Tensor) -> Tensor:
-        student = _logits(student_heads, states[:layers], vocabulary)
-        with torch.no_grad():
-            teacher = _logits(teacher_heads, states[layers:], vocabulary)
-        return _dynamics(student, teacher, tau)
+    def logs(head: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+        return head(states)[..., :vocabulary].to(compute_dtype(states)).log_softmax(-1)
 
-    total = sum((state[:0].sum() for state in student_states), torch.zeros((), device=student_states[0].device))
+    def piece(own: Tensor, other: Tensor) -> Tensor:
+        with torch.no_grad():
+            log_p = logs(teacher_head, other)
+        return trajectory(log_p, logs(student_head, own), tau)[0].sum()
+
+    total = student_states[:, :0].sum(dtype=compute_dtype(student_states))
     for first in range(0, tokens, size):
-        part = [state[first : first + size] for state in (*student_states, *teacher_states)]
+        part = (states[:, first : first + size] for states in (student_states, teacher_states))
         total = total + checkpoint(piece, *part, use_reentrant=False)
     return total
 
 
-def _logits(heads: Sequence[Callable[[Tensor], Tensor]], states: Sequence[Tensor], vocabulary: int) -> list[Tensor]:
-    return [head(state)[..., :vocabulary].to(compute_dtype(state)) for head, state in zip(heads, states, strict=True)]
-
-
-def _dynamics(student: Sequence[Tensor], teacher: Sequence[Tensor], tau: float) -> Tensor:
-    """traj + der of all layers' logits [n, V], summed over the n tokens."""
-    trajectory, derivative = [], []
-    before: tuple[Tensor, Tensor] | None = None
-    for u_s, u_t in zip(student, teacher, strict=True):
-        log_p, log_q = F.log_softmax(u_t / tau, -1), F.log_softmax(u_s / tau, -1)
-        trajectory.append((log_p.exp() * (log_p - log_q)).sum())
-        now = F.log_softmax(u_t, -1), F.log_softmax(u_s, -1)
-        if before is not None:
-            derivative.append((1 - F.cosine_similarity(now[0] - before[0], now[1] - before[1], dim=-1)).sum())
-        before = now
-    total = torch.stack(trajectory).mean()
-    return total + torch.stack(derivative).mean() if derivative else total
-
-
-def lm_head(model: nn.Module) -> Head:
-    """A model's head for the hidden state of any layer.
+class LayerHead:
+    """A model's head for the hidden states of any layers.
 
     Raises:
         InputError: a model without output embeddings.
     """
-    inner: Any = unwrap(model)
-    output = inner.get_output_embeddings()
-    if output is None:
-        raise InputError(f"FDD: expected a model with an LM head, {type(inner).__name__} has none")
-    depth = num_layers(inner)
-    narrow = getattr(getattr(inner.base_model, "decoder", None), "project_out", None)  # OPT's: the last state passed it
 
-    def head(layer: int, state: Tensor) -> Tensor:
-        logits: Tensor = output(state if narrow is None or layer == depth else narrow(state))
-        return logits
+    def __init__(self, model: nn.Module) -> None:
+        inner: Any = unwrap(model)
+        output = inner.get_output_embeddings()
+        if output is None:
+            raise InputError(f"FDD: expected a model with an LM head, {type(inner).__name__} has none")
+        self.logits = LMHead(output, *scale_and_softcap(inner)).logits
+        self._depth = num_layers(inner)
+        # OPT's, which the last state has passed
+        self._narrow = getattr(getattr(inner.base_model, "decoder", None), "project_out", None)
 
-    return head
+    def states(self, output: ModelOutput, layers: tuple[int, ...], positions: Tensor) -> Tensor:
+        """[L, n, d] what the head reads of hidden states, at positions [n] of the batch's tokens."""
+        chosen = [output.hidden_states[layer].flatten(0, 1)[positions] for layer in layers]
+        if self._narrow is not None:
+            chosen = [h if layer == self._depth else self._narrow(h) for layer, h in zip(layers, chosen, strict=True)]
+        return torch.stack(chosen)

@@ -137,7 +137,7 @@ def cross_entropy(
     _check_labels(student_logits, labels)
     counted = counted_positions(labels)
     log_q = F.log_softmax(student_logits[:, :-1][counted].to(compute_dtype(student_logits)), -1)
-    _warn_where_nothing_counts(log_q)
+    warn_where_nothing_counts(log_q)
     return _reduced(-log_q.gather(-1, labels[:, 1:][counted][:, None]).squeeze(-1), reduction)
 
 
@@ -194,12 +194,12 @@ def log_probabilities(student_logits: Tensor, teacher_logits: Tensor, labels: Te
     counted = counted_positions(labels)
     dtype = compute_dtype(student_logits, teacher_logits)
     log_q = F.log_softmax(student_logits[:, :-1][counted].to(dtype), -1)
-    _warn_where_nothing_counts(log_q)
+    warn_where_nothing_counts(log_q)
     log_p = F.log_softmax(teacher_logits[:, :-1][counted].detach().to(dtype), -1)
     return LogProbabilities(log_p, log_q)
 
 
-def _warn_where_nothing_counts(counted: Tensor) -> None:
+def warn_where_nothing_counts(counted: Tensor) -> None:
     """In words, once a place: a loss of 0 looks like a good one. Choosing the positions has synchronised already."""
     if not torch.compiler.is_compiling() and not len(counted):
         warnings.warn(
@@ -230,14 +230,17 @@ def through_heads(
     student: HeadStates, teacher: HeadStates | None, counted: Tensor, divergence: str, **options: Any
 ) -> Tensor:
     """``linear_divergence_loss`` of two passes at the counted positions [B, S - 1]; j predicts label j + 1."""
-    sides: dict[str, Any] = {}
-    for name, read in (("student", student), ("teacher", teacher)):
-        if read is not None:
-            module, states = read.head.module, read.states[:, :-1]
-            sides |= {f"{name}_hidden": states[counted.to(states.device)], f"{name}_weight": module.weight}
-            sides |= {f"{name}_bias": module.bias, f"{name}_scale": read.head.scale}
-            sides |= {f"{name}_softcap": read.head.softcap}
-    return linear_divergence_loss(**sides, divergence=divergence, vocabulary=student.vocabulary, **options)
+    options |= {"divergence": divergence, "vocabulary": student.vocabulary}
+    options |= {"student_scale": student.head.scale, "student_softcap": student.head.softcap}
+    if teacher is not None:
+        weight, bias = teacher.head.weight_and_bias()
+        options |= {"teacher_hidden": teacher.states[:, :-1][counted], "teacher_weight": weight, "teacher_bias": bias}
+        options |= {"teacher_scale": teacher.head.scale, "teacher_softcap": teacher.head.softcap}
+
+    def loss(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_divergence_loss(states, weight, student_bias=bias, **options)
+
+    return student.head.call(student.states[:, :-1][counted], loss)
 
 
 # --- as a base method --------------------------------------------------------------------------------------------
@@ -257,6 +260,10 @@ class TokenMethod(BaseMethod):
         for option in ("alpha", "beta"):
             if option in options:
                 check_share(option, float(options[option]))
+        if loss == "skl" and options.get("detach_mixture"):
+            raise InputError(
+                "detach_mixture: expected False with skl, got True: detached it has no gradient at all; take srkl"
+            )
         self.reads_teacher = loss not in SEQUENCE_LEVEL_LOSSES
 
     @property
@@ -274,19 +281,18 @@ class TokenMethod(BaseMethod):
         if own is None or (other is None and self.reads_teacher):
             return self._loss(student.logits, teacher.logits, batch["labels"], reduction="sum")[None]
         counted = counted_positions(batch["labels"])
-        options = self._options if self.reads_teacher else {"labels": batch["labels"][:, 1:][counted]}
-        made = through_heads(
-            own, other if self.reads_teacher else None, counted, self._name, reduction="sum", **options
-        )
-        _warn_where_nothing_counts(made.reshape(-1)[: int(counted.any())])
-        return made[None]
+        targets = batch["labels"][:, 1:][counted]
+        warn_where_nothing_counts(targets)
+        options = self._options if self.reads_teacher else {"labels": targets}
+        other = other if self.reads_teacher else None
+        return through_heads(own, other, counted, self._name, reduction="sum", **options)[None]
 
 
 def skewed_method(loss: str, alpha: float, detach_mixture: bool) -> TokenMethod:
     """SRKL or SKL, as the token loss of another method.
 
     Raises:
-        InputError: another loss, or an alpha outside 0 to 1.
+        InputError: another loss, an alpha outside 0 to 1, or a detached SKL.
     """
     check_choice("loss", loss, SKEWED_LOSSES)
     return TokenMethod(loss, alpha=alpha, detach_mixture=detach_mixture)

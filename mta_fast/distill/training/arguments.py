@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,13 @@ REFUSED_OPTIONS: dict[str, str] = {
 }
 # of TrainingArguments for scripts that hold the arguments; nothing here reads them
 FOR_SCRIPTS = ("do_train", "do_eval", "do_predict", "local_rank")
+# what a budget of tokens decides in their place
+WITHOUT_BUDGET = (
+    "per_device_train_batch_size",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "auto_find_batch_size",
+)
 # the projections' learning rate is that of a group, which these don't have
 WITHOUT_GROUPS = (
     "lomo",
@@ -91,6 +98,10 @@ class MTATrainingArguments(TrainingArguments):
         max_length: tokens a row is truncated to (by the collator that MTATrainer makes).
         pad_to: "longest": rows are padded to the longest of their batch; "max_length": to that many tokens, as the
             public scripts do. None: the latter where ``MTAConfig.count_padding`` makes the loss depend on it.
+        padding_free: the rows of a batch lie one behind the other in [1, T] in place of being padded; for models whose
+            attention keeps them apart, which a probe finds out before training. Same losses and gradients.
+        max_tokens_per_batch: batches of rows of like length, as many as fit into so many of the student's tokens,
+            padding included; in place of per_device_train_batch_size.
         projection_learning_rate: learning rate of the projections of Hid (paper: 5e-4).
         accumulation: how "batch" normalisation spans the micro-batches of a step. "keep": exact; the teacher runs
             on all of them first and its outputs are kept (memory: gradient_accumulation_steps times its logits and
@@ -108,6 +119,8 @@ class MTATrainingArguments(TrainingArguments):
 
     max_length: int = field(default=256, metadata={"help": "tokens a row is truncated to"})
     pad_to: str | None = field(default=None, metadata={"help": f"one of {', '.join(PAD_TO)}"})
+    padding_free: bool = field(default=False, metadata={"help": "pack the rows of a batch in place of padding them"})
+    max_tokens_per_batch: int | None = field(default=None, metadata={"help": "tokens of a batch, padding included"})
     projection_learning_rate: float = field(default=5e-4, metadata={"help": "learning rate of Hid's projections"})
     accumulation: str = field(default="keep", metadata={"help": f"one of {', '.join(ACCUMULATION)}"})
     log_gradient_norms: bool = field(default=False, metadata={"help": "log the gradient norm of each term"})
@@ -124,6 +137,10 @@ class MTATrainingArguments(TrainingArguments):
         check_choice("accumulation", self.accumulation, ACCUMULATION)
         if self.pad_to is not None:
             check_choice("pad_to", self.pad_to, PAD_TO, "none")
+            if self.padding_free:
+                raise InputError(f"pad_to: expected none beside padding_free, got {self.pad_to!r}; there is no padding")
+        if self.max_tokens_per_batch is not None:
+            self._check_budget()
         if self.max_seconds is not None:
             if not self.max_seconds > 0:
                 raise InputError(f"max_seconds: expected a time > 0, got {self.max_seconds}")
@@ -138,6 +155,17 @@ class MTATrainingArguments(TrainingArguments):
                 f"GPUs: expected one a process, got {self.n_gpu} in this one; start with torchrun or accelerate "
                 f"launch, or set CUDA_VISIBLE_DEVICES"
             )
+
+    def _check_budget(self) -> None:
+        """Refuse a budget below a token, and what it leaves without an effect."""
+        if isinstance(self.max_tokens_per_batch, bool) or not self.max_tokens_per_batch >= 1:  # type: ignore[operator]  # asked by who knows it
+            raise InputError(f"max_tokens_per_batch: expected a number of tokens, got {self.max_tokens_per_batch!r}")
+        for f in fields(self):
+            if f.name in WITHOUT_BUDGET and (value := getattr(self, f.name)) != f.default:
+                raise InputError(
+                    f"{f.name}: expected its default beside max_tokens_per_batch, whose batches are rows of like "
+                    f"length in random order, got {_said(value)}; leave it out"
+                )
 
     def _refuse_what_has_no_effect(self) -> None:
         for name, (kept, why) in REFUSED.items():

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler, get_worker_info
 from transformers import TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import has_length, seed_worker
 
+from mta_fast.distill.training.budget import TokenBudgetBatches
 from mta_fast.distill.training.saving import WholeCheckpoints
 from mta_fast.errors import InputError
 
 Row = Mapping[str, Any]
+LOADER_OPTIONS = (
+    *("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order"),
+)
 FILLER = "filler"  # key of a batch that counts for nothing
 
 
@@ -27,6 +32,9 @@ class RowFeeding(WholeCheckpoints):
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **options: Any) -> DataLoader[Any]:
         ranks, drop_last = self.args.world_size, self.args.dataloader_drop_last
         if is_training:
+            budget = getattr(self.args, "max_tokens_per_batch", None)
+            if budget is not None:
+                return self._budgeted(dataset, budget)
             dataset = Endless(dataset) if is_stream(dataset) else dataset
             return super()._get_dataloader(dataset, *args, is_training=True, **options)
         if ranks > 1:
@@ -37,6 +45,29 @@ class RowFeeding(WholeCheckpoints):
             return super()._get_dataloader(dataset, *args, is_training=False, **options)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def _budgeted(self, dataset: Any, budget: int) -> DataLoader[Any]:
+        """Training batches by ``max_tokens_per_batch``; each rank takes every so many of them."""
+        args, given = self.args, self.data_collator
+        collator: Any = given.collator if isinstance(given, WithoutFillers) else given
+        lengths = self._column(dataset) or collator.lengths(_without_spans(dataset))
+        lengths = [min(length, collator.max_length) for length in lengths]
+        seed = args.seed if args.data_seed is None else args.data_seed
+        padded = None if collator.flatten else collator.padded
+        batches = TokenBudgetBatches(lengths, budget, padded, ranks=args.world_size, seed=seed)
+        names = [name for name in LOADER_OPTIONS if hasattr(args, f"dataloader_{name}")]
+        loader: DataLoader[Any] = self.accelerator.prepare(
+            DataLoader(
+                dataset,
+                batch_sampler=batches,
+                collate_fn=self.data_collator,
+                worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+                **{name: getattr(args, f"dataloader_{name}") for name in names},
+            )
+        )
+        if loader.batch_sampler is not batches:  # accelerate's, which takes this rank's batches
+            loader.batch_sampler.set_epoch = batches.set_epoch  # type: ignore[union-attr]  # else a resumed epoch isn't told
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
         """The Trainer's; the rows' lengths, where it asks for them, are those of their tokens."""
@@ -53,9 +84,10 @@ class RowFeeding(WholeCheckpoints):
 
     def _lengths(self, dataset: Any) -> list[int]:
         """Tokens of each row: its column ``length_column_name``, else those of its texts."""
-        rows, column = list(dataset), self.args.length_column_name
-        if all(column in row for row in rows):
-            return [int(row[column]) for row in rows]
+        known = self._column(dataset)
+        if known is not None:
+            return known
+        rows, column = list(_without_spans(dataset)), self.args.length_column_name
         responses = self._module.base.responses
         texts = [_texts(i, row, column, responses) for i, row in enumerate(rows)]
         longest = getattr(self.args, "max_length", None)
@@ -66,6 +98,22 @@ class RowFeeding(WholeCheckpoints):
             )["input_ids"]
         )
         return [max(1, sum(next(lengths) for _ in parts)) for parts in texts]
+
+    def _column(self, dataset: Any) -> list[int] | None:
+        """Lengths that the rows bring."""
+        column = self.args.length_column_name
+        if column in (getattr(dataset, "column_names", None) or ()):
+            return [int(length) for length in dataset[column]]
+        if hasattr(dataset, "column_names"):
+            return None
+        lengths = [row.get(column) for row in dataset]
+        return None if None in lengths else [int(length) for length in lengths]
+
+
+def _without_spans(dataset: Any) -> Any:
+    """A ``datasets.Dataset`` without its columns of spans, which take long to read; others as they are."""
+    names = [name for name in getattr(dataset, "column_names", None) or () if name.endswith("_spans")]
+    return dataset.remove_columns(names) if names and hasattr(dataset, "remove_columns") else dataset
 
 
 def _texts(i: int, row: Row, column: str, responses: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from mta_fast.distill.manifest import FINGERPRINT_FILE, STATE_FILE
 from mta_fast.distill.methods.base import BaseMethod
+from mta_fast.distill.teacher.cached import StoredTeacher
 from mta_fast.errors import InputError
 from mta_fast.layers import unwrap
 
@@ -95,6 +96,8 @@ def free_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> Callable[[str],
             return False
         if key == "training.dataloader_num_workers" and "streamed" in (run.get("train_dataset.rows") for run in runs):
             return False  # each worker reads its own part
+        if key == "teacher.cache":  # where it is; that it is there changes how the states are rounded
+            return None not in (old[key], new[key])
         if key == "training.accumulation":  # two ways to the same numbers
             return {old[key], new[key]} == {"keep", "recompute"}
         return any(fnmatch(key, pattern) for pattern in FREE)
@@ -169,14 +172,14 @@ def of_models(student: nn.Module, teacher: nn.Module | None, method: BaseMethod,
     own: Any = unwrap(student)
     run = of_config("student", own.config) if hasattr(own, "config") else {}
     dtypes = sorted({str(each.dtype) for each in student.parameters()})
-    run |= {"student.dtype": dtypes, **of_method(method), "teacher": None}
+    run |= {"student.dtype": dtypes, **of_method(method), "teacher": None, "teacher_cache": None}
     adapters: Any = getattr(student, "peft_config", None)
     run["student.adapters"] = sorted(adapters) if isinstance(adapters, Mapping) else None
     for name, config in adapters.items() if isinstance(adapters, Mapping) else ():
         run |= of_config(f"student.{name}", config)
         run["student.base"] = of_weights(student, trained=False)
     if teacher is not None:
-        run["teacher"] = of_weights(teacher)
+        run["teacher"] = teacher.weights if isinstance(teacher, StoredTeacher) else of_weights(teacher)
     return (
         run
         | of_tokenizer("teacher_tokenizer", teacher_tokenizer)

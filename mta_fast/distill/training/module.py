@@ -11,36 +11,11 @@ from torch import Tensor, nn
 
 from mta_fast.distill.heads import HeadStates, LMHead, deferring
 from mta_fast.distill.methods.base import BaseMethod, NoBaseLoss
+from mta_fast.distill.teacher.live import TeacherOutput
 from mta_fast.distill.training.stopwatch import Stopwatch
 from mta_fast.inputs import model_inputs
 from mta_fast.layers import capture_layers
 from mta_fast.loss import MTALoss
-
-
-@dataclass(eq=False)
-class TeacherOutput:
-    """What the teacher says about a batch, detached.
-
-    Attributes:
-        logits: [B, S, V] over the common vocabulary; None where the base loss reads none. Made when they are first
-            read, where ``head`` is there.
-        hidden_states: {layer: [B, S, d_T]} of the layers that MTA and the base method read.
-        entropy_weights: [B, S], or None where the config does not ask for them.
-        head: what the head was to read.
-    """
-
-    made: Tensor | None
-    hidden_states: Mapping[int, Tensor]
-    entropy_weights: Tensor | None = None
-    head: HeadStates | None = None
-
-    @property
-    def logits(self) -> Tensor | None:
-        """The model's own, or made of what its head was to read, under no gradient."""
-        if self.made is None and self.head is not None:
-            with torch.no_grad():
-                self.made = self.head.logits()
-        return self.made
 
 
 @dataclass(eq=False)
@@ -189,6 +164,7 @@ class DistillationModel(nn.Module):
             batch["spans"],
             teacher_spans=batch.get("teacher_spans"),
             entropy_weights=teacher.entropy_weights,
+            teacher_importance=teacher.importance,
         ).per_layer
         denominators = totals.mta
         if denominators is None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mta_fast import _yaml
 from mta_fast.choices import nearest
-from mta_fast.distill.data import LoadedRows, data_places, describe_rows, drop_long_rows, span_column
+from mta_fast.distill.data import LoadedRows, cut_texts, data_places, describe_rows, drop_long_rows, span_column
 from mta_fast.distill.methods.base import BaseMethod
 from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_places, same_vocabulary
+from mta_fast.distill.teacher.store import CACHE
 from mta_fast.distill.training import ranks, resuming
 from mta_fast.distill.training.checkpoints import EXPORT, last_checkpoint
 from mta_fast.distill.training.fit import check_evaluation, check_layers, check_room, check_values, rehearse, unsharded
@@ -44,6 +47,7 @@ from mta_fast.spans.extract import SpanExtractor
 
 if TYPE_CHECKING:
     from mta_fast.distill.training.arguments import MTATrainingArguments
+    from mta_fast.distill.training.caching import TeacherCache
     from mta_fast.distill.training.trainer import MTATrainer
 
 STUDENT_FOLDER, PICTURE = "student", "training.png"
@@ -222,7 +226,8 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
     """The trainer of these settings, with its data and models loaded."""
     from transformers import set_seed
 
-    from mta_fast.distill.training.trainer import MTATrainer
+    from mta_fast.distill.training.caching import needs_teacher
+    from mta_fast.distill.training.trainer import MTATrainer, span_collator
 
     arguments = training_arguments(settings)
     method = base_method(settings.base.loss, **settings.base.options)
@@ -250,11 +255,20 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
         sources["eval"] = settings.data.eval, settings.data.eval_split
     with arguments.main_process_first(desc="reading"):
         read = {name: _read(settings, method, *source, tokenizer, arguments) for name, source in sources.items()}
+    cache = teacher_cache(settings)
+    if cache is not None:
+        collator = method.collator(span_collator(tokenizer, None if shared else tokenizers["teacher"], None, arguments))
+        if not needs_teacher(cache, [each.rows for each in read.values()], collator, method):
+            sides.pop("teacher")
     with unsharded(arguments):
         models = {side: load_model(sides[side].path, dtype=sides[side].dtype, **sides[side].options) for side in sides}
     student: Any = models["student"]
     with arguments.main_process_first(desc="span extraction"):  # the other ranks then find the spans in the cache
-        rows = {name: _with_spans(settings, method, loaded, extractor) for name, loaded in read.items()}
+        cut = None
+        if settings.spans.truncate:
+            own = [tokenizer] if shared else list(tokenizers.values())
+            cut = partial(cut_texts, tokenizers=own, max_length=arguments.max_length)
+        rows = {name: _with_spans(settings, method, loaded, extractor, cut) for name, loaded in read.items()}
     if settings.student.lora is not None:
         set_seed(arguments.seed)
         student = _with_lora(student, settings.student.lora)
@@ -268,10 +282,29 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
         processing_class=tokenizer,
         teacher_tokenizer=tokenizers.get("teacher"),
         base_loss=method,
+        teacher_cache=cache,
         span_extractor=extractor,
         train_dataset=rows["train"],
         eval_dataset=rows.get("eval"),
     )
+
+
+def teacher_cache(settings: TrainSettings) -> TeacherCache | None:
+    """Where the teacher's states are kept; None without a cache.
+
+    Raises:
+        InputError: the folder holds other files, or what is read.
+    """
+    from mta_fast.distill.training.caching import TeacherCache
+    from mta_fast.distill.training.identity import source_of
+
+    teacher = settings.teacher
+    if teacher is None or teacher.cache is None:
+        return None
+    sources = (*model_places(teacher.path), *model_places(settings.student.path))
+    check_target(teacher.cache, CACHE, sources=sources)
+    source = source_of(teacher.path, teacher.dtype, teacher.options)
+    return TeacherCache(teacher.cache, teacher.cache_dtype, source, sources)
 
 
 def training_arguments(settings: TrainSettings) -> MTATrainingArguments:
@@ -337,9 +370,17 @@ def _read(
 
 
 def _with_spans(
-    settings: TrainSettings, method: BaseMethod, loaded: LoadedRows[Any], extractor: SpanExtractor | None
+    settings: TrainSettings,
+    method: BaseMethod,
+    loaded: LoadedRows[Any],
+    extractor: SpanExtractor | None,
+    cut: Callable[[Sequence[str]], list[str]] | None = None,
 ) -> Any:
-    """A ``datasets.Dataset`` of prompts, responses and spans; the spans come from the cache where they are."""
+    """A ``datasets.Dataset`` of prompts, responses and spans; the spans come from the cache where they are.
+
+    Args:
+        cut: of the texts, what is parsed; None: all.
+    """
     import datasets
 
     names = ("prompt", *method.responses)
@@ -348,7 +389,7 @@ def _with_spans(
         cache = SpanCache(extractor, settings.spans.cache)
         for response in method.responses:
             texts = [row["prompt"] + row[response] for row in loaded.rows]
-            spans = cache(texts, progress=True)
+            spans = cache(texts if cut is None else cut(texts), progress=True)
             columns |= {span_column(response, name): column for name, column in spans.items()}
     return datasets.Dataset.from_dict(columns)
 

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from mta_fast.config import PRESETS, MTAConfig
 from mta_fast.distill.methods.registry import METHODS
 from mta_fast.distill.training.arguments import FOR_SCRIPTS, REFUSED, MTATrainingArguments
-from mta_fast.distill.training.settings import TrainSettings
+from mta_fast.distill.training.settings import ModelSettings, TrainSettings
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -24,9 +24,10 @@ def json_schema() -> dict[str, Any]:
     """
     schema = TypeAdapter(TrainSettings).json_schema()
     definitions, parts = schema["$defs"], schema["properties"]
-    model = definitions["ModelSettings"]["properties"]
-    for name, field in definitions["StudentSettings"]["properties"].items():  # pydantic inherits no description
-        field.setdefault("description", model.get(name, {}).get("description"))
+    model = TypeAdapter(ModelSettings).json_schema()["properties"]
+    for side in ("StudentSettings", "TeacherSettings"):  # pydantic inherits no description
+        for name, field in definitions[side]["properties"].items():
+            field.setdefault("description", model.get(name, {}).get("description"))
     parts["mta"]["anyOf"][0] = _mta(definitions)
     parts["training"] |= {"properties": _training(definitions), "additionalProperties": False}
     definitions["BaseSettings"]["properties"]["loss"]["anyOf"] = [{"enum": list(METHODS)}, {"pattern": "^[^:]+:[^:]+$"}]

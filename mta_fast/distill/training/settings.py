@@ -72,6 +72,17 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, config=_OF_A_RUN)
+class TeacherSettings(ModelSettings):
+    """The teacher."""
+
+    cache: Folder | None = None
+    """Folder of its states (``mta-fast teach``): rows that are there are read, others run and added; null: it runs at
+    every step."""
+    cache_dtype: Literal["int8", "bfloat16", "float16", "float32"] = "int8"
+    """What its layers are stored in; int8 in groups of 32 features, the last state then in bfloat16."""
+
+
+@dataclass(frozen=True, config=_OF_A_RUN)
 class StudentSettings(ModelSettings):
     """The student."""
 
@@ -118,6 +129,8 @@ class SpanSettings:
     """Processes that parse."""
     skip_unparsable: StrictBool = False
     """Leave a text over which these die again and again without spans, and say so."""
+    truncate: StrictBool = False
+    """Don't parse what training.max_length cuts off; 500 characters of it are, as a parse looks ahead."""
 
 
 @dataclass(frozen=True, config=_OF_A_RUN)
@@ -143,7 +156,7 @@ class TrainSettings:
     """The text that it is trained and evaluated on."""
     output_dir: Folder
     """Checkpoints, logs, pictures and the exported student go here."""
-    teacher: ModelSettings | None = None
+    teacher: TeacherSettings | None = None
     """What it learns from; null to learn from the data alone (base cross_entropy, mta false)."""
     spans: SpanSettings = field(default_factory=SpanSettings)
     """Where words and phrases come from."""

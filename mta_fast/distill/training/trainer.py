@@ -11,34 +11,39 @@ import functools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mta_fast.config import MTAConfig
-from mta_fast.distill.heads import LMHead, deferring, take_apart
+from mta_fast.distill.heads import LMHead, take_apart
 from mta_fast.distill.methods.base import BaseMethod, NoBaseLoss, TrainingPlan
 from mta_fast.distill.methods.losses import SEQUENCE_LEVEL_LOSSES
 from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.models import common_vocabulary, same_vocabulary
+from mta_fast.distill.teacher.cached import CachedTeacher, StoredTeacher
+from mta_fast.distill.teacher.live import LiveTeacher, TeacherOutput, TeacherReads
 from mta_fast.distill.training import checkpoints, fingerprint
 from mta_fast.distill.training.arguments import MTATrainingArguments, check_options
-from mta_fast.distill.training.feeding import FILLER, RowFeeding, WithoutFillers, check_stream
+from mta_fast.distill.training.budget import check_budget
+from mta_fast.distill.training.caching import CacheFilling, TeacherCache, cached_teacher, loss_for, without_spans
+from mta_fast.distill.training.feeding import FILLER, RowFeeding, WithoutFillers, check_stream, is_stream
 from mta_fast.distill.training.fit import check_room
 from mta_fast.distill.training.fitness import GradientsArrive, check_models, check_optimizer
 from mta_fast.distill.training.log import TERMS, EvaluationSums, StepEnd, TrainingLog
-from mta_fast.distill.training.module import DistillationModel, DistillationOutput, StepTotals, TeacherOutput
+from mta_fast.distill.training.module import DistillationModel, DistillationOutput, StepTotals
+from mta_fast.distill.training.packing import check_joined, check_packing
 from mta_fast.distill.training.placing import place_teacher
 from mta_fast.errors import InputError
 from mta_fast.files import user_path
-from mta_fast.inputs import check_left_padding, model_inputs
-from mta_fast.layers import capture_layers
+from mta_fast.inputs import check_left_padding
 from mta_fast.loss import MTALoss
-from mta_fast.ops.entropy import entropy_weights
 from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor
 from mta_fast.spans.lazy import LazySpans
@@ -53,7 +58,7 @@ class MTATrainer(RowFeeding):
     Args:
         student: a causal language model of transformers, or one wrapped by PEFT.
         teacher: likewise, of any floating dtype; frozen and moved to the training device. None where nothing of it is
-            read: no MTA, and cross_entropy as the base loss.
+            read (no MTA, and cross_entropy as the base loss), or all of it from ``teacher_cache``.
         mta: an MTAConfig (the widths are then read from the models), an MTALoss, or None for the base loss alone.
         args: MTATrainingArguments.
         processing_class: the student's fast tokenizer, saved beside it.
@@ -61,6 +66,8 @@ class MTATrainer(RowFeeding):
             and the base loss is None or a sequence-level one.
         base_loss: a BaseMethod, its name as in ``methods.registry.base_method``, or None: MTA alone.
         base_loss_options: such as {"alpha": 0.1}.
+        teacher_cache: where the teacher's states are read from; rows that are not there are run by ``teacher`` and
+            added, or refused where it is None.
         span_extractor: for text that the student writes during training (DistiLLM with MTA); parses in processes of
             its own.
         train_dataset, eval_dataset: rows with "prompt", "output", "word_spans" and "phrase_spans"; for DistiLLM-2 as
@@ -83,6 +90,7 @@ class MTATrainer(RowFeeding):
         teacher_tokenizer: Any = None,
         base_loss: str | BaseMethod | None = "srkl",
         base_loss_options: Mapping[str, Any] | None = None,
+        teacher_cache: TeacherCache | None = None,
         span_extractor: SpanExtractor | None = None,
         data_collator: Any = None,
         **options: Any,
@@ -97,6 +105,8 @@ class MTATrainer(RowFeeding):
             raise InputError(
                 "base_loss: expected a base loss or an MTA config, got neither; there is nothing to train on"
             )
+        if teacher is None and teacher_cache is not None:
+            teacher = teacher_cache.stored_teacher()
         if teacher is None and (mta is not None or method.reads_teacher):
             raise InputError(
                 "teacher: expected a model, got none; without one there is no MTA, and the base loss is cross_entropy"
@@ -104,7 +114,7 @@ class MTATrainer(RowFeeding):
         check_models(student, teacher, mta)
         if isinstance(mta, MTAConfig):
             assert teacher is not None
-            mta = MTALoss.for_models(student, teacher, mta)
+            mta = loss_for(student, teacher, mta)
         for side, network in (("student", student), ("teacher", teacher)):
             if network is not None:
                 own = teacher_tokenizer if side == "teacher" and teacher_tokenizer is not None else processing_class
@@ -113,13 +123,17 @@ class MTATrainer(RowFeeding):
         kinds = sorted(set(mta.config.granularity)) if mta is not None else ()
         if data_collator is None:
             known = _num_embeddings(student, teacher if teacher_tokenizer is None else None)
-            data_collator = _span_collator(processing_class, teacher_tokenizer, mta, args, num_embeddings=known)
+            data_collator = span_collator(processing_class, teacher_tokenizer, mta, args, num_embeddings=known)
+        check_joined(args.padding_free, None if mta is None else mta.config, method, data_collator)
         _check_padding_side(student, teacher, processing_class, teacher_tokenizer)
         collator = method.collator(data_collator)
+        self._unaligned = method.collator(without_spans(data_collator))  # of a cache's rows
         self._batches = method.batches(collator, span_extractor if kinds else None)
         self.model_fingerprint = fingerprint.of_models(student, teacher, method, teacher_tokenizer)
         options["data_collator"] = WithoutFillers(collator) if args.world_size > 1 else collator
         check_stream(options.get("train_dataset"), args)
+        if args.max_tokens_per_batch is not None:
+            check_budget(method, self._batches, collator, streamed=is_stream(options.get("train_dataset")))
         check_optimizer(options.get("optimizers", (None, None))[0], student, mta)
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         super().__init__(model=model, args=args, processing_class=processing_class, **options)
@@ -134,11 +148,16 @@ class MTATrainer(RowFeeding):
         )
         method.reduce = self._sum_over_ranks
         self._teacher_device = args.device if self.teacher is None else place_teacher(self.teacher, args.device)
+        if args.padding_free:
+            self._check_packing()
+        if teacher_cache is not None:
+            self.model_fingerprint["teacher_cache"] = teacher_cache.dtype
         self._totals: StepTotals | None = None
         self._teacher_outputs: deque[TeacherOutput] = deque()
         self._teacher_head: LMHead | None = None
         if args.fused_head:
-            self._take_heads_apart(sharded)
+            self._take_heads_apart()
+        self._teacher_pass, self._cached = self._make_teacher(teacher_cache)
         self._log = TrainingLog(args.device)
         self._evaluated: EvaluationSums | None = None
         self._module.stopwatch = self._log.mta
@@ -146,29 +165,35 @@ class MTATrainer(RowFeeding):
         if not sharded:
             self.add_callback(GradientsArrive(student, mta))
 
-    def _take_heads_apart(self, sharded: bool) -> None:
+    def _check_packing(self) -> None:
+        """Refuse models that don't keep packed rows apart; with the training's autocast."""
+        reads_teacher = self._module.layers("teacher") or self._module.base.reads_teacher
+        with self.accelerator.autocast():
+            check_packing(self._module.student, "student")
+            if self.teacher is not None and reads_teacher:
+                check_packing(self.teacher, "teacher")
+
+    def _take_heads_apart(self) -> None:
         """Have the base loss made of the states before the LM heads, or say why it is made of logits."""
         module = self._module
+        models: dict[str, nn.Module] = {"student": module.student}
+        if self.teacher is not None and module.base.reads_teacher:
+            models["teacher"] = self.teacher
         if not module.base.reads_heads:
             return
-        sides: dict[str, nn.Module] = {"student": module.student}
-        if self.teacher is not None and module.base.reads_teacher:
-            sides["teacher"] = self.teacher
-        why = "weights are sharded (FSDP or DeepSpeed)" if sharded else None
-        if self._teacher_device != self.args.device and "teacher" in sides:
-            why = "the teacher is on another device"
-        heads: dict[str, LMHead] = {}
-        for side, model in sides.items() if why is None else ():
-            found = take_apart(model)
-            if isinstance(found, str):
-                why = f"{side}: {found}"
-                break
-            heads[side] = found
-        if why is not None:
-            if self.args.process_index == 0:
-                warnings.warn(f"fused_head: the base loss is made of logits, as {why}", stacklevel=3)
-            return
-        module.head, self._teacher_head = heads["student"], heads.get("teacher")
+        heads, whys = {}, []
+        for side, model in models.items():
+            head = take_apart(model)
+            if isinstance(head, LMHead):
+                heads[side] = head
+            else:
+                whys.append(f"{side}: {head}")
+        if "teacher" in models and self._teacher_device != self.args.device:
+            whys.append("teacher: it is on another device")
+        if not whys:
+            module.head, self._teacher_head = heads["student"], heads.get("teacher")
+        elif self.args.process_index == 0:
+            warnings.warn(f"fused_head: the base loss is made of logits, as {'; '.join(whys)}", stacklevel=3)
 
     # --- one optimisation step -----------------------------------------------------------------------------------
 
@@ -243,33 +268,68 @@ class MTATrainer(RowFeeding):
                 self._teacher_outputs.append(teacher)
         return self._sum_over_ranks(torch.stack(sums).sum(0))
 
-    @torch.no_grad()
-    def _teach(self, batch: Mapping[str, Any]) -> TeacherOutput:
-        """The teacher's pass; no graph, and only the chosen layers and the logits that are read are kept."""
-        module = self._module
-        layers, reads = module.layers("teacher"), module.base.reads_teacher
-        if self.teacher is None or not (layers or reads):
-            return TeacherOutput(None, {})
+    def _make_teacher(
+        self, cache: TeacherCache | None
+    ) -> tuple[Callable[[Mapping[str, Any]], TeacherOutput], CachedTeacher | None]:
+        """What is called on every batch, and the cache that it reads from."""
+        module, teacher, live = self._module, self.teacher, None
         config = None if module.mta is None else module.mta.config
-        side = "teacher_" if "teacher_input_ids" in batch else ""
-        inputs = {
-            name: values.to(self._teacher_device) for name, values in model_inputs(self.teacher, batch, side).items()
-        }
         by_entropy = config is not None and config.weighting == "entropy"
-        head = self._teacher_head if reads and not by_entropy else None
-        with self.accelerator.autocast():
-            with capture_layers(self.teacher, layers) as hidden, deferring(head, module.vocabulary) as read:
-                logits = self.teacher(**inputs, use_cache=False).logits
-        if read is not None:
-            return TeacherOutput(
-                None, {layer: state.to(self.args.device) for layer, state in hidden.items()}, None, read
+        reads = TeacherReads(module.layers("teacher"), module.base.reads_teacher, by_entropy, module.vocabulary)
+        if teacher is not None and not isinstance(teacher, StoredTeacher):
+            live = LiveTeacher(
+                teacher,
+                reads,
+                device=self.args.device,
+                own_device=self._teacher_device,
+                autocast=self.accelerator.autocast,
+                head=self._teacher_head,
             )
-        logits = logits[..., : module.vocabulary]
-        if reads or by_entropy:
-            logits = logits.to(self.args.device)
-        weights = entropy_weights(logits) if by_entropy else None
-        states = {layer: state.to(self.args.device) for layer, state in hidden.items()}
-        return TeacherOutput(logits if reads else None, states, weights)
+        if teacher is None or cache is None:
+            return (live or (lambda batch: TeacherOutput(None, {}))), None
+        autocast = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
+        cached = cached_teacher(cache, teacher, live, reads, config, self.args, autocast)
+        return cached, cached
+
+    def _teach(self, batch: Mapping[str, Any]) -> TeacherOutput:
+        """What the teacher says about a batch."""
+        return self._teacher_pass(batch)
+
+    @contextmanager
+    def _filling(self, *, alone: bool = False) -> Iterator[CacheFilling | None]:
+        """Rows that the teacher runs on meanwhile are kept in its cache; ``alone``: only if no other process does."""
+        if self._cached is None:
+            yield None
+            return
+        rows = [self.train_dataset, self.eval_dataset]
+        filling = CacheFilling(self._cached, rows, self._unaligned, self._module.base)
+        try:
+            filling.begin(rank=self.args.process_index, told=self._told, alone=alone)
+            yield filling
+        finally:
+            self._cached.store.close()
+
+    def _told(self, own: bool) -> bool:
+        """The first rank's word, on every rank."""
+        return bool(broadcast_object_list([own])[0])
+
+    def fill_teacher_cache(self) -> None:
+        """Run the teacher on every row of the training and evaluation sets that its cache lacks; as ``mta-fast teach``.
+
+        Raises:
+            InputError: no cache, no teacher, no room, or another process that fills it.
+        """
+        if self._cached is None:
+            raise InputError("teacher_cache: expected one to fill, got none")
+        with self._filling(alone=True) as filling:
+            assert filling is not None
+            filling.fill(
+                self.args.eval_batch_size,
+                self.args.process_index,
+                self.args.world_size,
+                lambda batch: self._prepare_inputs(dict(batch)),
+            )
+        self.accelerator.wait_for_everyone()
 
     def compute_loss(
         self,
@@ -428,7 +488,7 @@ class MTATrainer(RowFeeding):
             if self._is_finished(Path(resume_from_checkpoint)):  # the Trainer would take one more step
                 self._load_from_checkpoint(resume_from_checkpoint)
                 return None
-        with self._batches:
+        with self._batches, self._filling():
             if self._module.base.wants_validation:
                 self.evaluate()
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
@@ -482,16 +542,16 @@ def _with_spans(batch: Mapping[str, Any]) -> Batch:
     return {name: value.result() if isinstance(value, LazySpans) else value for name, value in batch.items()}
 
 
-def _span_collator(
+def span_collator(
     tokenizer: Any,
     teacher_tokenizer: Any,
     mta: MTALoss | None,
     args: MTATrainingArguments,
     *,
-    num_embeddings: int | None,
+    num_embeddings: int | None = None,
 ) -> SpanCollator:
     """What makes a batch of rows where the user gives nothing else."""
-    by_columns = mta is not None and mta.config.count_padding
+    by_columns = mta is not None and mta.config.count_padding and not args.padding_free
     return SpanCollator(
         tokenizer,
         teacher_tokenizer,
@@ -499,6 +559,7 @@ def _span_collator(
         max_length=args.max_length,
         pad_to=args.pad_to or ("max_length" if by_columns else "longest"),
         num_embeddings=num_embeddings,
+        flatten=args.padding_free,
     )
 
 

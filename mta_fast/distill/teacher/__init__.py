@@ -1,0 +1,1 @@
+"""A teacher's outputs: of its passes, or from disk."""
