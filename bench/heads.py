@@ -7,6 +7,7 @@ that its Jensen-Shannon divergence stands beside this package's.
 
 from __future__ import annotations
 
+import importlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -114,11 +115,10 @@ def _counted(inputs: Inputs, kind: str = "srkl") -> Tensors:
 
 
 def _liger(inputs: Inputs) -> Tensors:
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
+    fused = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
     student, student_head, teacher, teacher_head = inputs.sides()
     labels = inputs.labels[1:][inputs.counted]
-    made = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False)
+    made = fused(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False)
     loss = made(student, student_head, teacher, teacher_head, labels)
     return results(loss, [inputs.student, inputs.student_head])
 

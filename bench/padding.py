@@ -10,13 +10,12 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.harness import Call, Effort, alternate
-from bench.report import Report, Section, entry, machine, markdown_table, milliseconds, skipped, texts_name
+from bench.report import Report, Section, entry, machine, markdown_table, milliseconds, texts_name
 from bench.side import Rows, Setting, setting, small_setting
 from bench.step import with_spans
 from mta_fast import LayerMap, MTAConfig, SpanCollator
@@ -40,9 +39,7 @@ def measure(rounds: int | None = None, texts: Path | None = None, quick: bool = 
     found = [
         entry(f"{PADDED} / {side}", times.ratio(PADDED, side), "x", "" if quick or side == PACKED else TARGET)
         for side in (GROUPED, PACKED)
-        if side in times
     ]
-    found += [] if PACKED in times else [skipped(PACKED, "this checkout has no rows without padding")]
     lines = [
         [side, milliseconds("", values).cell, f"{sum(b['input_ids'].numel() for b in batches[side]):,}"]
         for side, values in times.items()
@@ -67,9 +64,7 @@ def _batches(made: Setting, rows: Rows, quick: bool) -> tuple[dict[str, Batches]
     lengths = [collate([row])["input_ids"].shape[1] for row in rows]
     ordered = [rows[i] for i in sorted(range(len(rows)), key=lengths.__getitem__)]
     found = {PADDED: _dealt(collate, rows, size), GROUPED: _dealt(collate, ordered, size)}
-    if any(option.name == "flatten" for option in fields(SpanCollator)):
-        options: dict[str, Any] = {"flatten": True}
-        found[PACKED] = _dealt(SpanCollator(made.tokenizer, max_length=made.length, **options), rows, size)
+    found[PACKED] = _dealt(SpanCollator(made.tokenizer, max_length=made.length, flatten=True), rows, size)
     return found, sum(lengths)
 
 
@@ -84,9 +79,8 @@ def _trainer(made: Setting, side: str, folder: str) -> Any:
     student = cut_layers(made.teacher, made.student_layers)
     layers = LayerMap.proportional(made.student_layers, made.teacher.config.num_hidden_layers)
     kinds: Any = ("word", *["phrase"] * (len(layers.pairs) - 1))
-    config = MTAConfig(layers.pairs, kinds)
-    options: dict[str, Any] = {"padding_free": True} if side == PACKED else {}
-    arguments = MTATrainingArguments(output_dir=folder, report_to=[], max_length=made.length, **options)
+    config, packed = MTAConfig(layers.pairs, kinds), side == PACKED
+    arguments = MTATrainingArguments(output_dir=folder, report_to=[], max_length=made.length, padding_free=packed)
     trainer = MTATrainer(student, made.teacher, config, arguments, processing_class=made.tokenizer)
     trainer.model.train()
     return trainer

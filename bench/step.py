@@ -24,7 +24,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +74,8 @@ def measure(
     about = {"pair": made.name, "batch": f"B={made.batch} S={made.length}", "before": base, "texts": texts_name(texts)}
     title, size = made.title, made.batch
     with checkout(base) as before, tempfile.TemporaryDirectory() as states:
-        if find_spec("mta_fast.distill.training.caching") is not None:
-            fill_cache(made, rows, names[0], states)
-            kinds[CACHED.format(names[0])] = Kind(names[0], cache=states)
+        fill_cache(made, rows, names[0], states)
+        kinds[CACHED.format(names[0])] = Kind(names[0], cache=states)
         kinds[PUBLIC] = Kind(public=True)
         del made  # each process has its own models
         steps = train(kinds, before, rows, size, rounds or (2 if quick else STEPS), quick)
@@ -285,7 +283,7 @@ def _whole(steps: Mapping[str, Steps], names: Sequence[str], quick: bool) -> lis
     """Times and peaks against the step before, without MTA."""
     sides = {WITHOUT: ("", "")}
     sides |= dict.fromkeys(names, (LIVE_TARGET, PEAK_TARGET))
-    sides |= {side: (CACHED_TARGET, PEAK_TARGET) for side in steps if side in map(CACHED.format, names)}
+    sides[CACHED.format(names[0])] = CACHED_TARGET, PEAK_TARGET
     made = []
     for side, (target, peak_target) in sides.items():
         pairs = [a / b for a, b in zip(steps[side].whole, steps[BEFORE].whole, strict=True)]

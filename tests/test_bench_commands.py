@@ -178,7 +178,8 @@ def test_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peak, "why_not", lambda: "not here")
     report = _run("step", tmp_path, "--backend", "reference", "--rounds", "3")
     samples = report["samples"]
-    assert set(samples) >= {step.BEFORE, step.WITHOUT, "reference", step.PUBLIC}
+    cached = step.CACHED.format("reference")
+    assert set(samples) == {step.BEFORE, step.WITHOUT, "reference", cached, step.PUBLIC}
     assert all(len(taken["whole"]) == 3 for taken in samples.values())
     assert min(samples["reference"][side.MTA]) > 0 == max(samples[step.WITHOUT][side.MTA])
     assert all(min(taken[side.HEADS]) > 0 for taken in samples.values())
@@ -225,8 +226,8 @@ def test_padding(tmp_path: Path) -> None:
     pytest.importorskip("spacy")
     pytest.importorskip("transformers")
     report = _run("padding", tmp_path, "--rounds", "1")
-    assert f"{padding.PADDED} / {padding.GROUPED}" in _rows(report)
-    assert {padding.PADDED, padding.GROUPED} <= set(report["samples"]["seconds"])
+    assert _rows(report) == [f"{padding.PADDED} / {side}" for side in (padding.GROUPED, padding.PACKED)]
+    assert set(report["samples"]["seconds"]) == {padding.PADDED, padding.GROUPED, padding.PACKED}
 
 
 def test_runs_before_and_now_differ_in_what_is_new() -> None:
