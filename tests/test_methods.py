@@ -415,6 +415,13 @@ def test_fdd_through_the_heads_is_fdd_of_logits(family: str) -> None:
         torch.testing.assert_close(got, true)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["skl", "srkl", "distillm", "distillm2", "fdd"])
+def test_a_mixture_of_one_side_is_refused(name: str, alpha: float) -> None:
+    with pytest.raises(InputError, match=f"alpha: expected a number between 0 and 1, got {alpha}"):
+        base_method(name, alpha=alpha)
+
+
 @pytest.mark.parametrize("name", ["skl", "distillm", "fdd"])
 def test_a_detached_skl_is_refused_as_it_has_no_gradient(name: str) -> None:
     options = {} if name == "skl" else {"loss": "skl"}
