@@ -263,7 +263,8 @@ class CacheFilling:
         self.cached, self.collator = cached, collator
         known = [each for each in rows if each is not None and not is_stream(each)]
         self.streams = len(known) < sum(each is not None for each in rows)
-        self.rows, sizes = [], {}
+        self.rows: list[PlannedRow] = []
+        sizes: dict[bytes, tuple[int, int]] = {}
         for each in known:
             for row in planned(each, collator):
                 sizes |= row.sizes
