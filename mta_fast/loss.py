@@ -251,8 +251,10 @@ class MTALoss(nn.Module):
             hidden = _hidden_state(teacher_hidden, layer, "teacher", self.teacher_dims[i], other).detach()
             check_spans(other, hidden.shape[:-1], hidden.device, "teacher_hidden")
             if layer not in importances:
-                given = None if teacher_importance is None else _given_importance(teacher_importance, layer, hidden)
-                importances[layer] = self._importance(hidden, other.rows) if given is None else given
+                if teacher_importance is None:
+                    importances[layer] = self._importance(hidden, other.rows)
+                else:
+                    importances[layer] = _given_importance(teacher_importance, layer, hidden, other)
             importance = importances[layer]
             weights = pooling = normalize_weights(importance, other, backend=config.backend)
             if config.weighting != "importance":
@@ -420,12 +422,12 @@ def _unpacked(tensor: Tensor, spans: SpanBatch, ndim: int) -> Tensor:
     return tensor.squeeze(0) if packed else tensor
 
 
-def _given_importance(importance: Mapping[int, Tensor], layer: int, hidden: Tensor) -> Tensor:
+def _given_importance(importance: Mapping[int, Tensor], layer: int, hidden: Tensor, spans: SpanBatch) -> Tensor:
     if layer not in importance:
         raise InputError(
             f"teacher_importance: expected that of layer {layer}, got layers {sorted(importance)}; give all, or none"
         )
-    values = importance[layer].detach()
+    values = _unpacked(importance[layer].detach(), spans, 1)
     check_float(f"teacher_importance[{layer}]", values, (1, 2))
     check_shape(f"teacher_importance[{layer}]", values, hidden.shape[:-1], "the teacher's tokens")
     check_device(hidden.device, teacher_importance=values)

@@ -31,7 +31,7 @@ TOKEN_CHUNK = 1024  # tokens of the projected states: [1024, d_T], 7 MB at d_T =
 LOGIT_BUDGET = 1 << 22  # logits of the entropy: 16 MB
 CHUNK_LOGITS = 1 << 22  # of each side that a divergence holds, 16 MB of float32 a copy
 TRAJECTORY_LOGITS = 12 << 20  # of each side that FDD holds, 48 MB of float32
-ROW_LOGITS = 1 << 18  # of each side that FDD's passes over rows read at a time: 1 MB a copy stays in the caches
+ROW_LOGITS = 1 << 20  # of each side that its passes over rows read at a time: 4 MB a copy, which caches hold
 
 
 def power_of_two(values: Tensor) -> Tensor:

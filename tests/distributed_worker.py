@@ -30,7 +30,7 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
 
     ``method`` is a base method; "distillm" writes in every step, "clock" is SRKL that a second ends, "stream" is SRKL
     on a stream of ten rows in three parts, evaluated on seven, "stop" SRKL where the last rank alone gets SIGTERM in
-    step 3.
+    step 3, "cache" SRKL with the teacher's states in OUT's parent, where the first run puts them.
     """
     if mode == "fsdp":
         let_fsdp_run_on_cpus()
@@ -55,6 +55,14 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
         options["span_extractor"] = SpanExtractor()
     elif method == "clock":
         options |= {"base_loss": "srkl", "max_seconds": 1.0, "max_steps": 1000, "eval_strategy": "no"}
+    elif method == "cache":
+        from mta_fast.distill.training.caching import TeacherCache
+
+        options |= {"base_loss": "srkl", "teacher_cache": TeacherCache(Path(out).parent / "states", "float32")}
+        if not (Path(out).parent / "states").exists():  # a later run reads what this one keeps
+            from models import make_model, make_tokenizer
+
+            options["teacher"] = make_model("llama", 8, width=48, vocabulary=len(make_tokenizer()))
     elif method in ("stream", "stop"):
         options["base_loss"] = "srkl"
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from mta_fast import MTAConfig, MTALoss
 from mta_fast.distill import manifest
+from mta_fast.distill.teacher.store import TeacherStore
 from mta_fast.errors import InputError
 
 WORLD = 2
@@ -169,3 +170,12 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path: Path) -> Non
     (last / "rng_state_1.pth").unlink()
     with pytest.raises(InputError, match=r"1 differs: rng_state_1.pth \(missing\); checkpoint-2 beside it is whole"):
         manifest.verify(last)
+
+
+def test_ranks_fill_one_cache(tmp_path: Path) -> None:
+    """Each keeps its own rows while they train; one process without the teacher then trains the same."""
+    _run(tmp_path / "two", "ddp", WORLD, "cache")
+    assert len(TeacherStore(tmp_path / "states")) == 24
+    assert len(list((tmp_path / "states").glob("rows-*"))) == WORLD
+    _run(tmp_path / "one", "ddp", 1, "cache")
+    _assert_same_run(tmp_path / "one", tmp_path / "two")

@@ -61,6 +61,7 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("srkl", {}, {"mta": replace(CONFIG, weighting="entropy")}),
     ("srkl", {}, {"mta": replace(CONFIG, causal=True), "fused_head": False}),
     ("srkl", {}, {"mta": replace(CONFIG, layer_pairs=((1, 2), (2, 4), (3, 6)))}),  # not the last layer
+    ("srkl", {}, {"padding_free": True, "family": "llama"}),
 ]
 
 
@@ -106,6 +107,17 @@ def test_rounded_states(tmp_path: Path, dtype: str, limit: float) -> None:
     assert any(not torch.equal(left, right) for left, right in zip(read, expected, strict=True))
 
 
+def test_the_steps_denominators_are_those_of_the_teacher(tmp_path: Path) -> None:
+    """They follow from importance alone, which int8 does not round."""
+    trainers = [_trainer(tmp_path, *where, teacher=_model()) for where in ((), (tmp_path / "states", "int8"))]
+    trainers[1].fill_teacher_cache()
+    made = []
+    for trainer in trainers:
+        batches = [dict(batch) for batch, _ in zip(trainer.get_train_dataloader(), range(2), strict=False)]
+        made.append(trainer._step_denominators(batches))
+    torch.testing.assert_close(*made, rtol=1e-6, atol=0)
+
+
 def test_filled_while_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = _trainer(tmp_path, tmp_path / "states", teacher=_model(), max_steps=2)
     trainer.train()
@@ -115,6 +127,17 @@ def test_filled_while_training(tmp_path: Path, capsys: pytest.CaptureFixture[str
     again._cached.live = SimpleNamespace(run=lambda *_: pytest.fail("the teacher ran"))
     again.train()
     assert [each.stat().st_size for each in (tmp_path / "states").glob("rows-*")]
+
+
+def test_a_run_that_reads_less_fills_in_all(tmp_path: Path) -> None:
+    """A cache holds the same of every row, also where a run that fills it reads neither logits nor entropy."""
+    mta = replace(CONFIG, weighting="entropy")
+    folder, rows = tmp_path / "states", make_rows()
+    _trainer(tmp_path, folder, teacher=_model(), mta=mta, rows=rows[:20]).fill_teacher_cache()
+    _trainer(tmp_path, folder, teacher=_model(), base_loss=None, rows=rows).fill_teacher_cache()
+    assert len(TeacherStore(folder)) == 24
+    live, cached = _trainer(tmp_path, teacher=_model(), mta=mta), _trainer(tmp_path, folder, mta=mta)
+    assert cached.evaluate()["eval_loss"] == pytest.approx(live.evaluate()["eval_loss"], rel=1e-5)
 
 
 def test_what_is_not_stored_is_not_read(tmp_path: Path) -> None:
@@ -367,6 +390,8 @@ def test_another_teacher_and_other_layers(tmp_path: Path) -> None:
 def test_what_has_no_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected count_padding=False, got True .*public"):
         _trainer(tmp_path, tmp_path / "states", teacher=_model(), mta=replace(CONFIG, count_padding=True))
+    with pytest.raises(InputError, match="expected a run that reads its teacher, got none"):
+        _trainer(tmp_path, tmp_path / "states", teacher=_model(), mta=None, base_loss="cross_entropy")
     with pytest.raises(InputError, match="cache_dtype"):
         TeacherCache(tmp_path, "int4")
     with pytest.raises(InputError, match="teacher_cache: expected one to fill, got none"):

@@ -108,6 +108,7 @@ class CachedTeacher:
         entropy = None
         if contents.entropy:
             assert read is not None
+            read.vocabulary = contents.entropy
             entropy = live.entropy_of(read).flatten()
         made = {}
         for row in missing:

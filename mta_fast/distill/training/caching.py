@@ -67,10 +67,16 @@ class TeacherCache:
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row of a data set: its keys (two of a pair), and how many tokens and counted positions each has."""
+    """Where a row is, its keys (two of a pair), and how many tokens and counted positions each has."""
 
-    row: Any
+    rows: Any
+    index: int
     sizes: Mapping[bytes, tuple[int, int]]
+
+    @property
+    def row(self) -> Any:
+        """The row."""
+        return self.rows[self.index]
 
 
 def planned(rows: Any, collator: Callable[[Sequence[Any]], Mapping[str, Any]]) -> Iterator[PlannedRow]:
@@ -86,8 +92,8 @@ def planned(rows: Any, collator: Callable[[Sequence[Any]], Mapping[str, Any]]) -
             of_rows = [teacher_rows(collator([row])) for row in chunk]
         else:  # of pairs: all the chosen, then all the rejected
             of_rows = [made[i :: len(chunk)] for i in range(len(chunk))]
-        for row, parts in zip(chunk, of_rows, strict=True):
-            yield PlannedRow(row, {part.key: (len(part.tokens), len(part.counted)) for part in parts})
+        for i, parts in enumerate(of_rows, start=first):
+            yield PlannedRow(rows, i, {part.key: (len(part.tokens), len(part.counted)) for part in parts})
 
 
 def without_spans(collator: Any) -> Any:
@@ -138,6 +144,8 @@ def cached_teacher(
         InputError: a cache of another teacher or without a layer that is read; a folder with other files; a head that
             can't be taken apart.
     """
+    if not (reads.layers or reads.logits or reads.entropy):
+        raise InputError("teacher.cache: expected a run that reads its teacher, got none; leave out the cache")
     if isinstance(teacher, StoredTeacher):
         store = TeacherStore(cache.path)
         check_same(cache.path, store.description["identity"], surroundings(autocast))
@@ -162,6 +170,8 @@ def cached_teacher(
             store = TeacherStore.create(cache.path, description, tensors, cache.sources)
         check_same(cache.path, store.description["identity"], identity)
         _check_head(store, tensors)
+        if head is None and (store.contents.last or store.contents.entropy):  # more than this run reads is kept
+            head = _head(teacher)
     check_contents(cache.path, store.contents, wanted)
     layers = config.teacher_layers if config is not None else ()
     backend = config.backend if config is not None else "auto"
@@ -252,9 +262,13 @@ class CacheFilling:
     def __init__(self, cached: CachedTeacher, rows: Sequence[Any], collator: Any, method: BaseMethod) -> None:
         self.cached, self.collator = cached, collator
         known = [each for each in rows if each is not None and not is_stream(each)]
-        self.rows = [row for each in known for row in planned(each, collator)]
         self.streams = len(known) < sum(each is not None for each in rows)
-        sizes = {key: size for row in self.rows for key, size in row.sizes.items()}
+        self.rows, sizes = [], {}
+        for each in known:
+            for row in planned(each, collator):
+                sizes |= row.sizes
+                if any(key not in cached.store for key in row.sizes):
+                    self.rows.append(row)
         cached.wanted = sizes if makes_rows(method, collator) or not self.streams else None
         self.total = len(sizes)
         self.missing = {key: size for key, size in sizes.items() if key not in cached.store}
@@ -287,8 +301,7 @@ class CacheFilling:
 
     def batches(self, size: int, rank: int, ranks: int) -> Iterator[list[PlannedRow]]:
         """This rank's batches of rows that are missing, of similar length."""
-        rows = [row for row in self.rows if any(key in self.missing for key in row.sizes)]
-        rows.sort(key=lambda row: max(tokens for tokens, _ in row.sizes.values()), reverse=True)
+        rows = sorted(self.rows, key=lambda row: max(tokens for tokens, _ in row.sizes.values()), reverse=True)
         chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
         yield from chunks[rank::ranks]
 
@@ -304,7 +317,6 @@ class CacheFilling:
                 for key, record in self.cached.recorded(batch, own).items() if own else ():
                     store.add(key, record)
                     bar.update(ranks)
-        store.close()
 
 
 def makes_rows(method: BaseMethod, collator: Any) -> bool:

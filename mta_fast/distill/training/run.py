@@ -227,7 +227,8 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
     from transformers import set_seed
 
     from mta_fast.distill.training.caching import needs_teacher
-    from mta_fast.distill.training.trainer import MTATrainer, span_collator
+    from mta_fast.distill.training.joining import span_collator
+    from mta_fast.distill.training.trainer import MTATrainer
 
     arguments = training_arguments(settings)
     method = base_method(settings.base.loss, **settings.base.options)

@@ -24,9 +24,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from mta_fast.config import MTAConfig
 from mta_fast.distill.heads import LMHead, take_apart
 from mta_fast.distill.methods.base import BaseMethod, NoBaseLoss, TrainingPlan
-from mta_fast.distill.methods.losses import SEQUENCE_LEVEL_LOSSES
 from mta_fast.distill.methods.registry import base_method
-from mta_fast.distill.models import common_vocabulary, same_vocabulary
+from mta_fast.distill.models import same_vocabulary
 from mta_fast.distill.teacher.cached import CachedTeacher, StoredTeacher
 from mta_fast.distill.teacher.live import LiveTeacher, TeacherOutput, TeacherReads
 from mta_fast.distill.training import checkpoints, fingerprint
@@ -36,15 +35,19 @@ from mta_fast.distill.training.caching import CacheFilling, TeacherCache, cached
 from mta_fast.distill.training.feeding import FILLER, RowFeeding, WithoutFillers, check_stream, is_stream
 from mta_fast.distill.training.fit import check_room
 from mta_fast.distill.training.fitness import GradientsArrive, check_models, check_optimizer
+from mta_fast.distill.training.joining import (
+    check_padding_side,
+    distillation_model,
+    num_embeddings_of,
+    span_collator,
+)
 from mta_fast.distill.training.log import TERMS, EvaluationSums, StepEnd, TrainingLog
-from mta_fast.distill.training.module import DistillationModel, DistillationOutput, StepTotals
+from mta_fast.distill.training.module import DistillationOutput, StepTotals
 from mta_fast.distill.training.packing import check_joined, check_packing
 from mta_fast.distill.training.placing import place_teacher
 from mta_fast.errors import InputError
 from mta_fast.files import user_path
-from mta_fast.inputs import check_left_padding
 from mta_fast.loss import MTALoss
-from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor
 from mta_fast.spans.lazy import LazySpans
 
@@ -119,13 +122,13 @@ class MTATrainer(RowFeeding):
             if network is not None:
                 own = teacher_tokenizer if side == "teacher" and teacher_tokenizer is not None else processing_class
                 check_room(side, network, own, args.max_length)
-        model = _distillation_model(student, teacher, mta, method, processing_class, teacher_tokenizer)
+        model = distillation_model(student, teacher, mta, method, processing_class, teacher_tokenizer)
         kinds = sorted(set(mta.config.granularity)) if mta is not None else ()
         if data_collator is None:
-            known = _num_embeddings(student, teacher if teacher_tokenizer is None else None)
+            known = num_embeddings_of(student, teacher if teacher_tokenizer is None else None)
             data_collator = span_collator(processing_class, teacher_tokenizer, mta, args, num_embeddings=known)
         check_joined(args.padding_free, None if mta is None else mta.config, method, data_collator)
-        _check_padding_side(student, teacher, processing_class, teacher_tokenizer)
+        check_padding_side(student, teacher, processing_class, teacher_tokenizer)
         collator = method.collator(data_collator)
         self._unaligned = method.collator(without_spans(data_collator))  # of a cache's rows
         self._batches = method.batches(collator, span_extractor if kinds else None)
@@ -170,7 +173,7 @@ class MTATrainer(RowFeeding):
         reads_teacher = self._module.layers("teacher") or self._module.base.reads_teacher
         with self.accelerator.autocast():
             check_packing(self._module.student, "student")
-            if self.teacher is not None and reads_teacher:
+            if self.teacher is not None and reads_teacher and not isinstance(self.teacher, StoredTeacher):
                 check_packing(self.teacher, "teacher")
 
     def _take_heads_apart(self) -> None:
@@ -261,6 +264,7 @@ class MTATrainer(RowFeeding):
                     batch["spans"],
                     teacher_spans=batch.get("teacher_spans"),
                     entropy_weights=teacher.entropy_weights,
+                    teacher_importance=teacher.importance,
                 )
             )
             self._log.mta.stop()
@@ -306,6 +310,9 @@ class MTATrainer(RowFeeding):
         try:
             filling.begin(rank=self.args.process_index, told=self._told, alone=alone)
             yield filling
+            if self._cached.store.writable:
+                self._cached.store.flush()
+            self.accelerator.wait_for_everyone()  # the lock is that of all ranks
         finally:
             self._cached.store.close()
 
@@ -329,7 +336,6 @@ class MTATrainer(RowFeeding):
                 self.args.world_size,
                 lambda batch: self._prepare_inputs(dict(batch)),
             )
-        self.accelerator.wait_for_everyone()
 
     def compute_loss(
         self,
@@ -540,65 +546,3 @@ class MTATrainer(RowFeeding):
 def _with_spans(batch: Mapping[str, Any]) -> Batch:
     """The batch with the spans that it was waiting for."""
     return {name: value.result() if isinstance(value, LazySpans) else value for name, value in batch.items()}
-
-
-def span_collator(
-    tokenizer: Any,
-    teacher_tokenizer: Any,
-    mta: MTALoss | None,
-    args: MTATrainingArguments,
-    *,
-    num_embeddings: int | None = None,
-) -> SpanCollator:
-    """What makes a batch of rows where the user gives nothing else."""
-    by_columns = mta is not None and mta.config.count_padding and not args.padding_free
-    return SpanCollator(
-        tokenizer,
-        teacher_tokenizer,
-        granularity=sorted(set(mta.config.granularity)) if mta is not None else (),
-        max_length=args.max_length,
-        pad_to=args.pad_to or ("max_length" if by_columns else "longest"),
-        num_embeddings=num_embeddings,
-        flatten=args.padding_free,
-    )
-
-
-def _check_padding_side(student: nn.Module, teacher: nn.Module | None, tokenizer: Any, teacher_tokenizer: Any) -> None:
-    """Refuse padding on the left for a model that would read it as text."""
-    for name, model, own in (
-        ("student", student, tokenizer),
-        ("teacher", teacher, tokenizer if teacher_tokenizer is None else teacher_tokenizer),
-    ):
-        if model is not None and own.padding_side == "left":
-            pad = own.eos_token_id if own.pad_token_id is None else own.pad_token_id
-            check_left_padding(model, pad, name, "set padding_side = 'right' of its tokenizer")
-
-
-def _num_embeddings(*models: nn.Module | None) -> int | None:
-    """The tokens that all of these models know; None where their embeddings don't say."""
-    tables: list[Any] = [model.get_input_embeddings() for model in models if model is not None]  # type: ignore[operator]  # transformers' method
-    return min((int(table.num_embeddings) for table in tables if hasattr(table, "num_embeddings")), default=None)
-
-
-def _distillation_model(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    mta: MTALoss | None,
-    base: BaseMethod,
-    tokenizer: Any,
-    teacher_tokenizer: Any,
-) -> DistillationModel:
-    """Check that models, tokenizers and base method fit together, and join them."""
-    if teacher is not None:
-        base.attach(student, teacher, None if mta is None else mta.config.layer_pairs)
-    if teacher_tokenizer is not None:
-        if base.reads_teacher:
-            raise InputError(
-                f"base_loss: expected None or one of {', '.join(sorted(SEQUENCE_LEVEL_LOSSES))} with two tokenizers "
-                f"(their tokens share no distribution), got {base.name!r}"
-            )
-        return DistillationModel(student, mta, base)
-    vocabulary = None
-    if teacher is not None and base.reads_teacher:
-        vocabulary = common_vocabulary(student, teacher, tokenizer)
-    return DistillationModel(student, mta, base, vocabulary)
