@@ -36,7 +36,9 @@ def measure(texts: Path | None = None, quick: bool = False) -> Report:
     from mta_fast.distill.models import cut_layers
 
     made = small_setting() if quick else setting()
-    rows = with_spans([dict(row) for row in load_rows("sample" if texts is None else texts).rows[:ROWS]])
+    found_rows = load_rows("sample" if texts is None else texts).rows[: 16 * ROWS]
+    short = sorted(found_rows, key=lambda row: len(row["prompt"]))[:ROWS]  # their responses are not cut off
+    rows = with_spans([dict(row) for row in short])
     layers = LayerMap.proportional(made.student_layers, made.teacher.config.num_hidden_layers)
     student = cut_layers(made.teacher, made.student_layers)
     loss = MTALoss.for_models(student, made.teacher, MTAConfig(layers.pairs, default_granularity(len(layers))))
@@ -105,6 +107,7 @@ def _gradients(trainer: Any) -> Mapping[str, Tensor]:
     """Of each term on all of the student's weights, over the rows."""
     parameters = [p for p in trainer._module.student.parameters() if p.requires_grad]
     trainer.model.train()
+    trainer._totals = None  # of its last step: what this batch's own sums are not divided by
     batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
     output = trainer.compute_loss(trainer.model, batch, return_outputs=True)[1]
     made = {}
