@@ -8,31 +8,26 @@ file adds: the teacher's pass, exact denominators over the step, the projections
 from __future__ import annotations
 
 import functools
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mta_fast.config import MTAConfig
-from mta_fast.distill.heads import LMHead, take_apart
 from mta_fast.distill.methods.base import BaseMethod, NoBaseLoss, TrainingPlan
 from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.models import same_vocabulary
-from mta_fast.distill.teacher.cached import CachedTeacher, StoredTeacher
-from mta_fast.distill.teacher.live import LiveTeacher, TeacherOutput, TeacherReads
+from mta_fast.distill.teacher.live import TeacherOutput
 from mta_fast.distill.training import checkpoints, fingerprint
 from mta_fast.distill.training.arguments import MTATrainingArguments, check_options
 from mta_fast.distill.training.budget import check_budget
-from mta_fast.distill.training.caching import CacheFilling, TeacherCache, cached_teacher, loss_for, without_spans
-from mta_fast.distill.training.feeding import FILLER, RowFeeding, WithoutFillers, check_stream, is_stream
+from mta_fast.distill.training.caching import TeacherCache, loss_for, without_spans
+from mta_fast.distill.training.feeding import FILLER, WithoutFillers, check_stream, is_stream
 from mta_fast.distill.training.fit import check_room
 from mta_fast.distill.training.fitness import GradientsArrive, check_models, check_optimizer
 from mta_fast.distill.training.joining import (
@@ -43,8 +38,8 @@ from mta_fast.distill.training.joining import (
 )
 from mta_fast.distill.training.log import TERMS, EvaluationSums, StepEnd, TrainingLog
 from mta_fast.distill.training.module import DistillationOutput, StepTotals
-from mta_fast.distill.training.packing import check_joined, check_packing
-from mta_fast.distill.training.placing import place_teacher
+from mta_fast.distill.training.packing import check_joined
+from mta_fast.distill.training.teaching import TeacherPass
 from mta_fast.errors import InputError
 from mta_fast.files import user_path
 from mta_fast.loss import MTALoss
@@ -55,7 +50,7 @@ CLOCK_TICKS = 10_000  # of a learning-rate schedule that follows the clock
 Batch = dict[str, Any]
 
 
-class MTATrainer(RowFeeding):
+class MTATrainer(TeacherPass):
     """Distils a student from a teacher with a base loss and MTA.
 
     Args:
@@ -150,53 +145,17 @@ class MTATrainer(RowFeeding):
             TrainingPlan(student, kinds, self.train_dataset, self.eval_dataset, evaluates=evaluates, sharded=sharded)
         )
         method.reduce = self._sum_over_ranks
-        self._teacher_device = args.device if self.teacher is None else place_teacher(self.teacher, args.device)
-        if args.padding_free:
-            self._check_packing()
         if teacher_cache is not None:
             self.model_fingerprint["teacher_cache"] = teacher_cache.dtype
         self._totals: StepTotals | None = None
         self._teacher_outputs: deque[TeacherOutput] = deque()
-        self._teacher_head: LMHead | None = None
-        if args.fused_head:
-            self._take_heads_apart()
-        self._teacher_pass, self._cached = self._make_teacher(teacher_cache)
+        self._prepare_teacher(teacher_cache)
         self._log = TrainingLog(args.device)
         self._evaluated: EvaluationSums | None = None
         self._module.stopwatch = self._log.mta
         self.add_callback(StepEnd(self._log, self._seconds_of_all))
         if not sharded:
             self.add_callback(GradientsArrive(student, mta))
-
-    def _check_packing(self) -> None:
-        """Refuse models that don't keep packed rows apart; with the training's autocast."""
-        reads_teacher = self._module.layers("teacher") or self._module.base.reads_teacher
-        with self.accelerator.autocast():
-            check_packing(self._module.student, "student")
-            if self.teacher is not None and reads_teacher and not isinstance(self.teacher, StoredTeacher):
-                check_packing(self.teacher, "teacher")
-
-    def _take_heads_apart(self) -> None:
-        """Have the base loss made of the states before the LM heads, or say why it is made of logits."""
-        module = self._module
-        models: dict[str, nn.Module] = {"student": module.student}
-        if self.teacher is not None and module.base.reads_teacher:
-            models["teacher"] = self.teacher
-        if not module.base.reads_heads:
-            return
-        heads, whys = {}, []
-        for side, model in models.items():
-            head = take_apart(model)
-            if isinstance(head, LMHead):
-                heads[side] = head
-            else:
-                whys.append(f"{side}: {head}")
-        if "teacher" in models and self._teacher_device != self.args.device:
-            whys.append("teacher: it is on another device")
-        if not whys:
-            module.head, self._teacher_head = heads["student"], heads.get("teacher")
-        elif self.args.process_index == 0:
-            warnings.warn(f"fused_head: the base loss is made of logits, as {'; '.join(whys)}", stacklevel=3)
 
     # --- one optimisation step -----------------------------------------------------------------------------------
 
@@ -271,71 +230,6 @@ class MTATrainer(RowFeeding):
             if keep:
                 self._teacher_outputs.append(teacher)
         return self._sum_over_ranks(torch.stack(sums).sum(0))
-
-    def _make_teacher(
-        self, cache: TeacherCache | None
-    ) -> tuple[Callable[[Mapping[str, Any]], TeacherOutput], CachedTeacher | None]:
-        """What is called on every batch, and the cache that it reads from."""
-        module, teacher, live = self._module, self.teacher, None
-        config = None if module.mta is None else module.mta.config
-        by_entropy = config is not None and config.weighting == "entropy"
-        reads = TeacherReads(module.layers("teacher"), module.base.reads_teacher, by_entropy, module.vocabulary)
-        if teacher is not None and not isinstance(teacher, StoredTeacher):
-            live = LiveTeacher(
-                teacher,
-                reads,
-                device=self.args.device,
-                own_device=self._teacher_device,
-                autocast=self.accelerator.autocast,
-                head=self._teacher_head,
-            )
-        if teacher is None or cache is None:
-            return (live or (lambda batch: TeacherOutput(None, {}))), None
-        autocast = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
-        cached = cached_teacher(cache, teacher, live, reads, config, self.args, autocast)
-        return cached, cached
-
-    def _teach(self, batch: Mapping[str, Any]) -> TeacherOutput:
-        """What the teacher says about a batch."""
-        return self._teacher_pass(batch)
-
-    @contextmanager
-    def _filling(self, *, alone: bool = False) -> Iterator[CacheFilling | None]:
-        """Rows that the teacher runs on meanwhile are kept in its cache; ``alone``: only if no other process does."""
-        if self._cached is None:
-            yield None
-            return
-        rows = [self.train_dataset, self.eval_dataset]
-        filling = CacheFilling(self._cached, rows, self._unaligned, self._module.base)
-        try:
-            filling.begin(rank=self.args.process_index, told=self._told, alone=alone)
-            yield filling
-            if self._cached.store.writable:
-                self._cached.store.flush()
-            self.accelerator.wait_for_everyone()  # the lock is that of all ranks
-        finally:
-            self._cached.store.close()
-
-    def _told(self, own: bool) -> bool:
-        """The first rank's word, on every rank."""
-        return bool(broadcast_object_list([own])[0])
-
-    def fill_teacher_cache(self) -> None:
-        """Run the teacher on every row of the training and evaluation sets that its cache lacks; as ``mta-fast teach``.
-
-        Raises:
-            InputError: no cache, no teacher, no room, or another process that fills it.
-        """
-        if self._cached is None:
-            raise InputError("teacher_cache: expected one to fill, got none")
-        with self._filling(alone=True) as filling:
-            assert filling is not None
-            filling.fill(
-                self.args.eval_batch_size,
-                self.args.process_index,
-                self.args.world_size,
-                lambda batch: self._prepare_inputs(dict(batch)),
-            )
 
     def compute_loss(
         self,
