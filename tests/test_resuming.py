@@ -141,7 +141,7 @@ def test_both_signals_save_and_stop(
     try:
         with monkeypatch.context() as patch:
             if name == "common_vocabulary":
-                from mta_fast.distill.training import trainer as owner
+                from mta_fast.distill.training import joining as owner
             patch.setattr(owner, name, _once(number, 1)(getattr(owner, name)))
             evaluating = ("data.eval=rows.jsonl", "training.eval_strategy=steps", "training.eval_steps=1")
             saves = ("training.save_steps=1",) if name == "write_manifest" else ("training.save_strategy=no",)

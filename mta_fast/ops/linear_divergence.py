@@ -86,8 +86,8 @@ def linear_divergence_loss(
     learnt = [x for x in (student_hidden, student_weight, student_bias) if x is not None]
     with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in learnt)
     with_head = any(x.requires_grad for x in learnt[1:])
-    if divergence == "skl" and detach_mixture and with_gradient:
-        raise InputError("detach_mixture: expected False with skl, got True: detached it has no gradient at all")
+    if with_gradient:
+        check_detached(divergence, detach_mixture)
     if not 0 < beta < 1:
         raise InputError(f"beta: expected a number between 0 and 1, got {beta}")
     if not temperature > 0:
@@ -155,6 +155,14 @@ def softcap_or_zero(name: str, softcap: float | None) -> float:
     if softcap is not None and not softcap > 0:
         raise InputError(f"{name}: expected a number > 0 or None, got {softcap}")
     return 0.0 if softcap is None else softcap
+
+
+def check_detached(divergence: str, detach_mixture: bool) -> None:
+    """Refuse to learn from SKL with a detached mixture, which leaves it no gradient."""
+    if divergence == "skl" and detach_mixture:
+        raise InputError(
+            "detach_mixture: expected False with skl, got True: detached it has no gradient at all; take srkl"
+        )
 
 
 def _alpha(alpha: float | Tensor, student: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from mta_fast.distill.heads import HeadStates
 from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput, head_of
 from mta_fast.errors import InputError
 from mta_fast.layout import compute_dtype
-from mta_fast.ops.linear_divergence import divergence, linear_divergence_loss
+from mta_fast.ops.linear_divergence import check_detached, divergence, linear_divergence_loss
 from mta_fast.spans.collate import IGNORED_LABEL
 
 Reduction = Literal["mean", "sum"]
@@ -260,10 +260,7 @@ class TokenMethod(BaseMethod):
         for option in ("alpha", "beta"):
             if option in options:
                 check_share(option, float(options[option]))
-        if loss == "skl" and options.get("detach_mixture"):
-            raise InputError(
-                "detach_mixture: expected False with skl, got True: detached it has no gradient at all; take srkl"
-            )
+        check_detached(loss, bool(options.get("detach_mixture")))
         self.reads_teacher = loss not in SEQUENCE_LEVEL_LOSSES
 
     @property
