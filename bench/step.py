@@ -32,7 +32,6 @@ from bench.harness import median_interval
 from bench.report import Entry, Report, Section, entry, machine, markdown_table, number, skipped, texts_name
 from bench.side import (
     COLLATE,
-    FORWARD,
     HEADS,
     MTA,
     OPTIMISE,
@@ -233,7 +232,7 @@ class Steps:
         return [whole - sum(each) for whole, each in zip(self.whole, timed, strict=True)]
 
 
-PARTS = (COLLATE, TEACH, FORWARD, HEADS, MTA, OPTIMISE)
+PARTS = (COLLATE, TEACH, HEADS, MTA, OPTIMISE)
 
 
 def train(
@@ -339,7 +338,7 @@ def parts_table(steps: Mapping[str, Steps]) -> list[str]:
         columns[side] = taken.parts | {REST: taken.rest, WHOLE: taken.whole}
         if not any(taken.parts[MTA]):
             del columns[side][MTA]
-    names = (COLLATE, TEACH, FORWARD, HEADS, REST, MTA, OPTIMISE, WHOLE)
+    names = (COLLATE, TEACH, HEADS, REST, MTA, OPTIMISE, WHOLE)
     text = [name for name in dict.fromkeys(name for parts in columns.values() for name in parts) if name not in names]
     lines = []
     for name in (*names[:6], *text, *names[6:]):

@@ -52,6 +52,17 @@ def test_batch_by_hand(side: str) -> None:
         assert real[0 if side == "right" else -1]
 
 
+def test_padding_on_the_left_predicts_nothing() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "left"
+    batch = SpanCollator(tokenizer, granularity=())([{"text": "The Danube is a river."}, {"text": "Yo"}])
+    tokenizer.padding_side = "right"
+    first = int(batch["attention_mask"][1].argmax())
+    assert first > 0
+    assert batch["labels"][1, first] == IGNORED_LABEL
+    assert (batch["labels"][1, first + 1 :] != IGNORED_LABEL).all()
+
+
 def test_truncation_drops_spans_and_the_end_token() -> None:
     tokenizer = make_tokenizer()
     whole = SpanCollator(tokenizer)(ROWS[:1])

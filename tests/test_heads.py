@@ -14,7 +14,7 @@ from torch import nn
 from training import make_pairs, make_rows, make_trainer
 
 from mta_fast import SpanExtractor
-from mta_fast.distill.heads import LMHead, deferring_logits, take_apart
+from mta_fast.distill.heads import HeadStates, LMHead, deferring_logits, take_apart
 
 pytestmark = pytest.mark.filterwarnings("ignore:labels:UserWarning")
 
@@ -93,7 +93,7 @@ def test_a_methods_loss_and_gradient_are_those_of_the_logits(
     fused, plain = _both(
         tmp_path, method=lambda: base_method(method, **options), rows=rows, span_extractor=SpanExtractor()
     )
-    monkeypatch.setattr(LMHead, "logits", lambda *_: pytest.fail("the logits were made"))
+    monkeypatch.setattr(HeadStates, "logits", lambda *_: pytest.fail("the logits were made"))
     _assert_alike(fused, plain)
 
 

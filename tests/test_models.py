@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mta_fast.distill.models import (
     cut_layers,
     load_model,
     load_tokenizer,
+    model_files,
     parse_layers,
     same_vocabulary,
 )
@@ -248,3 +250,15 @@ def test_errors_name_expected_and_received(tmp_path: Path) -> None:
         load_model(str(tmp_path))
     with pytest.raises(InputError, match="tokenizer of .*expected one beside the model"):
         load_tokenizer(str(tmp_path))
+
+
+def test_files_tell_a_model_only_where_its_weights_are(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert model_files(str(tmp_path)) == []
+    (tmp_path / "model-1.safetensors").write_bytes(b"")
+    assert [file.name for file in model_files(str(tmp_path))] == ["config.json", "model-1.safetensors"]
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert model_files(str(tmp_path)) == []
+    (tmp_path / "model-2.safetensors").write_bytes(b"")
+    assert len(model_files(str(tmp_path))) == 4

@@ -25,6 +25,7 @@ from training import CONFIG, make_pairs, make_rows, make_trainer
 
 from mta_fast import MTALoss, SpanCollator, SpanExtractor, token_importance
 from mta_fast.__main__ import main
+from mta_fast.distill.methods.losses import TokenMethod
 from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.teacher.contents import Contents
 from mta_fast.distill.teacher.quantize import dequantize, quantize
@@ -107,6 +108,53 @@ def test_rounded_states(tmp_path: Path, dtype: str, limit: float) -> None:
     assert any(not torch.equal(left, right) for left, right in zip(read, expected, strict=True))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_fdd_reads_a_stored_head_as_the_teacher_does(tmp_path: Path, fused: bool) -> None:
+    """Softcap included, with logits and without; a half-precision head beside float32 states."""
+    from test_heads import _model as of_family
+
+    from mta_fast.distill import FDD
+
+    def trainer(*where: Path, teacher: Any = None) -> Any:
+        method = FDD([(2, 2), (4, 4)])
+        return _trainer(tmp_path, *where, teacher=teacher, base_loss=method, mta=None, fused_head=fused)
+
+    def teacher() -> Any:
+        return of_family("gemma2", len(make_tokenizer())).bfloat16()
+
+    live = trainer(teacher=teacher())
+    trainer(tmp_path / "states", teacher=teacher()).fill_teacher_cache()
+    for left, right in zip(_flat(_losses(trainer(tmp_path / "states"))), _flat(_losses(live)), strict=True):
+        assert (left - right).norm() <= 2e-2 * right.norm() + 1e-6
+
+
+class _Everywhere(TokenMethod):
+    """A base method that reads the teacher's logits where it likes."""
+
+    reads_heads = False
+
+
+def test_what_a_cache_can_t_serve_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a base loss that reads its teacher at counted positions"):
+        _trainer(tmp_path, tmp_path / "states", teacher=_model(), base_loss=_Everywhere())
+    _trainer(tmp_path, tmp_path / "words", teacher=_model(), base_loss="cross_entropy")
+    with pytest.raises(InputError, match="expected a cache with the LM head and the states that it reads"):
+        _trainer(tmp_path, tmp_path / "words", base_loss="srkl")
+    _trainer(tmp_path, tmp_path / "states", teacher=_model())
+    with pytest.raises(InputError, match="expected the states of every row, 24 of 24 are not there"):
+        _trainer(tmp_path, tmp_path / "states").train()
+
+
+def test_a_missing_head_file_is_written_again(tmp_path: Path) -> None:
+    folder = tmp_path / "states"
+    _trainer(tmp_path, folder, teacher=_model()).fill_teacher_cache()
+    (head,) = folder.glob("head-*")
+    head.unlink()
+    assert not TeacherStore(folder).has_head_file
+    _trainer(tmp_path, folder, teacher=_model())
+    assert TeacherStore(folder).has_head_file
+
+
 def test_the_steps_denominators_are_those_of_the_teacher(tmp_path: Path) -> None:
     """They follow from importance alone, which int8 does not round."""
     trainers = [_trainer(tmp_path, *where, teacher=_model()) for where in ((), (tmp_path / "states", "int8"))]
@@ -176,7 +224,7 @@ def test_rows_that_the_student_writes(tmp_path: Path) -> None:
     assert stored <= 8  # of two steps of the data, and none of the student's
     made.fill_teacher_cache()
     assert len(TeacherStore(tmp_path / "states")) == 24
-    with pytest.raises(InputError, match="expected the states of every row, .* the teacher isn't loaded"):
+    with pytest.raises(InputError, match="expected a model that runs, as DistiLLM trains on rows"):
         trainer(None).train()
 
 

@@ -36,15 +36,14 @@ def uneven_rows() -> list[dict[str, Any]]:
 
 def make_pairs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Pairs of the rows' responses: the row's own is chosen, the next row's is rejected."""
-    pairs = []
-    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
-        spans = SpanExtractor()([row["prompt"] + other["output"]])
-        pairs.append(
-            {"prompt": row["prompt"], "chosen": row["output"], "rejected": other["output"]}
-            | {f"chosen_{kind}_spans": row[f"{kind}_spans"] for kind in ("word", "phrase")}
-            | {f"rejected_{name}": column[0] for name, column in spans.items()}
-        )
-    return pairs
+    others = [*rows[1:], rows[0]]
+    spans = SpanExtractor()([row["prompt"] + other["output"] for row, other in zip(rows, others, strict=True)])
+    return [
+        {"prompt": row["prompt"], "chosen": row["output"], "rejected": other["output"]}
+        | {f"chosen_{kind}_spans": row[f"{kind}_spans"] for kind in ("word", "phrase")}
+        | {f"rejected_{name}": column[i] for name, column in spans.items()}
+        for i, (row, other) in enumerate(zip(rows, others, strict=True))
+    ]
 
 
 def make_trainer(

@@ -67,9 +67,9 @@ class LMHead:
         return weight, linear.bias
 
     @property
-    def size(self) -> int:
-        """V."""
-        return _linear(self.module).out_features
+    def linear(self) -> nn.Linear:
+        """The module without its adapters."""
+        return _linear(self.module)
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] as the model makes them."""
@@ -117,6 +117,8 @@ def take_apart(model: nn.Module) -> LMHead | str:
     why = _unreadable(output)
     if why is not None:
         return why
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "its weights are sharded already (ZeRO-3)"
     if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in (model, inner, output)):
         return "it is compiled"
     head = LMHead(output, *scale_and_softcap(inner))
@@ -175,13 +177,16 @@ def _fault(model: nn.Module, head: LMHead) -> str | None:
 
     def keep(states: Tensor) -> Tensor:
         read.append(states)
-        return large.to(states.dtype).expand(*states.shape[:-1], -1)
+        return large.to(states.dtype).expand(*states.shape[:-2], 1, -1)
 
     with evaluating(model), torch.no_grad():
         expected = model(**inputs).logits
         large = torch.linspace(-PROBE_LOGIT, PROBE_LOGIT, expected.shape[-1], device=device)
-        with _called_as(head.module, keep):
-            expected_large = model(**inputs).logits
+        try:
+            with _called_as(head.module, keep):
+                expected_large = model(**inputs).logits
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return "its pass reads the logits of every position"
         if not read:
             return "its pass does not call its head"
         made = head.call(read[0], lambda states, weight, bias: head_logits(states, weight, bias, head.how))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +187,7 @@ def model_places(name: str) -> list[Path]:
 def model_files(name: str, **options: Any) -> list[Path]:
     """The files that a model's weights, config and adapters are read from; names and options as in ``load_model``.
 
-    Empty where they aren't on this machine, or can't be told without loading (an adapter's base).
+    Empty where the weights aren't all on this machine, or can't be told without loading (an adapter's base).
     """
     folder = Path(_resolve(name)[0])
     if not folder.is_dir():
@@ -205,7 +205,20 @@ def model_files(name: str, **options: Any) -> list[Path]:
     folder /= options.get("subfolder", "")
     if (folder / "adapter_config.json").is_file():
         return []
-    return sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)})
+    files = sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)})
+    weights = {file.name for file in files if file.suffix in (".safetensors", ".bin", ".gguf")}
+    for index in folder.glob("*.index.json"):
+        weights = weights if set(_shards(index)) <= weights else set()
+    return files if weights else []
+
+
+def _shards(index: Path) -> Iterable[str]:
+    """The files that an index lists."""
+    try:
+        listed: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [index.name]  # no weights
+    return listed.values()
 
 
 def _transformers() -> Any:

@@ -226,6 +226,8 @@ class SpanCollator:
             ids[b, real] = torch.tensor(row.ids, dtype=torch.long)
             mask[b, real] = 1
             labels[b, real] = torch.tensor(own_labels, dtype=torch.long)
+            if real.start:
+                labels[b, real.start] = IGNORED_LABEL  # or padding would predict it
             offsets[b, real] = torch.tensor(row.offsets, dtype=torch.long).reshape(-1, 2)
             special[b, real] = torch.tensor(row.special, dtype=torch.bool)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -193,7 +194,8 @@ class LayerHead:
         output = inner.get_output_embeddings()
         if output is None:
             raise InputError(f"FDD: expected a model with an LM head, {type(inner).__name__} has none")
-        self.logits = LMHead(output, *scale_and_softcap(inner)).logits
+        stored: LMHead | None = getattr(model, "stored_head", None)  # of a teacher whose states are on disk
+        self._head = LMHead(output, *scale_and_softcap(inner)) if stored is None else stored
         self._depth = num_layers(inner)
         # OPT's, which the last state has passed
         self._narrow = getattr(getattr(inner.base_model, "decoder", None), "project_out", None)
@@ -202,5 +204,14 @@ class LayerHead:
         """[L, n, d] what the head reads of hidden states, at positions [n] of the batch's tokens."""
         chosen = [output.hidden_states[layer].flatten(0, 1)[positions] for layer in layers]
         if self._narrow is not None:
-            chosen = [h if layer == self._depth else self._narrow(h) for layer, h in zip(layers, chosen, strict=True)]
-        return torch.stack(chosen)
+            dtype = self._narrow.weight.dtype
+            chosen = [
+                h if layer == self._depth else self._narrow(h.to(dtype))
+                for layer, h in zip(layers, chosen, strict=True)
+            ]
+        widest = functools.reduce(torch.promote_types, (h.dtype for h in chosen))
+        return torch.stack([h.to(widest) for h in chosen])
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[..., V] of states in any dtype."""
+        return self._head.logits(states.to(self._head.linear.weight.dtype))

@@ -51,7 +51,8 @@ class CachedTeacher:
         backend: str = "auto",
     ) -> None:
         self.store, self.live, self._reads = store, live, reads
-        self._importance, self._device, self._head, self._backend = importance, device, head, backend
+        self._importance, self._device, self._backend = importance, device, backend
+        self._head, self._own_head = _on(device, head), head
         self.wanted: Collection[bytes] | None = None
 
     @torch.no_grad()
@@ -96,7 +97,7 @@ class CachedTeacher:
             batch = {name: batch[name][chosen.to(batch[name].device)] for name in names if name in batch}
             missing = teacher_rows(batch)
         states, read, _ = live.run(
-            batch, list(contents.layers), self._head if contents.last or contents.entropy else None
+            batch, list(contents.layers), self._own_head if contents.last or contents.entropy else None
         )
         flat = {layer: state.flatten(0, 1) for layer, state in states.items()}
         importance = {}
@@ -150,8 +151,8 @@ class CachedTeacher:
             at = place
             if contents.shared is None:
                 at = torch.cat([row.tokens[row.counted] for row in rows]).to(self._device)
-            weight, _ = self._head.weight_and_bias()
-            head = HeadStates(self._head, reads.vocabulary, states=spread(whole[LAST].to(weight.dtype), at))
+            dtype = self._head.linear.weight.dtype
+            head = HeadStates(self._head, reads.vocabulary, states=spread(whole[LAST].to(dtype), at))
         return TeacherOutput(
             None,
             {layer: spread(contents.states(whole, layer)) for layer in reads.layers},
@@ -243,6 +244,14 @@ def head_tensors(head: LMHead | None, project_out: nn.Module | None = None) -> d
     if project_out is not None:
         tensors |= {f"project_out.{key}": value for key, value in project_out.named_parameters()}
     return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def _on(device: torch.device, head: LMHead | None) -> LMHead | None:
+    """A head where the outputs go; a copy where the teacher is elsewhere."""
+    if head is None or head.linear.weight.device == device:
+        return head
+    moved = {name: value.to(device) for name, value in head_tensors(head).items()}
+    return LMHead(_linear(moved, "head"), head.scale, head.softcap)
 
 
 def _linear(tensors: Mapping[str, Tensor], name: str) -> nn.Linear:

@@ -118,7 +118,7 @@ class LiveTeacher:
     @torch.no_grad()
     def entropy_of(self, read: HeadStates) -> Tensor:
         """[B, S] entropy weights of what its head was to read, some tokens' logits at a time."""
-        tokens = read.states.flatten(0, 1).split(max(1, ENTROPY_LOGITS // read.head.size))
+        tokens = read.states.flatten(0, 1).split(max(1, ENTROPY_LOGITS // read.head.linear.out_features))
         with self._autocast():
             made = [entropy_weights(read.head.logits(some)[..., : read.vocabulary]) for some in tokens]
         return torch.cat(made).view(read.states.shape[:-1])

@@ -109,6 +109,12 @@ class TeacherStore:
         shard, row = self._places[key]
         return shard.read(row)
 
+    @property
+    def has_head_file(self) -> bool:
+        """Whether the file of the LM head is there, if there is to be one."""
+        name = self.description["head_file"]
+        return name is None or (self.folder / name).is_file()
+
     def head(self) -> dict[str, Tensor]:
         """The tensors of the LM head.
 

@@ -111,7 +111,8 @@ class MTATrainingArguments(TrainingArguments):
         log_gradient_norms: at logging steps, also the norm of the gradient that base, lambda_dsa DSA and lambda_hid
             Hid each leave on the student (of this rank's first micro-batch); costs three more backward passes.
         fused_head: make base losses of the states before the LM heads, without logits of all positions, where the
-            models' heads can be taken apart (else a warning says why not). False: of the logits, as up to 0.1.
+            models' heads can be taken apart (else a warning says why not) and the base method reads them
+            (``BaseMethod.reads_heads``; one's own reads logits unless it says so). False: of the logits.
         max_seconds: stop after the step in which so many seconds of training are reached (evaluation and saving not
             counted), for a comparison at equal time. The learning rate then follows the clock, warm-up as a ratio, and
             num_train_epochs is only an upper bound.

@@ -56,13 +56,20 @@ class TeacherCache:
         """The folder."""
         return user_path(self.folder)
 
-    def stored_teacher(self) -> StoredTeacher:
+    def stored_teacher(self, *, with_head: bool) -> StoredTeacher:
         """What stands in the teacher's place where it is not loaded.
 
         Raises:
-            InputError: nothing is cached.
+            InputError: nothing is cached, or, with_head, no LM head.
         """
-        return StoredTeacher(TeacherStore(self.path))
+        made = StoredTeacher(TeacherStore(self.path))
+        if with_head and made.stored_head is None:
+            raise InputError(
+                f"{self.path}: expected a cache with the LM head and the states that it reads, as the base loss reads "
+                f"the teacher's distribution, it has none; give another folder as teacher.cache, or delete this one "
+                f"to make it again"
+            )
+        return made
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ def cached_teacher(
                 "model": _about(teacher),
             }
             narrow = getattr(getattr(unwrap(teacher).base_model, "decoder", None), "project_out", None)
-            tensors = head_tensors(head if reads.logits else None, narrow if reads.logits else None)
+            tensors = head_tensors(head, narrow if reads.logits else None)
             store = TeacherStore.create(cache.path, description, tensors, cache.sources)
         check_same(cache.path, store.description["identity"], identity)
         _check_head(store, tensors)
@@ -261,8 +268,14 @@ class CacheFilling:
 
     def __init__(self, cached: CachedTeacher, rows: Sequence[Any], collator: Any, method: BaseMethod) -> None:
         self.cached, self.collator = cached, collator
-        known = [each for each in rows if each is not None and not is_stream(each)]
-        self.streams = len(known) < sum(each is not None for each in rows)
+        if cached.live is None and makes_rows(method, collator):
+            raise InputError(
+                f"teacher: expected a model that runs, as {method.name} trains on rows that are not the data's, got "
+                f"its states on disk alone; give the model"
+            )
+        sets = [part for each in rows for part in (each.values() if isinstance(each, Mapping) else [each])]
+        known = [each for each in sets if each is not None and not is_stream(each)]
+        self.streams = len(known) < sum(each is not None for each in sets)
         self.rows: list[PlannedRow] = []
         sizes: dict[bytes, tuple[int, int]] = {}
         for each in known:
@@ -282,15 +295,19 @@ class CacheFilling:
             alone: refuse to go on beside another process that writes.
 
         Raises:
-            InputError: no room; ``alone``, and another process writes.
+            InputError: no room; rows that are missing, and no teacher to run; ``alone``, and another process writes.
         """
         store = self.cached.store
+        if self.missing and self.cached.live is None:
+            raise InputError(
+                f"{store.folder}: expected the states of every row, {len(self.missing):,} of {self.total:,} are not "
+                f"there, and the teacher isn't loaded; run mta-fast teach on these rows, or give the teacher"
+            )
         tokens, counted = (sum(each) for each in zip(*self.missing.values(), strict=True)) if self.missing else (0, 0)
         needed = int(OVERHEAD * store.contents.size(tokens, counted))
         if rank == 0:
             print(f"teacher: {self.total - len(self.missing):,} of {self.total:,} rows in {store.folder}", end="")
             print(f"; the others take {in_words(needed)}" if self.missing else "", flush=True)
-        store.check_room(needed)
         if rank == 0 and self.cached.live is not None and (self.missing or self.streams):
             try:
                 store.lock()
@@ -299,6 +316,8 @@ class CacheFilling:
                     raise
                 print(f"teacher: its states are not kept: {error}", flush=True)
         store.writable = told(store.writable)
+        if store.writable:
+            store.check_room(needed)
 
     def batches(self, size: int, rank: int, ranks: int) -> Iterator[list[PlannedRow]]:
         """This rank's batches of rows that are missing, of similar length."""
@@ -332,6 +351,7 @@ def needs_teacher(cache: TeacherCache, rows: Sequence[Any], collator: Any, metho
         store is None
         or makes_rows(method, collator)
         or cache.source is None
+        or not store.has_head_file
         or store.description["source"] != cache.source
     ):
         return True

@@ -224,6 +224,7 @@ def _matched(settings: TrainSettings, seconds: float) -> TrainSettings:
 
 def build_trainer(settings: TrainSettings) -> MTATrainer:
     """The trainer of these settings, with its data and models loaded."""
+    from accelerate.utils import broadcast_object_list
     from transformers import set_seed
 
     from mta_fast.distill.training.caching import needs_teacher
@@ -259,11 +260,14 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
     cache = teacher_cache(settings)
     if cache is not None:
         collator = method.collator(span_collator(tokenizer, None if shared else tokenizers["teacher"], None, arguments))
-        if not needs_teacher(cache, [each.rows for each in read.values()], collator, method):
+        needed = needs_teacher(cache, [each.rows for each in read.values()], collator, method)
+        if not broadcast_object_list([needed])[0]:  # another process may fill it meanwhile
             sides.pop("teacher")
     with unsharded(arguments):
         models = {side: load_model(sides[side].path, dtype=sides[side].dtype, **sides[side].options) for side in sides}
     student: Any = models["student"]
+    if cache is not None and cache.source is None:  # files that a hub has brought only now
+        cache = teacher_cache(settings)
     with arguments.main_process_first(desc="span extraction"):  # the other ranks then find the spans in the cache
         cut = None
         if settings.spans.truncate:

@@ -47,10 +47,13 @@ class TeacherPass(RowFeeding):
 
     def _take_heads_apart(self) -> None:
         """Have the base loss made of the states before the LM heads, or say why it is made of logits."""
-        module = self._module
+        module, near = self._module, self._teacher_device == self.args.device
         models: dict[str, nn.Module] = {"student": module.student}
         if self.teacher is not None and module.base.reads_teacher:
             models["teacher"] = self.teacher
+        elif self.teacher is not None and near and module.layers("teacher"):  # nobody reads its logits
+            found = take_apart(self.teacher)
+            self._teacher_head = found if isinstance(found, LMHead) else None
         if not module.base.reads_heads:
             return
         heads, whys = {}, []
@@ -60,10 +63,11 @@ class TeacherPass(RowFeeding):
                 heads[side] = head
             else:
                 whys.append(f"{side}: {head}")
-        if "teacher" in models and self._teacher_device != self.args.device:
+        if "teacher" in models and not near:
             whys.append("teacher: it is on another device")
         if not whys:
-            module.head, self._teacher_head = heads["student"], heads.get("teacher")
+            module.head = heads["student"]
+            self._teacher_head = heads.get("teacher", self._teacher_head)
         elif self.args.process_index == 0:
             warnings.warn(f"fused_head: the base loss is made of logits, as {'; '.join(whys)}", stacklevel=3)
 
@@ -83,6 +87,11 @@ class TeacherPass(RowFeeding):
                 own_device=self._teacher_device,
                 autocast=self.accelerator.autocast,
                 head=self._teacher_head,
+            )
+        if cache is not None and module.base.reads_teacher and not module.base.reads_heads:
+            raise InputError(
+                f"teacher.cache: expected a base loss that reads its teacher at counted positions, as those with "
+                f"reads_heads = True do, got {module.base.name!r}; leave out the cache"
             )
         if teacher is None or cache is None:
             return (live or (lambda batch: TeacherOutput(None, {}))), None

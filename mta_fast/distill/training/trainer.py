@@ -104,7 +104,7 @@ class MTATrainer(TeacherPass):
                 "base_loss: expected a base loss or an MTA config, got neither; there is nothing to train on"
             )
         if teacher is None and teacher_cache is not None:
-            teacher = teacher_cache.stored_teacher()
+            teacher = teacher_cache.stored_teacher(with_head=method.reads_teacher)
         if teacher is None and (mta is not None or method.reads_teacher):
             raise InputError(
                 "teacher: expected a model, got none; without one there is no MTA, and the base loss is cross_entropy"
