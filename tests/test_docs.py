@@ -172,7 +172,7 @@ def test_no_figure_of_the_readme_is_written_by_hand() -> None:
 def test_every_row_with_a_target_is_shown() -> None:
     """A losing one too."""
     text = "".join(page.read_text(encoding="utf-8") for page in docs.pages())
-    for name in ("loss", "memory", "spans", "step"):
+    for name in ("loss", "memory", "spans", "step", "heads"):
         rows = (ROOT / f"bench/results/{name}.md").read_text(encoding="utf-8").splitlines()
         judged = [row for row in rows if row.endswith(("| yes |", "| NO |"))]
         assert all(row in text for row in judged), name
