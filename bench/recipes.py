@@ -17,12 +17,13 @@ from bench.gpu_model.costs import GPUS
 from bench.report import Entry, Report, Section, entry, markdown_table
 from mta_fast import __version__
 from mta_fast.distill.training.settings import TrainSettings
+from mta_fast.kernels.linear_divergence import CHUNK_LOGITS
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 14_000  # databricks-dolly-15k without the 1,000 that are held out; prompts that are too long count too
 SHARE = 0.4  # of the peak: what well-kept training loops reach
 ACTIVATIONS = 34  # bytes of a token, layer and unit of width that the backward keeps, 16-bit, no attention map
-LOGIT_COPIES = 5  # float32 [tokens, V] at once in a base loss: student, teacher, mixture, two gradients
+LOGIT_BYTES = 4 + 4 + 2  # of an entry of a chunk: both sides in float32, the gradient in 16 bits
 NAMES = ("gpt2", "qwen1.5", "opt", "gpt2-fdd", "qwen1.5-fdd", "qwen1.5-distillm2", "opt-distillm2")
 
 
@@ -48,7 +49,7 @@ def measure() -> Report:
         f"Modelled, not measured: products at {SHARE:.0%} of the data sheet's bf16 peak, every row a full window of "
         f"256 tokens, {ROWS:,} rows. Without what the student writes during training (DistiLLM), evaluation and "
         f"saving. Memory: weights (teacher in bfloat16; student, gradients and AdamW in float32), activations without "
-        f"checkpointing, logits."
+        f"checkpointing, a chunk of logits and the head's gradient."
     )
     about = {"mta_fast": __version__, **{gpu.name: gpu.sheet for gpu in GPUS}}
     entries = [each for _, figures in found for each in figures]
@@ -65,16 +66,17 @@ def _recipe(name: str) -> tuple[int, list[Entry]]:
     in_step = training.get("gradient_accumulation_steps", 1)
     tokens = batch * training["max_length"]
     flops = tokens * (2 * teacher.parameters + (6 if adapter is None else 4) * student.parameters)
-    if settings.base.loss == "fdd":  # heads forward and again, the student's also backward
+    if settings.base.loss == "fdd":  # heads forward, the student's also backward
         config = settings.mta_config(student.layers, teacher.layers)
         assert config is not None
-        heads = len(config.layer_pairs) * (4 * teacher.width + 8 * student.width)
+        heads = len(config.layer_pairs) * (2 * teacher.width + 6 * student.width)
         flops += tokens * heads * student.vocabulary
     steps = ROWS // (training["per_device_train_batch_size"] * in_step) * training["num_train_epochs"]
     minutes = [steps * in_step * flops / (SHARE * gpu.bfloat16) / 60 for gpu in GPUS]
     weights = 2 * teacher.parameters + (16 if adapter is None else 4) * student.parameters
     activations = ACTIVATIONS * student.layers * student.width * tokens
-    logits = LOGIT_COPIES * 4 * tokens * student.vocabulary
+    logits = LOGIT_BYTES * min(CHUNK_LOGITS, tokens * student.vocabulary)
+    logits += 4 * student.vocabulary * student.width if adapter is None else 0  # the head's gradient before it is added
     memory = (weights + activations + logits) / 1e9
     times = [entry(f"{name}, {gpu.name}", [each], "minutes") for gpu, each in zip(GPUS, minutes, strict=True)]
     return steps, [*times, entry(f"{name}, memory", [memory], "GB")]

@@ -11,6 +11,11 @@ from torch import nn
 from mta_fast.distill.data import load_sample
 
 VOCABULARY, LAYERS, WIDTH = 64, 4, 32
+SCALED = {  # logits that are capped or scaled
+    "gemma2": {"final_logit_softcapping": 3.0, "head_dim": 16},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+}
 FAMILIES = ("gpt2", "opt", "opt-350m", "llama", "qwen2", "mistral", "gptj")
 
 
@@ -47,6 +52,9 @@ def make_model(family: str, layers: int = LAYERS, width: int = WIDTH, vocabulary
             "llama": (tf.LlamaConfig, tf.LlamaForCausalLM),
             "qwen2": (tf.Qwen2Config, tf.Qwen2ForCausalLM),
             "mistral": (tf.MistralConfig, tf.MistralForCausalLM),
+            "gemma2": (tf.Gemma2Config, tf.Gemma2ForCausalLM),
+            "cohere": (tf.CohereConfig, tf.CohereForCausalLM),
+            "granite": (tf.GraniteConfig, tf.GraniteForCausalLM),
         }[family]
         config = config_class(
             num_hidden_layers=layers,
@@ -55,6 +63,7 @@ def make_model(family: str, layers: int = LAYERS, width: int = WIDTH, vocabulary
             num_attention_heads=2,
             num_key_value_heads=2,
             **common,
+            **SCALED.get(family, {}),
         )
     model: nn.Module = model_class(config)
     return model

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_model, make_tokenizer
+from models import FAMILIES as PLAIN
+from models import SCALED, make_model, make_tokenizer
 from torch import nn
 from training import make_pairs, make_rows, make_trainer
 
@@ -18,7 +19,7 @@ from mta_fast.distill.heads import HeadStates, LMHead, deferring_logits, take_ap
 
 pytestmark = pytest.mark.filterwarnings("ignore:labels:UserWarning")
 
-FAMILIES = ["gpt2", "opt", "opt-350m", "llama", "qwen2", "mistral", "gptj", "gemma2", "cohere", "granite"]
+FAMILIES = [*PLAIN, *SCALED]
 METHODS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ("srkl", "skl", "forward_kl", "reverse_kl", "jsd", "cross_entropy")),
     ("srkl", {"detach_mixture": True, "alpha": 0.3}),
@@ -30,26 +31,9 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def _model(family: str, vocabulary: int) -> Any:
-    import transformers as tf
-
-    kinds = {
-        "gemma2": (tf.Gemma2Config, tf.Gemma2ForCausalLM, {"final_logit_softcapping": 3.0, "head_dim": 16}),
-        "cohere": (tf.CohereConfig, tf.CohereForCausalLM, {"logit_scale": 0.25}),
-        "granite": (tf.GraniteConfig, tf.GraniteForCausalLM, {"logits_scaling": 4.0}),
-    }
-    if family not in kinds:
-        return make_model(family, vocabulary=vocabulary)
-    config, model, own = kinds[family]
-    torch.manual_seed(1)
-    sizes = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    return model(config(vocab_size=vocabulary, num_key_value_heads=2, **sizes, **ends, **own))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_head_makes_the_models_logits(family: str) -> None:
-    model = _model(family, 64).eval()
+    model = make_model(family).eval()
     head = take_apart(model)
     assert isinstance(head, LMHead), head
     assert (head.softcap, head.scale) == {"gemma2": (3.0, 1.0), "cohere": (None, 0.25), "granite": (None, 0.25)}.get(
@@ -113,7 +97,11 @@ def _assert_alike(fused: Any, plain: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(tmp_path: Path, family: str) -> None:
     size = len(make_tokenizer())
-    models = {"student": _model(family, size), "teacher": _model("gemma2", size), "mta": None}
+    models = {
+        "student": make_model(family, vocabulary=size),
+        "teacher": make_model("gemma2", vocabulary=size),
+        "mta": None,
+    }
     fused, plain = _both(tmp_path, **models)
     _assert_alike(fused, plain)
 
@@ -232,6 +220,25 @@ def _capped(model: Any) -> Any:
     return model
 
 
+def _with_forward(model: Any) -> Any:
+    inner = model.lm_head.forward
+    model.lm_head.forward = lambda states: inner(states)
+    return model
+
+
+def _failing(model: Any) -> Any:
+    """A model that refuses the probe's few tokens."""
+    inner = model.forward
+
+    def forward(input_ids: torch.Tensor, **options: Any) -> Any:
+        if input_ids.shape[1] < 8:
+            raise ValueError("too few tokens")
+        return inner(input_ids=input_ids, **options)
+
+    model.forward = forward
+    return model
+
+
 def _with_hook(model: Any) -> Any:
     model.lm_head.register_forward_hook(lambda _module, _args, output: output)
     return model
@@ -246,6 +253,8 @@ def _with_hook(model: Any) -> Any:
         (_without_a_call, "its pass does not call its head"),
         (_with_dropout, "its head has an adapter with dropout"),
         (_with_hook, "its head has hooks"),
+        (_failing, "a pass over 4 tokens raised ValueError: too few tokens"),
+        (_with_forward, "its head has a forward of its own"),
     ],
 )
 def test_heads_that_stay_whole_are_told(tmp_path: Path, change: Any, why: str) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import make_model
-from test_heads import _model as make_head_model
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -382,7 +381,7 @@ def _read(model: Any, inputs: Any) -> Any:
 @pytest.mark.parametrize("family", ["gpt2", "opt-350m", "gemma2", "cohere", "granite"])
 def test_fdds_last_distribution_is_the_models(family: str) -> None:
     """Its own logits, which are softcapped or scaled, on both paths; a student's gradient too."""
-    student, teacher = models = [make_head_model(family, 64).eval() for _ in range(2)]
+    student, teacher = models = [make_model(family).eval() for _ in range(2)]
     for parameter in (p for model in models for p in model.parameters()):
         parameter.data += torch.randn_like(parameter) / 5  # logits that a softcap bends
     batch = _batch()
@@ -403,7 +402,7 @@ def test_fdds_last_distribution_is_the_models(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["opt-350m", "gemma2", "granite"])
 def test_fdd_through_the_heads_is_fdd_of_logits(family: str) -> None:
-    models = [make_head_model(name, 64).double().eval() for name in (family, "cohere")]
+    models = [make_model(name).double().eval() for name in (family, "cohere")]
     batch = _batch()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     method = FDD([(1, 2), (3, 3), (4, 4)]).attach(*models)

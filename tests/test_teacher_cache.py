@@ -111,8 +111,6 @@ def test_rounded_states(tmp_path: Path, dtype: str, limit: float) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_fdd_reads_a_stored_head_as_the_teacher_does(tmp_path: Path, fused: bool) -> None:
     """Softcap included, with logits and without; a half-precision head beside float32 states."""
-    from test_heads import _model as of_family
-
     from mta_fast.distill import FDD
 
     def trainer(*where: Path, teacher: Any = None) -> Any:
@@ -120,7 +118,7 @@ def test_fdd_reads_a_stored_head_as_the_teacher_does(tmp_path: Path, fused: bool
         return _trainer(tmp_path, *where, teacher=teacher, base_loss=method, mta=None, fused_head=fused)
 
     def teacher() -> Any:
-        return of_family("gemma2", len(make_tokenizer())).bfloat16()
+        return make_model("gemma2", vocabulary=len(make_tokenizer())).bfloat16()
 
     live = trainer(teacher=teacher())
     trainer(tmp_path / "states", teacher=teacher()).fill_teacher_cache()

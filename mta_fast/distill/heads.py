@@ -21,6 +21,7 @@ SCALES, INVERSE_SCALES = ("logit_scale", "lm_head_multiplier"), ("logits_scaling
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # of their difference, relative to the largest logit; half precision rounds both, maybe not alike
 TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 2e-2
+UNFIT = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)  # what a pass that can't be raises
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,10 @@ class HeadStates:
     vocabulary: int | None = None
     states: Tensor = field(default_factory=lambda: torch.empty(0))
 
+    def at(self, tokens: Tensor) -> Tensor:
+        """[M, d] the states of flat tokens [M]."""
+        return self.states.flatten(0, 1).index_select(0, tokens)
+
     def logits(self) -> Tensor:
         """[B, S, vocabulary], for who must have them."""
         return self.head.logits(self.states)[..., : self.vocabulary]
@@ -143,6 +148,8 @@ def _unreadable(output: Any) -> str | None:
         return f"its head is a {type(linear).__name__}, not a Linear"
     if any(m._forward_pre_hooks or m._forward_hooks or hasattr(m, "_hf_hook") for m in (output, linear)):
         return "its head has hooks"
+    if any("forward" in vars(m) for m in (output, linear)):
+        return "its head has a forward of its own"
     if linear is output:
         return None
     if not hasattr(output, "lora_A"):
@@ -180,12 +187,15 @@ def _fault(model: nn.Module, head: LMHead) -> str | None:
         return large.to(states.dtype).expand(*states.shape[:-2], 1, -1)
 
     with evaluating(model), torch.no_grad():
-        expected = model(**inputs).logits
+        try:
+            expected = model(**inputs).logits
+        except UNFIT as raised:
+            return f"a pass over {PROBE_TOKENS} tokens raised {type(raised).__name__}: {raised}"
         large = torch.linspace(-PROBE_LOGIT, PROBE_LOGIT, expected.shape[-1], device=device)
         try:
             with _called_as(head.module, keep):
                 expected_large = model(**inputs).logits
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except UNFIT:
             return "its pass reads the logits of every position"
         if not read:
             return "its pass does not call its head"

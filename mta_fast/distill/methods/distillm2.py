@@ -15,6 +15,7 @@ from mta_fast.distill.methods.losses import (
     LogProbabilities,
     check_share,
     counted_positions,
+    counted_tokens,
     log_probabilities,
     through_heads,
     warn_where_nothing_counts,
@@ -93,13 +94,13 @@ class DistiLLM2(BaseMethod):
                 f"batch: expected as many rejected rows as chosen ones, got {len(labels)} rows in all; "
                 f"PairCollator makes such batches of rows with prompt, chosen and rejected"
             )
-        counted = counted_positions(labels)
-        lengths, targets, pairs = counted.sum(1), labels[:, 1:][counted], len(labels) // 2
+        lengths, tokens, pairs = counted_positions(labels).sum(1), counted_tokens(labels), len(labels) // 2
+        targets = labels.flatten()[tokens + 1]
         rows = torch.arange(len(labels), device=labels.device).repeat_interleave(lengths, output_size=len(targets))
         own, other = head_of(student), head_of(teacher)
         if own is not None and other is not None:
             warn_where_nothing_counts(targets)
-            return self._through_heads(own, other, counted, targets, rows, lengths)
+            return self._through_heads(own, other, tokens, targets, rows, lengths)
         log = log_probabilities(student.logits, teacher.logits, labels)
         of_labels = (side.detach().gather(-1, targets[:, None])[:, 0] for side in log)
         alpha = self._alpha(of_labels, rows, lengths, torch.is_grad_enabled())
@@ -114,26 +115,24 @@ class DistiLLM2(BaseMethod):
         return _row_means(weighted, rows, lengths).sum()[None]
 
     def _through_heads(
-        self, own: HeadStates, other: HeadStates, counted: Tensor, targets: Tensor, rows: Tensor, lengths: Tensor
+        self, own: HeadStates, other: HeadStates, tokens: Tensor, targets: Tensor, rows: Tensor, lengths: Tensor
     ) -> Tensor:
         """``sums`` without logits; the adaptive alpha takes a pass over both heads of its own."""
         learns = torch.is_grad_enabled()
         with torch.no_grad():
             of_labels = (
-                -through_heads(side, None, counted, "cross_entropy", labels=targets, reduction="none")
+                -through_heads(side, None, tokens, "cross_entropy", labels=targets, reduction="none")
                 for side in (other, own)
             )
             alpha = self._alpha(of_labels, rows, lengths, learns)
         pairs = len(lengths) // 2
-        split = int(lengths[:pairs].sum())
+        split = int(lengths[:pairs].sum())  # tokens lie row after row: those of the chosen responses come first
         weights = torch.where(rows < pairs, 2 - self.beta, self.beta) / lengths[rows]
-        chosen, rejected = counted.clone(), counted.clone()
-        chosen[pairs:], rejected[:pairs] = False, False
         on_chosen = through_heads(
-            own, other, chosen, "skl", alpha=alpha[:split], weights=weights[:split], reduction="sum"
+            own, other, tokens[:split], "skl", alpha=alpha[:split], weights=weights[:split], reduction="sum"
         )
         on_rejected = through_heads(
-            own, other, rejected, "srkl", alpha=alpha[split:], weights=weights[split:],
+            own, other, tokens[split:], "srkl", alpha=alpha[split:], weights=weights[split:],
             detach_mixture=self.detach_mixture, reduction="sum",
         )  # fmt: skip
         return (on_chosen + on_rejected)[None]

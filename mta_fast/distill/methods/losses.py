@@ -176,6 +176,14 @@ def counted_positions(labels: Tensor) -> Tensor:
     return labels[:, 1:] != IGNORED_LABEL
 
 
+def counted_tokens(labels: Tensor) -> Tensor:
+    """[M] the counted positions among the flat tokens [B * S], row after row; position i predicts token i + 1.
+
+    The one synchronisation of a base loss through heads.
+    """
+    return F.pad(counted_positions(labels), (0, 1)).flatten().nonzero()[:, 0]
+
+
 class LogProbabilities(NamedTuple):
     """[M, V] log-probabilities at the counted positions; the teacher's without a graph."""
 
@@ -227,20 +235,20 @@ def _reduced(values: Tensor, reduction: Reduction) -> Tensor:
 
 
 def through_heads(
-    student: HeadStates, teacher: HeadStates | None, counted: Tensor, divergence: str, **options: Any
+    student: HeadStates, teacher: HeadStates | None, tokens: Tensor, divergence: str, **options: Any
 ) -> Tensor:
-    """``linear_divergence_loss`` of two passes at the counted positions [B, S - 1]; j predicts label j + 1."""
+    """``linear_divergence_loss`` of two passes at flat tokens [M], as ``counted_tokens`` gives them."""
     options |= {"divergence": divergence, "vocabulary": student.vocabulary}
     options |= {"student_scale": student.head.scale, "student_softcap": student.head.softcap}
     if teacher is not None:
         weight, bias = teacher.head.weight_and_bias()
-        options |= {"teacher_hidden": teacher.states[:, :-1][counted], "teacher_weight": weight, "teacher_bias": bias}
+        options |= {"teacher_hidden": teacher.at(tokens), "teacher_weight": weight, "teacher_bias": bias}
         options |= {"teacher_scale": teacher.head.scale, "teacher_softcap": teacher.head.softcap}
 
     def loss(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear_divergence_loss(states, weight, student_bias=bias, **options)
 
-    return student.head.call(student.states[:, :-1][counted], loss)
+    return student.head.call(student.at(tokens), loss)
 
 
 # --- as a base method --------------------------------------------------------------------------------------------
@@ -277,12 +285,11 @@ class TokenMethod(BaseMethod):
         own, other = head_of(student), head_of(teacher)
         if own is None or (other is None and self.reads_teacher):
             return self._loss(student.logits, teacher.logits, batch["labels"], reduction="sum")[None]
-        counted = counted_positions(batch["labels"])
-        targets = batch["labels"][:, 1:][counted]
-        warn_where_nothing_counts(targets)
-        options = self._options if self.reads_teacher else {"labels": targets}
+        tokens = counted_tokens(batch["labels"])
+        warn_where_nothing_counts(tokens)
+        options = self._options if self.reads_teacher else {"labels": batch["labels"].flatten()[tokens + 1]}
         other = other if self.reads_teacher else None
-        return through_heads(own, other, counted, self._name, reduction="sum", **options)[None]
+        return through_heads(own, other, tokens, self._name, reduction="sum", **options)[None]
 
 
 def skewed_method(loss: str, alpha: float, detach_mixture: bool) -> TokenMethod:
