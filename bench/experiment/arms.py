@@ -1,0 +1,48 @@
+"""What a run trains with: the arms of the comparison, and the rows of the paper's ablations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mta_fast.config import MTAConfig
+
+BASE, FULL, PLACEBO, LONGER = "base", "base + MTA", "base + placebo", "base, time of MTA"
+ARMS = (BASE, FULL, PLACEBO, LONGER)
+SWEPT = (BASE, FULL, PLACEBO)  # the longer base takes the base's learning rate
+RIDGE, BY_SIMILARITY = "ridge start", "layers by CKA"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        name: in tables.
+        mta: what MTA computes; None: the base loss alone.
+        placebo: whether the teacher's token states are permuted within each row before MTA reads them.
+        longer: whether it trains as long as the full arm takes, in steps of its own.
+        rate_of: the arm whose learning rate it takes.
+    """
+
+    name: str
+    mta: MTAConfig | None
+    placebo: bool = False
+    longer: bool = False
+    rate_of: str = FULL
+
+
+def arms(full: MTAConfig) -> dict[str, Arm]:
+    """The arms of the comparison."""
+    return {
+        BASE: Arm(BASE, None, rate_of=BASE),
+        FULL: Arm(FULL, full),
+        PLACEBO: Arm(PLACEBO, full, placebo=True, rate_of=PLACEBO),
+        LONGER: Arm(LONGER, None, longer=True, rate_of=BASE),
+    }
+
+
+def ablations(rows: dict[str, Any]) -> dict[str, Arm]:
+    """The paper's rows, as ``ablation_rows`` makes them, bar those that are arms already."""
+    made = {name: MTAConfig.from_dict(mta) for name, mta in rows.items() if mta and name != "full"}
+    return {name: Arm(name, config) for name, config in made.items()}

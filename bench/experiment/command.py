@@ -1,0 +1,154 @@
+"""``python -m bench experiment SETUP``: the runs that are missing, then the report of those that are there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.experiment import report
+from bench.experiment.arms import BASE, BY_SIMILARITY, RIDGE, Arm, ablations, arms
+from bench.experiment.plan import (
+    COMPARISON,
+    ROWS,
+    STAGES,
+    SWEEP,
+    Planned,
+    Results,
+    best_rates,
+    carry_out,
+    comparison,
+    rows,
+    sweep,
+)
+from bench.experiment.prepare import Prepared, Sources
+from bench.experiment.runs import RunSettings, run, trainer_of
+from bench.experiment.setups import SETUPS, Setup
+from bench.experiment.similarity import pairs_by_similarity
+from bench.report import Report, machine, texts_name
+from mta_fast.choices import check_choice
+from mta_fast.distill.ablation import ablation_rows
+from mta_fast.distill.training.settings import DataSettings, StudentSettings, TeacherSettings, TrainSettings
+from mta_fast.errors import InputError
+from mta_fast.files import write_whole
+
+
+class Experiment:
+    """A set-up with its sources and the folder of its results."""
+
+    def __init__(self, setup: Setup, sources: Sources, out: Path) -> None:
+        self.setup, self.sources = setup, sources
+        self.prepared = Prepared(setup, sources)
+        self.results = Results(out, setup)
+        self.arms = arms(self.prepared.full)
+
+    def plan(self, stage: str) -> list[Planned]:
+        """The runs of a stage.
+
+        Raises:
+            InputError: the sweep, which the other stages take learning rates from, is not done.
+        """
+        if stage == SWEEP:
+            return list(sweep(self.setup, self.arms))
+        if stage == COMPARISON:
+            return list(comparison(self.results, self.arms))
+        return list(rows(self.results, self.arms, self.row_arms()))
+
+    @property
+    def swept(self) -> bool:
+        """Whether the sweep is done."""
+        return all(self.results.read(planned) is not None for planned in self.plan(SWEEP))
+
+    def row_arms(self) -> dict[str, Arm]:
+        """The paper's rows, and two of our own."""
+        full = self.prepared.full
+        made = ablations(ablation_rows(self._settings(), *self.prepared.depths))
+        made[RIDGE] = Arm(RIDGE, replace(full, projection_init="ridge"))
+        made[BY_SIMILARITY] = Arm(BY_SIMILARITY, replace(full, layer_pairs=self._similar_pairs()))
+        return made
+
+    def _settings(self) -> TrainSettings:
+        """What ``mta-fast ablate`` would make its rows from."""
+        return TrainSettings(
+            student=StudentSettings("student"),
+            teacher=TeacherSettings(self.sources.teacher),
+            data=DataSettings("rows.jsonl"),
+            output_dir="runs",
+            mta=self.prepared.full.to_dict(),
+        )
+
+    def _similar_pairs(self) -> Any:
+        """Teacher layers most similar to the layers of the sweep's best base student; kept beside the runs."""
+        file = self.results.folder / "layers-by-similarity.json"
+        if not file.is_file():
+            rate = best_rates(self.results, self.arms)[BASE]
+            pairs = pairs_by_similarity(self.prepared, self.kept(rate))
+            write_whole(file, json.dumps(pairs) + "\n")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def kept(self, rate: float) -> Path:
+        """Where the base student of the sweep's first seed is."""
+        return self.sources.work / self.setup.name / f"base-{rate:g}"
+
+    # --- before the runs -----------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Fill the teacher's cache, and heal a cut student; what is there stays."""
+        prepared = self.prepared
+        every = Arm("cache", prepared.every_layer)
+        settings = RunSettings(0, 0.0, 1)
+        teacher = prepared.teacher()
+        student = prepared.student(0) if self.setup.kind == "fresh" else prepared.cut()
+        for part in prepared.rows:
+            with tempfile.TemporaryDirectory() as folder:
+                trainer = trainer_of(prepared, every, settings, folder, teacher=teacher, part=part, student=student)
+                trainer.fill_teacher_cache()
+        if self.setup.healing and not prepared.healed.is_dir():
+            arm, healing = self.arms[BASE], RunSettings(0, self.setup.healing_rate, self.setup.healing)
+            run(prepared, arm, healing, keep=prepared.healed)
+
+    def do(self, planned: Planned) -> dict[str, Any]:
+        """One run; the base student of the sweep is kept for the choice of layers."""
+        settings = planned.settings
+        first = planned.stage == SWEEP and settings.seed == self.setup.sweep_seeds[0]
+        kept = self.kept(settings.learning_rate) if first and planned.arm.name == BASE else None
+        return run(self.prepared, planned.arm, settings, keep=kept)
+
+
+def measure(
+    setup: str, dolly: Path, outside: Path, work: Path, out: Path, stages: Sequence[str], minutes: float | None,
+    steps: int | None = None,
+) -> Report:  # fmt: skip
+    """Carry out stages as far as the time goes, and report what there is."""
+    check_choice("setup", setup, SETUPS)
+    for stage in stages:
+        check_choice("stage", stage, STAGES)
+    for name, file in (("dolly", dolly), ("outside", outside)):
+        if not file.is_file():
+            raise InputError(f"--{name}: expected a JSONL file, there is none at {file}")
+    chosen = SETUPS[setup] if steps is None else replace(SETUPS[setup], steps=steps)
+    experiment = Experiment(chosen, Sources(dolly, outside, work), out)
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    about = machine("transformers", "spacy", code=code_version(), texts=texts_name(dolly), outside=texts_name(outside))
+    experiment.prepare()
+    for stage in stages:
+        if not carry_out(experiment.results, experiment.plan(stage), experiment.do, deadline, about):
+            print("time is up; the same command goes on", flush=True)
+            break
+    later = {stage: experiment.plan(stage) if experiment.swept else [] for stage in (COMPARISON, ROWS)}
+    command = f"python -m bench experiment {setup}"
+    return report.make(experiment.results, experiment.arms, *later.values(), about, command)
+
+
+def code_version() -> str:
+    """The commit of this checkout; with a plus where files differ from it."""
+    call = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    commit = call(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+    changed = call(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    return commit + ("+" if changed else "")

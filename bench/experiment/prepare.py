@@ -1,0 +1,161 @@
+"""What every run of a set-up shares: rows with their spans, the teacher's states on disk, tokenizer and students."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bench.experiment.setups import HELD, MAX_PROMPT, OUTSIDE_LENGTH, SELECTED, TEACHER, Setup
+from mta_fast import LayerMap, MTAConfig, SpanCollator
+from mta_fast.config import default_granularity
+from mta_fast.distill.data import LoadedRows, PromptRow, drop_long_rows, load_rows
+from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_depth
+from mta_fast.distill.responses.evaluation import load_references
+from mta_fast.distill.students.cut import cut_layers
+from mta_fast.distill.students.fresh import new_student
+from mta_fast.distill.students.vocabulary import teacher_ids, trim_tokenizer
+from mta_fast.distill.training.caching import TeacherCache
+from mta_fast.errors import InputError
+from mta_fast.spans.cache import SpanCache
+from mta_fast.spans.extract import SpanExtractor
+
+Rows = list[dict[str, Any]]
+TRAIN, SELECT, HELD_OUT, OUTSIDE = "train", "select", "held", "outside"
+EVALUATED = (SELECT, HELD_OUT, OUTSIDE)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where things come from, and a folder for what takes long to make.
+
+    Attributes:
+        dolly: rows that are trained on, chosen by, and held out; outside: rows of another origin.
+        work: made where it is missing; holds spans, the teacher's states and students.
+        teacher: as ``load_model`` takes it.
+    """
+
+    dolly: Path
+    outside: Path
+    work: Path
+    teacher: str = TEACHER
+
+
+class Prepared:
+    """A set-up's rows and models; each is made when it is first asked for."""
+
+    def __init__(self, setup: Setup, sources: Sources) -> None:
+        self.setup, self.sources = setup, sources
+
+    @cached_property
+    def teacher_tokenizer(self) -> Any:
+        """The teacher's."""
+        return load_tokenizer(self.sources.teacher)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The student's: a fresh one's knows the tokens that are most common in the training rows."""
+        if self.setup.kind != "fresh":
+            return self.teacher_tokenizer
+        texts = [row["prompt"] + row["output"] for row in self.rows[TRAIN]]
+        return trim_tokenizer(self.teacher_tokenizer, texts, size=self.setup.vocabulary)
+
+    @cached_property
+    def teacher_ids(self) -> Any:
+        """[V] the teacher's id of each of the student's tokens; None where they are the same."""
+        if self.setup.kind != "fresh":
+            return None
+        return teacher_ids(self.tokenizer, self.teacher_tokenizer)
+
+    @cached_property
+    def rows(self) -> Mapping[str, Rows]:
+        """Each set's rows with their spans; those of another origin with their first reference."""
+        setup = self.setup
+        known: LoadedRows[PromptRow] = load_rows(self.sources.dolly)
+        limit = min(MAX_PROMPT, setup.max_length // 2) if setup.name == "quick" else MAX_PROMPT
+        known = drop_long_rows(known, self.teacher_tokenizer, max_length=OUTSIDE_LENGTH, max_prompt_length=limit)
+        rows = [dict(row) for row in known.rows]
+        random.Random(0).shuffle(rows)
+        selected, held = (SELECTED, HELD) if setup.name != "quick" else (8, 8)
+        if len(rows) <= selected + held:
+            raise InputError(f"{self.sources.dolly}: expected more than {selected + held} rows, got {len(rows)}")
+        outside = [
+            {"prompt": row["prompt"], "output": row["references"][0]}
+            for row in load_references(self.sources.outside).rows
+        ]
+        parts = {
+            TRAIN: rows[selected + held :] if setup.name != "quick" else rows[selected + held :][:32],
+            SELECT: rows[:selected],
+            HELD_OUT: rows[selected : selected + held],
+            OUTSIDE: outside if setup.name != "quick" else outside[:8],
+        }
+        return {name: self._with_spans(part) for name, part in parts.items()}
+
+    def _with_spans(self, rows: Rows) -> Rows:
+        cache = SpanCache(SpanExtractor(), self.sources.work / "spans")
+        spans = cache([row["prompt"] + row["output"] for row in rows])
+        return [row | {name: column[i] for name, column in spans.items()} for i, row in enumerate(rows)]
+
+    def collator(self, part: str) -> SpanCollator:
+        """What makes batches of a set."""
+        return SpanCollator(self.tokenizer, max_length=self.length(part))
+
+    def length(self, part: str) -> int:
+        """Tokens that a set's rows are cut at."""
+        return OUTSIDE_LENGTH if part == OUTSIDE else self.setup.max_length
+
+    @cached_property
+    def depths(self) -> tuple[int, int]:
+        """Blocks of student and teacher."""
+        return self.setup.layers, model_depth(self.sources.teacher)
+
+    @cached_property
+    def full(self) -> MTAConfig:
+        """The paper's choice of layers and weights: half, three quarters and all of the student's depth."""
+        pairs = LayerMap.proportional(*self.depths).pairs
+        return MTAConfig(pairs, default_granularity(len(pairs)))
+
+    @cached_property
+    def every_layer(self) -> MTAConfig:
+        """What the teacher's cache is made for: each of its layers, so that every arm finds its own."""
+        return MTAConfig(tuple((1, layer) for layer in range(1, self.depths[1] + 1)), ("phrase",))
+
+    @property
+    def cache(self) -> TeacherCache:
+        """The teacher's states, as ``mta-fast teach`` keeps them."""
+        return TeacherCache(self.sources.work / "teacher")
+
+    def student(self, seed: int) -> Any:
+        """Where a run begins: a fresh student of that seed, or the healed one, the same for every seed."""
+        if self.setup.kind == "fresh":
+            config = load_config(self.sources.teacher)
+            sizes = {"layers": self.setup.layers, "width": self.setup.width, "heads": self.setup.heads}
+            return new_student(config, self.tokenizer, seed=seed, **sizes)
+        healed = self.healed
+        return load_model(str(healed)) if healed.is_dir() else self.cut()
+
+    @property
+    def healed(self) -> Path:
+        """The folder of the healed student."""
+        return self.sources.work / self.setup.name / "healed"
+
+    def cut(self) -> Any:
+        """Blocks of the teacher that a greedy search keeps."""
+        from mta_fast.distill.students.greedy import greedy_layers
+
+        teacher = load_model(self.sources.teacher)
+        texts = [row["prompt"] + row["output"] for row in self.rows[SELECT]]
+        return cut_layers(teacher, greedy_layers(teacher, self.teacher_tokenizer, texts, self.setup.layers))
+
+    def teacher(self) -> Any:
+        """The model."""
+        return load_model(self.sources.teacher)
+
+    def batches(self, part: str, size: int = 16) -> Sequence[dict[str, Any]]:
+        """A set in batches of rows of like length."""
+        collate = self.collator(part)
+        rows = sorted(self.rows[part], key=lambda row: len(row["prompt"]) + len(row["output"]))
+        return [dict(collate(rows[first : first + size])) for first in range(0, len(rows), size)]
