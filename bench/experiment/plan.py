@@ -65,7 +65,7 @@ class Results:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if found["settings"] != self.settings(planned):
             raise InputError(
-                f"{file}: expected a run of these settings, it holds one of others; give another folder, or move it away"
+                f"{file}: expected a run of these settings, it holds one of others; move it away, or give another --out"
             )
         return found
 

@@ -127,7 +127,7 @@ def trainer_of(
     prepared: Prepared, arm: Arm, settings: RunSettings, folder: str, *, teacher: Any = None, part: str = TRAIN,
     callbacks: Sequence[Any] = (), student: nn.Module | None = None,
 ) -> ExperimentTrainer:  # fmt: skip
-    """The trainer of a run; its teacher's states come from the cache, which ``teacher`` fills where they are missing."""
+    """The trainer of a run; the teacher's states come from the cache, which ``teacher`` fills where they are missing."""
     arguments = MTATrainingArguments(
         output_dir=folder,
         max_steps=settings.steps,

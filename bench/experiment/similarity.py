@@ -44,9 +44,8 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
 
 def ascending(table: Tensor) -> list[int]:
     """The strictly ascending column of each row [L, N] whose sum is the largest."""
-    rows, columns = table.shape
     best, origin = table[0].double(), []
-    for row in range(1, rows):
+    for row in range(1, len(table)):
         top, place = best.cummax(0)
         shifted = torch.cat([torch.full((1,), float("-inf"), dtype=torch.double), top[:-1]])
         origin.append(torch.cat([torch.zeros(1, dtype=torch.long), place[:-1]]))
