@@ -26,6 +26,7 @@ from mta_fast.spans.extract import SpanExtractor
 Rows = list[dict[str, Any]]
 TRAIN, SELECT, HELD_OUT, OUTSIDE = "train", "select", "held", "outside"
 EVALUATED = (SELECT, HELD_OUT, OUTSIDE)
+BATCH = 16  # rows, where students are measured
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,6 @@ class Prepared:
         spans = cache([row["prompt"] + row["output"] for row in rows])
         return [row | {name: column[i] for name, column in spans.items()} for i, row in enumerate(rows)]
 
-    def collator(self, part: str) -> SpanCollator:
-        """What makes batches of a set."""
-        return SpanCollator(self.tokenizer, max_length=self.length(part))
-
     def length(self, part: str) -> int:
         """Tokens that a set's rows are cut at."""
         return OUTSIDE_LENGTH if part == OUTSIDE else self.setup.max_length
@@ -154,8 +151,12 @@ class Prepared:
         """The model."""
         return load_model(self.sources.teacher)
 
-    def batches(self, part: str, size: int = 16) -> Sequence[dict[str, Any]]:
-        """A set in batches of rows of like length."""
-        collate = self.collator(part)
-        rows = sorted(self.rows[part], key=lambda row: len(row["prompt"]) + len(row["output"]))
-        return [dict(collate(rows[first : first + size])) for first in range(0, len(rows), size)]
+    @cached_property
+    def batches(self) -> Mapping[str, Sequence[dict[str, Any]]]:
+        """The sets that students are measured on, in batches of rows of like length."""
+        made = {}
+        for part in EVALUATED:
+            collate = SpanCollator(self.tokenizer, max_length=self.length(part))
+            rows = sorted(self.rows[part], key=lambda row: len(row["prompt"]) + len(row["output"]))
+            made[part] = [dict(collate(rows[first : first + BATCH])) for first in range(0, len(rows), BATCH)]
+        return made

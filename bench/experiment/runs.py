@@ -111,7 +111,7 @@ def measured(trainer: Any, prepared: Prepared, sets: Sequence[str]) -> Figures:
         for part in sets:
             sums = dict.fromkeys(FIGURES, 0.0)
             counted = 0
-            for batch in prepared.batches(part):
+            for batch in prepared.batches[part]:
                 with deferring(module.head, module.vocabulary) as head:
                     module.student(**model_inputs(module.student, batch), use_cache=False)
                 student = StudentOutput(None, {}, head)
@@ -127,7 +127,7 @@ def trainer_of(
     prepared: Prepared, arm: Arm, settings: RunSettings, folder: str, *, teacher: Any = None, part: str = TRAIN,
     callbacks: Sequence[Any] = (), student: nn.Module | None = None,
 ) -> ExperimentTrainer:  # fmt: skip
-    """The trainer of a run; the teacher's states come from the cache, which ``teacher`` fills where they are missing."""
+    """A run's trainer; the teacher's states come from the cache, which ``teacher`` fills where some are missing."""
     arguments = MTATrainingArguments(
         output_dir=folder,
         max_steps=settings.steps,

@@ -16,15 +16,14 @@ from mta_fast.layers import capture_layers, evaluating
 
 
 @torch.no_grad()
-def pairs_by_similarity(prepared: Prepared, student: Path, rows: int = 32) -> tuple[tuple[int, int], ...]:
+def pairs_by_similarity(prepared: Prepared, student: Path) -> tuple[tuple[int, int], ...]:
     """For each student layer of the full method the teacher layer that is most similar, ascending.
 
     Args:
-        student: the folder of a trained student. rows: of the held-out set.
+        student: the folder of a trained student; compared on a batch of the held-out set.
     """
     own_layers = prepared.full.student_layers
-    collate = prepared.collator(HELD_OUT)
-    batch = dict(collate(prepared.rows[HELD_OUT][:rows]))
+    batch = prepared.batches[HELD_OUT][-1]
     mask = batch["attention_mask"].bool()
     own = _states(load_model(str(student)), batch, own_layers, mask)
     teacher_layers = list(range(1, prepared.depths[1] + 1))

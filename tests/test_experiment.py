@@ -1,0 +1,192 @@
+"""bench/experiment: which runs there are, what is kept of them, and what their differences say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.experiment import plan, report
+from bench.experiment.arms import ARMS, BASE, FULL, LONGER, PLACEBO, SWEPT, Arm, arms
+from bench.experiment.differences import detectable, difference
+from bench.experiment.plan import Results, best_rates, carry_out, comparison, rows, slower, sweep
+from bench.experiment.runs import RunSettings
+from bench.experiment.setups import CUT, FRESH, QUICK
+from bench.experiment.similarity import ascending, linear_cka
+from mta_fast import MTAConfig
+from mta_fast.errors import InputError
+
+KNOWN = arms(MTAConfig(((2, 6), (4, 12)), ("word", "phrase")))
+RATE_OF_FULL = 2e-3
+
+
+def made_up(planned: plan.Planned) -> dict[str, Any]:
+    """A run whose figures follow from its arm, rate and seed."""
+    settings = planned.settings
+    value = {BASE: 2.0, FULL: 1.0, PLACEBO: 1.5}.get(planned.arm.name, 1.8) + 0.01 * settings.seed
+    value += 0.1 * (settings.learning_rate != (RATE_OF_FULL if planned.arm.mta is not None else 1e-3))
+    figures = {"kl": value, "srkl": value / 2, "nll": value + 1}
+    seconds = 0.1 if planned.arm.mta is None else 0.12
+    points = [{"step": step, "held": figures, "outside": {**figures, "kl": value + 1 - step / 4}} for step in range(5)]
+    points[-1]["select"] = figures
+    return {"points": points, "step_seconds": seconds, "batches": "0"}
+
+
+def all_done(results: Results) -> None:
+    for make in (sweep, comparison):
+        assert carry_out(
+            results, list(make(results, KNOWN) if make is comparison else make(QUICK, KNOWN)), made_up, None, {}
+        )
+
+
+def test_the_runs_of_a_set_up(tmp_path):
+    planned = list(sweep(FRESH, KNOWN))
+    assert len(planned) == len(FRESH.learning_rates) * len(FRESH.sweep_seeds) * len(SWEPT)
+    assert not set(FRESH.sweep_seeds) & set(FRESH.seeds)
+    assert not set(CUT.sweep_seeds) & set(CUT.seeds)
+    names = [each.name for each in planned]
+    assert len(set(names)) == len(names)
+
+
+def test_each_arm_takes_its_own_learning_rate_and_the_longer_base_more_steps(tmp_path):
+    results = Results(tmp_path, QUICK)
+    assert carry_out(results, list(sweep(QUICK, KNOWN)), made_up, None, {})
+    assert best_rates(results, KNOWN) == {BASE: 1e-3, FULL: RATE_OF_FULL, PLACEBO: RATE_OF_FULL}
+    assert slower(results, KNOWN) == pytest.approx(1.2)
+    planned = list(comparison(results, KNOWN))
+    by_arm = {each.arm.name: each.settings for each in planned if each.settings.seed == 1}
+    assert tuple(by_arm) == ARMS
+    assert by_arm[LONGER] == RunSettings(1, 1e-3, round(1.2 * QUICK.steps))
+    assert by_arm[FULL] == RunSettings(1, RATE_OF_FULL, QUICK.steps)
+    extra = {"+DSA": Arm("+DSA", replace(KNOWN[FULL].mta, lambda_hid=0.0))}
+    assert [each.settings.learning_rate for each in rows(results, KNOWN, extra)] == [RATE_OF_FULL]
+
+
+def test_a_comparison_waits_for_the_whole_sweep(tmp_path):
+    results = Results(tmp_path, QUICK)
+    carry_out(results, list(sweep(QUICK, KNOWN))[:-1], made_up, None, {})
+    with pytest.raises(InputError, match="finished sweep"):
+        list(comparison(results, KNOWN))
+
+
+def test_runs_are_made_once_and_a_failed_one_stays_a_row(tmp_path):
+    results, made = Results(tmp_path, QUICK), []
+    planned = list(sweep(QUICK, KNOWN))
+
+    def run(each: plan.Planned) -> dict[str, Any]:
+        made.append(each.name)
+        if each is planned[1]:
+            raise RuntimeError("broken")
+        return made_up(each)
+
+    assert carry_out(results, planned, run, None, {"code": "abc"})
+    assert carry_out(results, planned, run, None, {"code": "abc"})
+    assert made == [each.name for each in planned]
+    failed = results.read(planned[1])
+    assert failed["error"] == "RuntimeError: broken"
+    assert "Traceback" in failed["traceback"]
+    assert failed["about"] == {"code": "abc"}
+    assert planned[1].arm.name == FULL
+    assert best_rates(results, KNOWN)[FULL] == RATE_OF_FULL
+    text = report.make(results, KNOWN, [], [], {}, "bench").markdown()
+    assert "inf" in text
+
+
+def test_a_failed_run_of_the_comparison_is_listed(tmp_path):
+    results = Results(tmp_path, QUICK)
+    carry_out(results, list(sweep(QUICK, KNOWN)), made_up, None, {})
+
+    def fail(each: plan.Planned) -> dict[str, Any]:
+        raise RuntimeError("no room")
+
+    planned = list(comparison(results, KNOWN))
+    carry_out(results, planned[:1], fail, None, {})
+    carry_out(results, planned, made_up, None, {})
+    text = report.make(results, KNOWN, planned, [], {}, "bench").markdown()
+    assert f"{planned[0].name}: RuntimeError: no room" in text
+
+
+def test_a_run_of_other_settings_is_not_taken(tmp_path):
+    results = Results(tmp_path, QUICK)
+    planned = list(sweep(QUICK, KNOWN))
+    carry_out(results, planned[:1], made_up, None, {})
+    other = Results(tmp_path, replace(QUICK, tokens=8))
+    with pytest.raises(InputError, match="other settings"):
+        other.read(planned[0])
+    assert Results(tmp_path, replace(QUICK, seeds=(1, 2, 3))).read(planned[0]) is not None
+
+
+def test_nothing_begins_after_the_deadline(tmp_path):
+    planned = list(sweep(QUICK, KNOWN))
+    assert not carry_out(Results(tmp_path, QUICK), planned, made_up, -math.inf, {})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_differences_are_paired_by_seed():
+    found = {"a": {1: 1.0, 2: 2.0, 3: 4.0, 9: 0.0}, "b": {1: 1.5, 2: 2.4, 3: 4.6}}
+    made = difference("a", "b", found)
+    assert made.values == pytest.approx([-0.5, -0.4, -0.6])
+    assert made.margin == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)  # t(0.975, 2)
+    assert made.verdict == "a is lower"
+    assert difference("b", "a", found).verdict == "a is lower"
+    assert difference("a", "b", {"a": {1: 1.0, 2: 0.0}, "b": {1: 0.0, 2: 1.0}}).verdict == "undecided"
+    assert difference("a", "c", found) is None
+
+
+def test_the_smallest_difference_that_is_found_most_of_the_time():
+    deviation, seeds = 0.1, 8
+    limit = detectable([[0.5 - deviation / math.sqrt(2), 0.5 + deviation / math.sqrt(2)]], seeds)
+    draws = np.random.default_rng(0).normal(limit, deviation, (20_000, seeds))
+    margin = 2.3646 * draws.std(1, ddof=1) / math.sqrt(seeds)  # t(0.975, 7)
+    assert (draws.mean(1) > margin).mean() == pytest.approx(0.8, abs=0.02)
+    assert detectable([[1.0]], seeds) is None
+
+
+def test_the_report_says_what_was_found(tmp_path):
+    results = Results(tmp_path, QUICK)
+    all_done(results)
+    planned = list(comparison(results, KNOWN))
+    extra = {"+DSA": Arm("+DSA", KNOWN[FULL].mta), "+Hid": Arm("+Hid", KNOWN[FULL].mta)}
+    of_rows = list(rows(results, KNOWN, extra))
+    carry_out(results, of_rows, made_up, None, {})
+    made = report.make(results, KNOWN, planned, of_rows, {}, "bench")
+    text = made.markdown()
+    assert (
+        "| forward KL, out of domain | base + MTA - base | 2 | -1.0000 [-1.0000, -1.0000] | base + MTA is lower |"
+        in text
+    )
+    assert "| DSA more than Hid | +DSA - +Hid | 1 | +0.0000 | undecided |" in text
+    assert "after 25% of its steps" in text  # 2 - step / 4 falls to base's 2.0 at the first step of four
+    for ending, draw in made.figures.items():
+        draw(tmp_path / f"{ending}.png")
+        assert (tmp_path / f"{ending}.png").stat().st_size > 1000
+
+
+def test_similar_states_whatever_their_rotation_and_scale():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(200, 6, generator=generator)
+    turned = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    assert linear_cka(states, 3 * states @ turned + 5) == pytest.approx(1)
+    assert linear_cka(states, torch.randn(200, 6, generator=generator)) < 0.2
+
+
+def test_the_best_ascending_layers_are_those_of_all_choices():
+    table = torch.rand(3, 7, generator=torch.Generator().manual_seed(3))
+    table[0, 6] = 2  # the most similar of the first is of no use
+    choices = itertools.combinations(range(7), 3)
+    best = max(choices, key=lambda places: sum(float(table[i, place]) for i, place in enumerate(places)))
+    assert ascending(table) == list(best)
+
+
+def test_committed_runs_are_of_the_set_ups(tmp_path):
+    folder = Path(__file__).parents[1] / "bench" / "results" / "experiment"
+    for setup in (FRESH, CUT):
+        for file in sorted((folder / setup.name / "runs").glob("*.json")):
+            assert json.loads(file.read_text())["settings"]["setup"]["name"] == setup.name
