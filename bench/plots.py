@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from bench.report import Entry
-from mta_fast.errors import MissingPackageError
+from mta_fast.packages import require
+from mta_fast.pictures import BAND, DPI, INK, SOFT, frame, legend_below, new_figure, plain_ticks
 
-DPI = 120
-INK, SOFT, GRID = "#1d2025", "#5c626b", "#d9dce0"
 # sides that have a colour of their own wherever they appear; others take the rest in turn
 LOOKS = {
     "cpp": ("#0072b2", "o"),
@@ -53,15 +52,13 @@ def dots(panels: Sequence[Panel], path: Path, title: str) -> None:
     figure = _figure((7.2 * len(panels), height), title)
     for axes, panel, names in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, lines, strict=True):
         _dots(axes, panel, names, looks)
-    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
-    handles = {label: made for each in drawn for made, label in zip(*each, strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
+    legend_below(figure, columns)
     figure.savefig(path, format="png", dpi=DPI)
 
 
 def _dots(axes: Any, panel: Panel, names: list[str], looks: Mapping[str, tuple[str, str]]) -> None:
     for i in range(1, len(names), 2):  # every other line on grey
-        axes.axhspan(i - 0.5, i + 0.5, color="#f3f4f6", zorder=0)
+        axes.axhspan(i - 0.5, i + 0.5, color=BAND, zorder=0)
     for line, side, each in panel.points:
         here = [other for at, other, _ in panel.points if at == line]
         offset = (here.index(side) - (len(here) - 1) / 2) * 0.8 / max(len(here), 2)
@@ -72,10 +69,10 @@ def _dots(axes: Any, panel: Panel, names: list[str], looks: Mapping[str, tuple[s
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xscale("log")
-    _plain_ticks(axes.xaxis)
+    plain_ticks(axes.xaxis)
     axes.set_xlabel(panel.label)
     axes.tick_params(axis="y", length=0)
-    _frame(axes, panel.title, "x", ("top", "right", "left"))
+    frame(axes, panel.title, "x", ("top", "right", "left"))
 
 
 @dataclass(frozen=True)
@@ -132,13 +129,13 @@ def _curves(axes: Any, chart: Curves, looks: Mapping[str, tuple[str, str]]) -> N
     low /= max(1.0, 8 / (high / low))  # noise alone fills no chart
     legend = 0.1 * (len(chart.lines) + len(chart.marks)) + 0.05  # room above the lines, so that it covers none
     axes.set_ylim(low, high * (high / low) ** legend)
-    _plain_ticks(axes.yaxis)
+    plain_ticks(axes.yaxis)
     axes.set(xlabel=chart.size, ylabel=chart.unit)
     for i, (text, size) in enumerate(chart.marks.items()):
         look = {"color": INK, "linestyle": (0, (4, 3))} if i else {"color": SOFT, "linestyle": ":"}
         axes.axvline(size, ymax=1 / (1 + legend), linewidth=1.4, label=text, **look)
     axes.legend(loc="upper left", fontsize=8.5, frameon=False)
-    _frame(axes, chart.title, "both", ("top", "right"))
+    frame(axes, chart.title, "both", ("top", "right"))
 
 
 def _looks(sides: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -146,31 +143,6 @@ def _looks(sides: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {side: LOOKS[side] if side in LOOKS else next(rest) for side in dict.fromkeys(sides)}
 
 
-def _frame(axes: Any, title: str, grid: str, without: Sequence[str]) -> None:
-    axes.set_title(title, fontsize=11, color=INK, loc="left")
-    axes.grid(axis=grid, color=GRID, linewidth=0.7, zorder=0)
-    axes.set_axisbelow(True)
-    axes.minorticks_off()
-    axes.spines[[*without]].set_visible(False)
-
-
-def _plain_ticks(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis, at 1, 2 and 5 of each decade where they fit."""
-    from matplotlib.ticker import LogLocator
-
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
-    axis.set_major_formatter("{x:,g}")
-
-
 def _figure(size: tuple[float, float], title: str) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackageError(
-            "bench: expected the package matplotlib for pictures, it is not installed; pip install '.[bench]' in the "
-            "checkout"
-        ) from None
-    figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=13, color=INK)
-    return figure
+    require("matplotlib", "bench", "bench")
+    return new_figure(size, title)
