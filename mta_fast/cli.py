@@ -1,4 +1,4 @@
-"""The commands: mta-fast doctor, demo, train, teach, schema, ablate, generate, eval, export, cut, inspect, spans."""
+"""The commands: mta-fast doctor, demo, train, teach, schema, ablate, generate, eval, export, cut, new, inspect, spans."""
 
 from __future__ import annotations
 
@@ -206,6 +206,72 @@ _Columns = Annotated[
     list[str] | None, typer.Option(help="The data's own names, such as input=context,output=response.")
 ]
 _SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them.")]
+
+
+@app.command()
+def new(
+    teacher: Annotated[str, typer.Argument(help=_MODEL_HELP)],
+    out: Annotated[Path, typer.Argument(help="Folder of the student.")],
+    layers: Annotated[int, typer.Option(help="Blocks, at most the teacher's.")],
+    width: Annotated[
+        int | None, typer.Option(help="Of its hidden states; else as wide for its depth as the teacher.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads; else so many that one is about as wide as the teacher's.")
+    ] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Heads of keys and values; else the teacher's share.")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="Width inside an MLP; else the teacher's share.")] = None,
+    vocabulary: Annotated[
+        list[str] | None,
+        typer.Option(help="Data whose tokens are kept: JSONL files, data sets, or sample; else all are."),
+    ] = None,
+    vocabulary_size: Annotated[
+        int | None, typer.Option(min=1, help="Keep at most so many tokens: the rarest are dropped.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
+    template: _Template = "paper",
+    columns: _Columns = None,
+    skip_bad_rows: _SkipBadRows = False,
+    seed: Annotated[int, typer.Option(help="Seed of its random weights.")] = 42,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Make a small student of a teacher's architecture with random weights, and its tokenizer with fewer tokens."""
+    from mta_fast.distill.data import data_places, load_rows
+    from mta_fast.distill.models import load_config, load_tokenizer, model_places
+    from mta_fast.distill.students.fresh import Sizes, fresh_config, fresh_student, parameters
+    from mta_fast.distill.students.vocabulary import coverage, numbers_of, trim_tokenizer
+    from mta_fast.distill.training.checkpoints import NEW, check_export, export_student
+
+    data = _sources(vocabulary)
+    if vocabulary_size is not None and not data:
+        raise InputError("vocabulary_size: expected --vocabulary beside it, the data whose tokens are kept; give it")
+    sources = [*model_places(teacher), *data_places(data)]
+    check_export(out, kind=NEW, sources=sources, overwrite=overwrite)
+    sizes, config = Sizes(layers, width, heads, kv_heads, intermediate), load_config(teacher)
+    fresh_config(config, sizes)  # refuses what can't be
+    tokenizer = whole = load_tokenizer(teacher)
+    texts: list[str] = []
+    for source in data:
+        loaded = load_rows(
+            source, split=split, template=template, tokenizer=whole, columns=_columns(columns),
+            skip_bad_rows=skip_bad_rows,
+        )  # fmt: skip
+        texts += [row["prompt"] + row["output"] for row in loaded.rows]
+    if data:
+        tokenizer = trim_tokenizer(whole, texts, vocabulary_size)
+    student = fresh_student(fresh_config(config, sizes, numbers_of(tokenizer, whole)), seed)
+    export_student(student, tokenizer, out, kind=NEW, sources=sources, overwrite=overwrite)
+    blocks, of_tokens = parameters(student)
+    typer.echo(
+        f"{out}: {layers} blocks of width {student.config.hidden_size} with {student.config.num_attention_heads} heads, "
+        f"{blocks / 1e6:.2f} million parameters and {of_tokens / 1e6:.2f} million of embeddings"
+    )
+    if data:
+        kept = coverage(whole, tokenizer, texts)
+        typer.echo(
+            f"vocabulary: {len(tokenizer):,} of {len(whole):,} tokens, which are {kept.share:.2%} of the data's; "
+            f"{kept.before:.1f} tokens a row before, {kept.after:.1f} now"
+        )
 
 
 @app.command()

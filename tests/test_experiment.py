@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from bench.experiment import plan, report
-from bench.experiment.arms import ARMS, BASE, FULL, LONGER, PLACEBO, SWEPT, Arm, arms
+from bench.experiment.arms import ARMS, BASE, FULL, LONGER, PLACEBO, SWEPT, Arm, RunSettings, arms
 from bench.experiment.differences import detectable, difference
 from bench.experiment.plan import Results, best_rates, carry_out, comparison, rows, slower, sweep
-from bench.experiment.runs import RunSettings
 from bench.experiment.setups import CUT, FRESH, QUICK
 from bench.experiment.similarity import ascending, linear_cka
 from mta_fast import MTAConfig

@@ -60,10 +60,11 @@ def make_trainer(
     callbacks: Any = None,
     data_collator: Any = None,
     teacher_cache: Any = None,
+    tokenizer: Any = None,
     **arguments: Any,
 ) -> MTATrainer:
     """A trainer of four steps over four rows each; ``arguments`` change MTATrainingArguments."""
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer() if tokenizer is None else tokenizer
     student = make_model(family, STUDENT_LAYERS, vocabulary=len(tokenizer)) if student is None else student
     if teacher is None and teacher_cache is None:
         teacher = make_model("llama", TEACHER_LAYERS, width=48, vocabulary=len(tokenizer))

@@ -12,6 +12,8 @@ ARMS = (BASE, FULL, PLACEBO, LONGER)
 SWEPT = (BASE, FULL, PLACEBO)  # the longer base takes the base's learning rate
 RIDGE, BY_SIMILARITY = "ridge start", "layers by CKA"
 
+POINTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.0)  # of a run, where it is measured on the held-out sets
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -30,6 +32,20 @@ class Arm:
     placebo: bool = False
     longer: bool = False
     rate_of: str = FULL
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is told beside its arm."""
+
+    seed: int
+    learning_rate: float
+    steps: int
+
+    @property
+    def points(self) -> list[int]:
+        """The steps after which it is measured."""
+        return sorted({round(point * self.steps) for point in POINTS})
 
 
 def arms(full: MTAConfig) -> dict[str, Arm]:

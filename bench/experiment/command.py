@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiment import report
-from bench.experiment.arms import BASE, BY_SIMILARITY, RIDGE, Arm, ablations, arms
+from bench.experiment.arms import BASE, BY_SIMILARITY, RIDGE, Arm, RunSettings, ablations, arms
 from bench.experiment.plan import (
     COMPARISON,
     ROWS,
@@ -28,7 +28,7 @@ from bench.experiment.plan import (
     sweep,
 )
 from bench.experiment.prepare import Prepared, Sources
-from bench.experiment.runs import RunSettings, run, trainer_of
+from bench.experiment.runs import run, trainer_of
 from bench.experiment.setups import SETUPS, Setup
 from bench.experiment.similarity import pairs_by_similarity
 from bench.report import Report, machine, texts_name

@@ -16,10 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.experiment.arms import ARMS, BASE, FULL, SWEPT, Arm
-from bench.experiment.prepare import SELECT
-from bench.experiment.runs import RunSettings
-from bench.experiment.setups import Setup
+from bench.experiment.arms import ARMS, BASE, FULL, SWEPT, Arm, RunSettings
+from bench.experiment.setups import SELECT, Setup
 from mta_fast.errors import InputError
 from mta_fast.files import write_whole
 

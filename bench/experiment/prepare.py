@@ -9,23 +9,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bench.experiment.setups import HELD, MAX_PROMPT, OUTSIDE_LENGTH, SELECTED, TEACHER, Setup
+from mta_fast.distill.students.cut import cut_layers
+from mta_fast.distill.students.fresh import new_student
+from mta_fast.distill.students.vocabulary import teacher_ids, trim_tokenizer
+
+from bench.experiment.setups import (
+    EVALUATED,
+    HELD,
+    HELD_OUT,
+    MAX_PROMPT,
+    OUTSIDE,
+    OUTSIDE_LENGTH,
+    SELECT,
+    SELECTED,
+    TEACHER,
+    TRAIN,
+    Setup,
+)
 from mta_fast import LayerMap, MTAConfig, SpanCollator
 from mta_fast.config import default_granularity
 from mta_fast.distill.data import LoadedRows, PromptRow, drop_long_rows, load_rows
 from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_depth
 from mta_fast.distill.responses.evaluation import load_references
-from mta_fast.distill.students.cut import cut_layers
-from mta_fast.distill.students.fresh import new_student
-from mta_fast.distill.students.vocabulary import teacher_ids, trim_tokenizer
 from mta_fast.distill.training.caching import TeacherCache
 from mta_fast.errors import InputError
 from mta_fast.spans.cache import SpanCache
 from mta_fast.spans.extract import SpanExtractor
 
 Rows = list[dict[str, Any]]
-TRAIN, SELECT, HELD_OUT, OUTSIDE = "train", "select", "held", "outside"
-EVALUATED = (SELECT, HELD_OUT, OUTSIDE)
 BATCH = 16  # rows, where students are measured
 
 

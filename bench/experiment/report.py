@@ -12,7 +12,7 @@ from bench.experiment import pictures
 from bench.experiment.arms import ARMS, BASE, BY_SIMILARITY, FULL, LONGER, PLACEBO, RIDGE, SWEPT, Arm
 from bench.experiment.differences import Difference, detectable, difference
 from bench.experiment.plan import Planned, Results, final, sweep, swept
-from bench.experiment.prepare import HELD_OUT, OUTSIDE, SELECT
+from bench.experiment.setups import HELD_OUT, OUTSIDE, SELECT
 from bench.report import Report, Section, entry, markdown_table
 
 PRIMARY = (OUTSIDE, "kl")

@@ -7,7 +7,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from bench.experiment.arms import Arm
-from bench.experiment.prepare import EVALUATED, HELD_OUT, OUTSIDE, TRAIN, Prepared
+from bench.experiment.arms import Arm, RunSettings
+from bench.experiment.prepare import Prepared
+from bench.experiment.setups import EVALUATED, HELD_OUT, OUTSIDE, TRAIN
 from mta_fast.distill import MTATrainer, MTATrainingArguments
 from mta_fast.distill.heads import deferring
 from mta_fast.distill.methods.losses import TokenMethod
@@ -26,23 +26,8 @@ from mta_fast.distill.training.module import StudentOutput
 from mta_fast.inputs import model_inputs
 from mta_fast.layers import evaluating
 
-POINTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.0)  # of a run, where it is measured on the held-out sets
 FIGURES = {"kl": "forward_kl", "srkl": "srkl", "nll": "cross_entropy"}
 Figures = dict[str, dict[str, float]]  # set -> figure -> value
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What a run is told beside its arm."""
-
-    seed: int
-    learning_rate: float
-    steps: int
-
-    @property
-    def points(self) -> list[int]:
-        """The steps after which it is measured."""
-        return sorted({round(point * self.steps) for point in POINTS})
 
 
 class ExperimentTrainer(MTATrainer):

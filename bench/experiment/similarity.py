@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.experiment.prepare import HELD_OUT, Prepared
+from bench.experiment.prepare import Prepared
+from bench.experiment.setups import HELD_OUT
 from mta_fast.distill.models import load_model
 from mta_fast.inputs import model_inputs
 from mta_fast.layers import capture_layers, evaluating

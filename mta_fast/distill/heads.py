@@ -104,6 +104,23 @@ class HeadStates:
         return self.head.logits(self.states)[..., : self.vocabulary]
 
 
+def head_rows(head: LMHead, ids: Tensor) -> LMHead:
+    """A frozen copy of some rows of a head [V, d], in the order of ids [n]."""
+    ids = ids.to(head.linear.weight.device)
+    weight, bias = (None if value is None else value.detach()[ids] for value in head.weight_and_bias())
+    assert weight is not None
+    return LMHead(frozen_linear(weight, bias), head.scale, head.softcap)
+
+
+def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A Linear of a weight [V, d] and a bias [V]."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias, requires_grad=False)
+    return made
+
+
 # --- taking apart ------------------------------------------------------------------------------------------------
 
 

@@ -241,25 +241,30 @@ def same_vocabulary(first: Any, second: Any) -> bool:
     return bool(first(probe)["input_ids"] == second(probe)["input_ids"])
 
 
-def common_vocabulary(student: nn.Module, teacher: nn.Module, tokenizer: Any) -> int:
+def common_vocabulary(
+    student: nn.Module, teacher: nn.Module, tokenizer: Any, teacher_ids: torch.Tensor | None = None
+) -> int:
     """How many ids both models' logits share; what lies beyond is padding of the embedding matrix.
 
     Args:
         student, teacher: causal language models that read the same tokens.
-        tokenizer: their tokenizer.
+        tokenizer: the student's.
+        teacher_ids: [V] the teacher's id of each of the student's; None: the same.
 
     Raises:
         InputError: a model with fewer ids than the tokenizer has tokens: the rest can't be padding.
     """
     sizes = {"student": _vocabulary(student), "teacher": _vocabulary(teacher)}
-    needed = tokens_in_use(tokenizer)
+    needed = dict.fromkeys(sizes, tokens_in_use(tokenizer))
+    if teacher_ids is not None:
+        needed = {"student": len(teacher_ids), "teacher": 1 + int(teacher_ids.max())}
     for side, size in sizes.items():
-        if size < needed:
+        if size < needed[side]:
             raise InputError(
-                f"{side}: expected logits for the tokenizer's {needed} tokens, it has {size}; the two share no "
+                f"{side}: expected logits for the tokenizer's {needed[side]} tokens, it has {size}; the two share no "
                 f"distribution: give both sides their own tokenizer, or resize with model.resize_token_embeddings"
             )
-    return min(sizes.values())
+    return min(sizes.values()) if teacher_ids is None else len(teacher_ids)
 
 
 def tokens_in_use(tokenizer: Any) -> int:

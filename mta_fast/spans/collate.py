@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
+from mta_fast.inputs import PACKED
 from mta_fast.spans.batch import SpanBatch
 from mta_fast.tokens import Encoded, encode
 
 IGNORED_LABEL = -100
 PAD_TO = ("longest", "max_length")
+_OF_A_PASS = ("attention_mask", "labels")
 
 
 class TokenSide(NamedTuple):
@@ -55,6 +57,7 @@ class SpanCollator:
     Attributes:
         tokenizer: a fast tokenizer of transformers.
         teacher_tokenizer: the teacher's, where it differs; None: both models read the same tokens.
+        teacher_ids: [V] the teacher's id of each of the tokenizer's, where it is the teacher's with fewer tokens.
         granularity: the span columns to read.
         max_length: tokens a row is truncated to; spans that this cuts are dropped on both sides.
         add_eos: end a row with the end token where it fits.
@@ -80,6 +83,7 @@ class SpanCollator:
     backend: str = "auto"
     num_embeddings: int | None = None
     flatten: bool = False
+    teacher_ids: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.granularity, str):
@@ -87,6 +91,10 @@ class SpanCollator:
         if not isinstance(self.max_length, int) or self.max_length < 1:
             raise InputError(f"max_length: expected an integer >= 1, got {self.max_length!r}")
         check_choice("pad_to", self.pad_to, PAD_TO)
+        if self.teacher_ids is not None and self.teacher_tokenizer is not None:
+            raise InputError(
+                "teacher_ids: expected none beside a teacher_tokenizer, which gives its own; leave one out"
+            )
         for name, unset in (("pad_to", "longest"), ("pad_to_multiple_of", None)):
             if self.flatten and (value := getattr(self, name)) != unset:
                 raise InputError(f"{name}: expected {unset!r} beside flatten, got {value!r}; flat rows have no padding")
@@ -107,8 +115,9 @@ class SpanCollator:
 
         Returns:
             input_ids, attention_mask, labels [B, S] int64 and spans {"word": SpanBatch, ...}; with a teacher
-            tokenizer also teacher_input_ids, teacher_attention_mask, teacher_labels and teacher_spans. Call models with
-            ``inputs.model_inputs(model, batch)``, which adds positions where padding is on the left.
+            tokenizer also teacher_input_ids, teacher_attention_mask, teacher_labels and teacher_spans; with teacher_ids
+            what ``for_teacher`` makes. Call models with ``inputs.model_inputs(model, batch)``, which adds positions
+            where padding is on the left.
 
             With ``flatten``: input_ids, labels and position_ids [1, T], which count from 0 in each row, and what
             transformers documents for flash attention without padding, cu_seq_lens_q and cu_seq_lens_k [B + 1] int32
@@ -131,6 +140,8 @@ class SpanCollator:
                 made, side = self._tokenize(tokenizer, prompts, texts)
                 batch |= {prefix + name: value for name, value in made.items()}
                 sides += (side,)
+        if self.teacher_ids is not None:
+            batch |= for_teacher(batch, self.teacher_ids)
         return TokenizedRows(batch, texts, sides)
 
     def align(self, tokenized: TokenizedRows, columns: Mapping[str, Any]) -> dict[str, dict[str, SpanBatch]]:
@@ -246,6 +257,19 @@ class SpanCollator:
             row = Encoded([*row.ids, end], [*row.offsets, (0, 0)], [*row.special, True])
             labels = [*labels, end]
         return row, labels
+
+
+def for_teacher(batch: Mapping[str, Any], teacher_ids: Tensor) -> dict[str, Any]:
+    """The teacher's side of a batch whose tokens are the teacher's under other ids; the spans are those of both.
+
+    Args:
+        batch: of one tokenizer; teacher_ids: [V] the teacher's id of each of its ids.
+
+    Returns:
+        teacher_input_ids, and whatever else of the batch a model is called with, under teacher_ as well.
+    """
+    same = {f"teacher_{name}": batch[name] for name in (*_OF_A_PASS, *PACKED) if name in batch}
+    return same | {"teacher_input_ids": teacher_ids[batch["input_ids"]]}
 
 
 def _packed(parts: Sequence[tuple[Encoded, list[int]]]) -> tuple[dict[str, Any], TokenSide]:

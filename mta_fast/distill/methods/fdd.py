@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mta_fast.config import LayerPairs, checked_layer_pairs
-from mta_fast.distill.heads import HeadStates, LMHead, scale_and_softcap
+from mta_fast.distill.heads import HeadStates, LMHead, head_rows, scale_and_softcap
 from mta_fast.distill.methods.base import BaseMethod, Batch, ModelOutput, head_of
 from mta_fast.distill.methods.losses import skewed_method
 from mta_fast.errors import InputError
@@ -91,7 +91,7 @@ class FDD(BaseMethod):
         ):
             if max(layers) > num_layers(model):
                 raise InputError(f"FDD: expected {side} layers up to its depth {num_layers(model)}, got {layers}")
-        self._heads = LayerHead(student), LayerHead(teacher)
+        self._heads = LayerHead(student), LayerHead(teacher, self.teacher_ids)
         return self
 
     def counts(self, batch: Batch) -> Tensor:
@@ -185,17 +185,26 @@ def feature_dynamics(
 class LayerHead:
     """A model's head for the hidden states of any layers.
 
+    Args:
+        ids: [V] the rows of the head whose logits are made, in this order; None: all.
+
     Raises:
-        InputError: a model without output embeddings.
+        InputError: a model without output embeddings, or ids of a head that isn't a Linear.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ids: Tensor | None = None) -> None:
         inner: Any = unwrap(model)
         output = inner.get_output_embeddings()
         if output is None:
             raise InputError(f"FDD: expected a model with an LM head, {type(inner).__name__} has none")
         stored: LMHead | None = getattr(model, "stored_head", None)  # of a teacher whose states are on disk
         self._head = LMHead(output, *scale_and_softcap(inner)) if stored is None else stored
+        self._ids = ids
+        if ids is not None and type(self._head.linear) is not nn.Linear:
+            raise InputError(
+                f"FDD: expected a teacher whose LM head is a Linear beside a trimmed vocabulary, got "
+                f"{type(self._head.linear).__name__}; load the teacher without quantisation"
+            )
         self._depth = num_layers(inner)
         # OPT's, which the last state has passed
         self._narrow = getattr(getattr(inner.base_model, "decoder", None), "project_out", None)
@@ -214,4 +223,5 @@ class LayerHead:
 
     def logits(self, states: Tensor) -> Tensor:
         """[..., V] of states in any dtype."""
-        return self._head.logits(states.to(self._head.linear.weight.dtype))
+        states = states.to(self._head.linear.weight.dtype)
+        return self._head.logits(states) if self._ids is None else head_rows(self._head, self._ids).logits(states)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mta_fast.distill.heads import HeadStates, LMHead
+from mta_fast.distill.heads import HeadStates, LMHead, frozen_linear, head_rows
 from mta_fast.distill.teacher.contents import ENTROPY, LAST, Contents, Record
 from mta_fast.distill.teacher.live import LiveTeacher, TeacherOutput, TeacherReads
 from mta_fast.distill.teacher.rows import TeacherRow, row_places, side_of, teacher_rows
@@ -52,7 +52,8 @@ class CachedTeacher:
     ) -> None:
         self.store, self.live, self._reads = store, live, reads
         self._importance, self._device, self._backend = importance, device, backend
-        self._head, self._own_head = _on(device, head), head
+        read = head if head is None or reads.ids is None or not reads.logits else head_rows(head, reads.ids)
+        self._head, self._own_head = _on(device, read), head
         self.wanted: Collection[bytes] | None = None
 
     @torch.no_grad()
@@ -255,9 +256,4 @@ def _on(device: torch.device, head: LMHead | None) -> LMHead | None:
 
 
 def _linear(tensors: Mapping[str, Tensor], name: str) -> nn.Linear:
-    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias, requires_grad=False)
-    return made
+    return frozen_linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))

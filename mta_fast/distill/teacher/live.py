@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from mta_fast.distill.heads import HeadStates, LMHead, deferring
+from mta_fast.distill.heads import HeadStates, LMHead, deferring, head_rows
 from mta_fast.distill.teacher.rows import side_of
 from mta_fast.inputs import model_inputs
 from mta_fast.layers import capture_layers
@@ -56,13 +56,15 @@ class TeacherReads:
         layers: hidden states, those that MTA and the base method read.
         logits: whether the base method reads its distribution.
         entropy: whether MTA weighs by its entropy.
-        vocabulary: how many ids of its logits are read; None: all.
+        vocabulary: how many first ids of its logits are read; None: all.
+        ids: [V] the ids that are read, in this order, where they are not the first ones; entropy is over all.
     """
 
     layers: Sequence[int]
     logits: bool
     entropy: bool
     vocabulary: int | None = None
+    ids: Tensor | None = None
 
 
 class LiveTeacher:
@@ -88,6 +90,9 @@ class LiveTeacher:
     ) -> None:
         self.model, self.reads, self.head = model, reads, head
         self.device, self._own_device, self._autocast = device, own_device, autocast
+        self._chosen = None  # of the head: the rows that are read
+        if head is not None and reads.ids is not None and reads.logits:
+            self._chosen = head_rows(head, reads.ids)
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> TeacherOutput:
@@ -97,8 +102,15 @@ class LiveTeacher:
             return TeacherOutput(None, {})
         states, read, logits = self.run(batch, reads.layers, self.head)
         if read is not None:
-            return TeacherOutput(None, states, self.entropy_of(read) if reads.entropy else None, read)
+            weights = self.entropy_of(read) if reads.entropy else None
+            if self._chosen is not None:
+                read.head = self._chosen
+            return TeacherOutput(None, states, weights, read)
         logits = logits[..., : reads.vocabulary]
+        if reads.ids is not None:
+            weights = entropy_weights(logits).to(self.device) if reads.entropy else None
+            chosen = logits[..., reads.ids.to(logits.device)].to(self.device) if reads.logits else None
+            return TeacherOutput(chosen, states, weights)
         if reads.logits or reads.entropy:
             logits = logits.to(self.device)
         weights = entropy_weights(logits) if reads.entropy else None

@@ -26,7 +26,7 @@ from mta_fast.loss import MTALoss
 
 MTA_FOLDER, CONFIG_FILE, PROJECTIONS_FILE = "mta", "config.json", "projections.safetensors"
 PROGRESS_FILE = "progress_{rank}.json"
-CUT, EXPORT = "cut student", "exported student"  # kinds of exports
+CUT, NEW, EXPORT = "cut student", "new student", "exported student"  # kinds of exports
 # they choose how the same numbers are computed
 FREE_TO_CHANGE = frozenset({"backend", "dsa_method"})
 OF_PROJECTIONS = frozenset({"layer_pairs", "student_dims", "teacher_dims"})
@@ -204,7 +204,7 @@ def _refuse_differing(folder: Path, names: Iterable[str]) -> None:
 def check_export(
     target: str | Path, *, kind: str = EXPORT, sources: Iterable[str | Path] = (), overwrite: bool = False
 ) -> Path:
-    """Where an export may be written; ``files.check_target`` for the kinds CUT and EXPORT.
+    """Where an export may be written; ``files.check_target`` for the kinds CUT, NEW and EXPORT.
 
     Raises:
         InputError: the folder holds anything else, an earlier one without ``overwrite``, or a source.
@@ -231,7 +231,7 @@ def export_student(
         tokenizer: saved beside it.
         target: the folder: a free name, or with ``overwrite`` an earlier export, which goes once the new one is whole.
         state: the student's gathered weights where its own are sharded.
-        kind: what is marked in it, CUT or EXPORT; only a folder of the same kind, with no other file in it, is
+        kind: what is marked in it, CUT, NEW or EXPORT; only a folder of the same kind, with no other file in it, is
             replaced.
         sources: what else must not be touched; the folders that student and tokenizer were loaded from never are.
         overwrite: replace an earlier export.

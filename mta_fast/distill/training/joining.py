@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mta_fast.distill.methods.base import BaseMethod
 from mta_fast.distill.methods.losses import SEQUENCE_LEVEL_LOSSES
-from mta_fast.distill.models import common_vocabulary
+from mta_fast.distill.models import common_vocabulary, same_vocabulary
+from mta_fast.distill.students import vocabulary as vocabularies
 from mta_fast.distill.training.arguments import MTATrainingArguments
 from mta_fast.distill.training.module import DistillationModel
 from mta_fast.errors import InputError
 from mta_fast.inputs import check_left_padding
 from mta_fast.loss import MTALoss
-from mta_fast.spans.collate import SpanCollator
+from mta_fast.spans.collate import SpanCollator, for_teacher
 
 
 def span_collator(
@@ -36,6 +39,46 @@ def span_collator(
         num_embeddings=num_embeddings,
         flatten=args.padding_free,
     )
+
+
+def trimmed_ids(tokenizer: Any, teacher_tokenizer: Any) -> tuple[Any, Tensor | None]:
+    """What a teacher's tokenizer is to a student's.
+
+    Returns:
+        The teacher's where it gives other tokens, else None; and [V] the teacher's id of each of the student's, where
+        the student's is the teacher's with fewer tokens.
+    """
+    if teacher_tokenizer is None or same_vocabulary(tokenizer, teacher_tokenizer):
+        return None, None
+    ids = vocabularies.teacher_ids(tokenizer, teacher_tokenizer)
+    return (teacher_tokenizer if ids is None else None), ids
+
+
+class ForTeacher:
+    """A collator of one's own, with the teacher's side in its batches.
+
+    Args:
+        collator: of the student's tokens; teacher_ids: [V] the teacher's id of each.
+    """
+
+    def __init__(self, collator: Any, teacher_ids: Tensor) -> None:
+        self.collator, self.teacher_ids = collator, teacher_ids
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """The batch; one that has a teacher's side already as it is."""
+        batch: dict[str, Any] = self.collator(rows)
+        return batch if "teacher_input_ids" in batch else batch | for_teacher(batch, self.teacher_ids)
+
+
+def with_teacher_ids(collator: Any, teacher_ids: Tensor | None) -> Any:
+    """A user's collator, whose batches then have the teacher's ids; as it is without any."""
+    if teacher_ids is None:
+        return collator
+    if not isinstance(collator, SpanCollator):
+        return ForTeacher(collator, teacher_ids)
+    made = copy.copy(collator)
+    made.teacher_tokenizer, made.teacher_ids = None, teacher_ids
+    return made
 
 
 def check_padding_side(student: nn.Module, teacher: nn.Module | None, tokenizer: Any, teacher_tokenizer: Any) -> None:
@@ -62,8 +105,14 @@ def distillation_model(
     base: BaseMethod,
     tokenizer: Any,
     teacher_tokenizer: Any,
+    teacher_ids: Tensor | None = None,
 ) -> DistillationModel:
-    """Check that models, tokenizers and base method fit together, and join them."""
+    """Check that models, tokenizers and base method fit together, and join them.
+
+    Args:
+        teacher_tokenizer, teacher_ids: as ``trimmed_ids`` gives them.
+    """
+    base.teacher_ids = teacher_ids
     if teacher is not None:
         base.attach(student, teacher, None if mta is None else mta.config.layer_pairs)
     if teacher_tokenizer is not None:
@@ -75,5 +124,5 @@ def distillation_model(
         return DistillationModel(student, mta, base)
     vocabulary = None
     if teacher is not None and base.reads_teacher:
-        vocabulary = common_vocabulary(student, teacher, tokenizer)
+        vocabulary = common_vocabulary(student, teacher, tokenizer, teacher_ids)
     return DistillationModel(student, mta, base, vocabulary)

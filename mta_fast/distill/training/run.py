@@ -16,7 +16,7 @@ from mta_fast.choices import nearest
 from mta_fast.distill.data import LoadedRows, cut_texts, data_places, describe_rows, drop_long_rows, span_column
 from mta_fast.distill.methods.base import BaseMethod
 from mta_fast.distill.methods.registry import base_method
-from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_places, same_vocabulary
+from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_places
 from mta_fast.distill.teacher.store import CACHE
 from mta_fast.distill.training import ranks, resuming
 from mta_fast.distill.training.checkpoints import EXPORT, last_checkpoint
@@ -228,7 +228,7 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
     from transformers import set_seed
 
     from mta_fast.distill.training.caching import needs_teacher
-    from mta_fast.distill.training.joining import span_collator
+    from mta_fast.distill.training.joining import span_collator, trimmed_ids, with_teacher_ids
     from mta_fast.distill.training.trainer import MTATrainer
 
     arguments = training_arguments(settings)
@@ -242,9 +242,10 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
     if config is not None:
         check_layers(config, depths)
     tokenizer = tokenizers["student"]
-    shared = "teacher" not in tokenizers or same_vocabulary(tokenizer, tokenizers["teacher"])
+    other, ids = trimmed_ids(tokenizer, tokenizers.get("teacher"))
     for side in sides:
-        check_room(side, configs[side], tokenizer if shared else tokenizers[side], arguments.max_length)
+        read = tokenizers[side] if other is not None or ids is not None else tokenizer
+        check_room(side, configs[side], read, arguments.max_length)
     kinds = sorted(set(config.granularity)) if config is not None else []
     extractor = None
     if kinds:
@@ -259,7 +260,7 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
         read = {name: _read(settings, method, *source, tokenizer, arguments) for name, source in sources.items()}
     cache = teacher_cache(settings)
     if cache is not None:
-        collator = method.collator(span_collator(tokenizer, None if shared else tokenizers["teacher"], None, arguments))
+        collator = method.collator(with_teacher_ids(span_collator(tokenizer, other, None, arguments), ids))
         needed = needs_teacher(cache, [each.rows for each in read.values()], collator, method)
         if not broadcast_object_list([needed])[0]:  # another process may fill it meanwhile
             sides.pop("teacher")
@@ -271,7 +272,7 @@ def build_trainer(settings: TrainSettings) -> MTATrainer:
     with arguments.main_process_first(desc="span extraction"):  # the other ranks then find the spans in the cache
         cut = None
         if settings.spans.truncate:
-            own = [tokenizer] if shared else list(tokenizers.values())
+            own = [tokenizer] if other is None else list(tokenizers.values())
             cut = partial(cut_texts, tokenizers=own, max_length=arguments.max_length)
         rows = {name: _with_spans(settings, method, loaded, extractor, cut) for name, loaded in read.items()}
     if settings.student.lora is not None:

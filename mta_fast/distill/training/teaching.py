@@ -78,7 +78,14 @@ class TeacherPass(RowFeeding):
         module, teacher, live = self._module, self.teacher, None
         config = None if module.mta is None else module.mta.config
         by_entropy = config is not None and config.weighting == "entropy"
-        reads = TeacherReads(module.layers("teacher"), module.base.reads_teacher, by_entropy, module.vocabulary)
+        ids = module.base.teacher_ids
+        reads = TeacherReads(
+            module.layers("teacher"),
+            module.base.reads_teacher,
+            by_entropy,
+            module.vocabulary if ids is None else None,
+            ids,
+        )
         if teacher is not None and not isinstance(teacher, StoredTeacher):
             live = LiveTeacher(
                 teacher,

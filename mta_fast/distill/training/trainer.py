@@ -21,7 +21,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from mta_fast.config import MTAConfig
 from mta_fast.distill.methods.base import BaseMethod, NoBaseLoss, TrainingPlan
 from mta_fast.distill.methods.registry import base_method
-from mta_fast.distill.models import same_vocabulary
 from mta_fast.distill.teacher.live import TeacherOutput
 from mta_fast.distill.training import checkpoints, fingerprint
 from mta_fast.distill.training.arguments import MTATrainingArguments, check_options
@@ -35,6 +34,8 @@ from mta_fast.distill.training.joining import (
     distillation_model,
     num_embeddings_of,
     span_collator,
+    trimmed_ids,
+    with_teacher_ids,
 )
 from mta_fast.distill.training.log import TERMS, EvaluationSums, StepEnd, TrainingLog
 from mta_fast.distill.training.module import DistillationOutput, StepTotals
@@ -61,7 +62,9 @@ class MTATrainer(TeacherPass):
         args: MTATrainingArguments.
         processing_class: the student's fast tokenizer, saved beside it.
         teacher_tokenizer: the teacher's, where it differs. The two then see their own tokens, MTA compares spans,
-            and the base loss is None or a sequence-level one.
+            and the base loss is None or a sequence-level one. Where the student's is the teacher's with fewer tokens
+            (``students.vocabulary``), both read the same tokens under their own ids, and every base loss compares the
+            two over the student's.
         base_loss: a BaseMethod, its name as in ``methods.registry.base_method``, or None: MTA alone.
         base_loss_options: such as {"alpha": 0.1}.
         teacher_cache: where the teacher's states are read from; rows that are not there are run by ``teacher`` and
@@ -94,8 +97,9 @@ class MTATrainer(TeacherPass):
         **options: Any,
     ) -> None:
         check_options(options)
-        if teacher_tokenizer is not None and same_vocabulary(processing_class, teacher_tokenizer):
-            teacher_tokenizer = None
+        other_tokenizer, teacher_ids = trimmed_ids(processing_class, teacher_tokenizer)
+        if teacher_ids is None:
+            teacher_tokenizer = other_tokenizer
         set_seed(args.seed)  # before the projections are made; Trainer sets it again
         method = base_method(base_loss, **(base_loss_options or {})) if isinstance(base_loss, str) else base_loss
         method = NoBaseLoss() if method is None else method
@@ -117,13 +121,14 @@ class MTATrainer(TeacherPass):
             if network is not None:
                 own = teacher_tokenizer if side == "teacher" and teacher_tokenizer is not None else processing_class
                 check_room(side, network, own, args.max_length)
-        model = distillation_model(student, teacher, mta, method, processing_class, teacher_tokenizer)
+        model = distillation_model(student, teacher, mta, method, processing_class, other_tokenizer, teacher_ids)
         kinds = sorted(set(mta.config.granularity)) if mta is not None else ()
         if data_collator is None:
             known = num_embeddings_of(student, teacher if teacher_tokenizer is None else None)
-            data_collator = span_collator(processing_class, teacher_tokenizer, mta, args, num_embeddings=known)
+            data_collator = span_collator(processing_class, other_tokenizer, mta, args, num_embeddings=known)
+        data_collator = with_teacher_ids(data_collator, teacher_ids)
         check_joined(args.padding_free, None if mta is None else mta.config, method, data_collator)
-        check_padding_side(student, teacher, processing_class, teacher_tokenizer)
+        check_padding_side(student, teacher, processing_class, other_tokenizer)
         collator = method.collator(data_collator)
         self._unaligned = method.collator(without_spans(data_collator))  # of a cache's rows
         self._batches = method.batches(collator, span_extractor if kinds else None)
