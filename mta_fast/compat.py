@@ -111,7 +111,7 @@ def get_phrases_spans_offsets(
 
 
 class _BorrowedProjection(nn.Module):
-    """The caller's nn.Linear behind the call of ``loss.Projection``."""
+    """The caller's nn.Linear behind the call of ``projections.Projection``."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +14,10 @@ from mta_fast.errors import InputError
 from mta_fast.layers import hidden_widths
 from mta_fast.layout import Rows
 from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat, quotient
-from mta_fast.ops.hidden_alignment import hidden_alignment_numerator
 from mta_fast.ops.importance import token_importance
 from mta_fast.ops.pooling import PooledSpans, SpanWeights, normalize_weights, pooled_spans
 from mta_fast.ops.span_pairs import span_pair_terms
+from mta_fast.projections import RIDGE, Compared, Projection, RidgeFit, check_strength
 from mta_fast.spans.batch import SpanBatch
 
 HiddenStates = Mapping[int, Tensor] | Sequence[Tensor | None]
@@ -73,6 +73,7 @@ class ExplainedPair(NamedTuple):
     teacher_spans: PooledSpans | None
     span_weights: Tensor | None  # [N] W_u of DSA; None without DSA
     hid_weights: Tensor | None  # [C] g_c of Hid, with two tokenizers [N]; None without Hid
+    compared: Compared | None  # what Hid compares, [C] or [N] of it; None without Hid
     terms: LayerPairTerms  # scalars; the denominators are this batch's own
 
 
@@ -81,16 +82,6 @@ class MTAExplanation(NamedTuple):
 
     output: MTAOutput
     layer_pairs: tuple[ExplainedPair, ...]  # in the order of ``config.layer_pairs``
-
-
-class Projection(nn.Linear):
-    """P_l of Hid: student width to teacher width. ``forward`` runs the op, so that FSDP and ZeRO gather it."""
-
-    def forward(  # type: ignore[override]  # the op needs the teacher's states beside the input
-        self, student: Tensor, teacher: Tensor, tokens: Tensor, weights: Tensor, backend: str
-    ) -> Tensor:
-        """sum_c g_c (1 - cos(P h^S + bias, h^T)) over the listed tokens; see ``hidden_alignment_numerator``."""
-        return hidden_alignment_numerator(student, teacher, tokens, weights, self.weight, self.bias, backend=backend)
 
 
 class MTALoss(nn.Module):
@@ -227,6 +218,37 @@ class MTALoss(nn.Module):
             rows.append(torch.stack([dsa, pair.hid_denominator(self.config, pair.hid_weights(self.config))]))
         return torch.stack(rows)
 
+    @torch.no_grad()
+    def fit_projections(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        *,
+        strength: float = RIDGE,
+        reduce: Callable[[Tensor], Tensor] = lambda own: own,
+    ) -> None:
+        """Start the projections of Hid where ridge regression maps the student's states of these batches.
+
+        With the states that Hid compares at length 1, A of the student and B of the teacher, and Hid's own weights w:
+        P = [(A'wA + r tr(A'wA)/d_S I)^-1 A'wB]', bias 0. One pass; only sums of d_S x d_S and d_S x d_T numbers of a
+        layer pair are kept, in float64. Give the optimiser the projections before or after, they stay the same tensors.
+
+        Args:
+            batches: the arguments of ``forward`` by name, {"student_hidden": ..., "teacher_hidden": ..., "spans": ...};
+                read once, one at a time.
+            strength: r > 0. Larger is nearer to A'wB, which needs few tokens; smaller follows the batches more closely.
+            reduce: sums a tensor over the ranks, each of which gives its own batches; all then have the same.
+
+        Raises:
+            InputError: no projections (lambda_hid 0), a strength out of range, no tokens that a span covers, or states
+                that are NaN or infinite; the projections then stay as they are.
+        """
+        check_strength("strength", strength)
+        fit = RidgeFit(self.projections)  # type: ignore[arg-type]  # ModuleList knows modules alone
+        for batch in batches:
+            for i, pair in enumerate(self(**batch, explain=True).layer_pairs):
+                fit.add(i, pair.compared, pair.hid_weights)
+        fit.finish(strength, reduce)
+
     def _pairs(
         self,
         spans: Mapping[str, SpanBatch],
@@ -280,7 +302,7 @@ class MTALoss(nn.Module):
         states = flat(student)  # once: autograd then adds the gradients of both terms in place
         zero = states[:0].sum(dtype=pair.weights.span.dtype)
         dsa = hid = (zero, zero.detach())
-        student_weights = student_spans = teacher_spans = span_weights = hid_weights = None
+        student_weights = student_spans = teacher_spans = span_weights = hid_weights = compared = None
         if config.lambda_dsa > 0 or pair.two_tokenizers:
             student_weights = self._student_weights(student, pair)
             student_spans = pooled_spans(states, student_weights, pair.spans, backend=backend)
@@ -290,12 +312,12 @@ class MTALoss(nn.Module):
                 dsa = self._span_pair_terms(student_spans, teacher_spans, span_weights, pair.spans, config.dsa_method)
         if config.lambda_hid > 0:
             hid_weights = pair.hid_weights(config)
-            compared, tokens = (states, pair.teacher), pair.spans.covered
+            compared = Compared(states, pair.teacher, pair.spans.covered)
             # token by token means nothing with two tokenizers: compare the spans
             if pair.two_tokenizers and student_spans is not None and teacher_spans is not None:
-                compared = student_spans.states, teacher_spans.states
-                tokens = torch.arange(hid_weights.shape[0], device=hid_weights.device)
-            numerator = self.projections[i](*compared, tokens, hid_weights, backend)
+                spans = torch.arange(hid_weights.shape[0], device=hid_weights.device)
+                compared = Compared(student_spans.states, teacher_spans.states, spans)
+            numerator = self.projections[i](*compared, hid_weights, backend)
             hid = numerator, pair.hid_denominator(config, hid_weights)
         return ExplainedPair(
             pair.importance,
@@ -305,6 +327,7 @@ class MTALoss(nn.Module):
             teacher_spans,
             span_weights,
             hid_weights,
+            compared,
             LayerPairTerms(*dsa, *hid),
         )
 

@@ -398,6 +398,36 @@ def hidden_alignment_gradient(
     return dense, (weight * grad).to(weight_dtype), (bias * grad).to(bias_dtype)
 
 
+def ridge_sums(student: Tensor, teacher: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """A'wA [d_S, d_S] and A'wB [d_S, d_T] of the listed tokens in float64; rows of A (student) and B (teacher) are the
+    states at length 1, a zero state stays zero.
+
+    Args:
+        As in ``hidden_alignment``.
+    """
+    gram = student.new_zeros(student.shape[1], student.shape[1], dtype=torch.float64)
+    cross = student.new_zeros(student.shape[1], teacher.shape[1], dtype=torch.float64)
+    for chunk in _chunks(tokens.shape[0], TOKEN_CHUNK):
+        states = (side.index_select(0, tokens[chunk]).double() for side in (student, teacher))
+        a, b = (_unit(side, row_norms(side))[0] for side in states)
+        weighted = (weights[chunk].double()[:, None] * a).T
+        gram.addmm_(weighted, a)
+        cross.addmm_(weighted, b)
+    return gram, cross
+
+
+def ridge_projection(gram: Tensor, cross: Tensor, strength: float) -> Tensor:
+    """P = [(A'wA + r tr(A'wA)/d_S I)^-1 A'wB]' [d_T, d_S]: what maps A onto B with the least weighted squares, and
+    ``strength`` r.
+
+    Args:
+        gram, cross: sums of ``ridge_sums``, of as many batches as there are; the trace is above 0.
+    """
+    regular = gram.clone()
+    regular.diagonal().add_(strength * gram.trace() / len(gram))
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(regular)).T
+
+
 def _chunks(size: int, step: int) -> Iterator[slice]:
     for start in range(0, size, step):
         yield slice(start, min(start + step, size))

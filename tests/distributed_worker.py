@@ -30,7 +30,8 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
 
     ``method`` is a base method; "distillm" writes in every step, "clock" is SRKL that a second ends, "stream" is SRKL
     on a stream of ten rows in three parts, evaluated on seven, "stop" SRKL where the last rank alone gets SIGTERM in
-    step 3, "cache" SRKL with the teacher's states in OUT's parent, where the first run puts them.
+    step 3, "ridge" SRKL whose projections start on seven rows, "cache" SRKL with the teacher's states in OUT's parent,
+    where the first run puts them.
     """
     if mode == "fsdp":
         let_fsdp_run_on_cpus()
@@ -65,6 +66,8 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
             options["teacher"] = make_model("llama", 8, width=48, vocabulary=len(make_tokenizer()))
     elif method in ("stream", "stop"):
         options["base_loss"] = "srkl"
+    elif method == "ridge":
+        options |= {"base_loss": "srkl", "projection_init": "ridge", "projection_init_rows": 7}
     world = int(os.environ.get("WORLD_SIZE", "1"))
     sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if mode == "fsdp" else {}
     trainer = make_trainer(

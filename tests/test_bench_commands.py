@@ -330,6 +330,19 @@ def test_tables_are_put_into_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             docs.rewrite(wrong)
 
 
+def test_ridge_starts_nearest_on_held_out_text(tmp_path: Path) -> None:
+    pytest.importorskip("spacy")
+    pytest.importorskip("transformers")
+    started, sized = _run("projections", tmp_path)["sections"]
+    found = {row["what"]: row["median"] for row in started["rows"]}
+    pairs = {what.rpartition(", ")[0] for what in found}
+    assert len(pairs) == 9  # three layer pairs of three students
+    for pair in pairs:
+        assert found[f"{pair}, default"] == pytest.approx(1, abs=0.25)
+        assert found[f"{pair}, ridge 0.3"] < found[f"{pair}, default"]
+    assert len(sized["rows"]) == 3 * 2 * 6  # students, numbers of rows, strengths
+
+
 def test_stored_states_change_gradients_little(tmp_path: Path) -> None:
     pytest.importorskip("spacy")
     pytest.importorskip("transformers")

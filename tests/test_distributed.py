@@ -140,6 +140,13 @@ def test_a_stream_on_two_ranks_equals_one(tmp_path: Path) -> None:
     _assert_same_run(tmp_path / "one", tmp_path / "on")
 
 
+def test_projections_fitted_on_two_ranks_equal_those_of_one(tmp_path: Path) -> None:
+    """Seven rows: one rank has a row more than the other in its last batch."""
+    _run(tmp_path / "one", "ddp", 1, "ridge")
+    _run(tmp_path / "two", "ddp", WORLD, "ridge")
+    _assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
 def test_two_ranks_write_their_own_responses_and_go_on(tmp_path: Path) -> None:
     _run(tmp_path / "two", "ddp", WORLD, "distillm")
     history = _history(tmp_path / "two" / "checkpoint-4")

@@ -24,6 +24,8 @@ from mta_fast.ops._common import (
     without_scale,
 )
 from mta_fast.ops.pooling import normalize_weights
+from mta_fast.reference import ridge_projection as ridge_projection
+from mta_fast.reference import ridge_sums as ridge_sums
 from mta_fast.spans.batch import SpanBatch
 
 

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
 from mta_fast.files import user_source
+from mta_fast.projections import RIDGE, STARTS, check_strength
 from mta_fast.spans.collate import PAD_TO
 
 PATHS = ("output_dir", "logging_dir", "deepspeed", "fsdp_config", "accelerator_config")
@@ -67,6 +68,7 @@ WITHOUT_BUDGET = (
     "dataloader_drop_last",
     "auto_find_batch_size",
 )
+OF_RIDGE = ("projection_init_ridge", "projection_init_rows")
 # the projections' learning rate is that of a group, which these don't have
 WITHOUT_GROUPS = (
     "lomo",
@@ -103,6 +105,13 @@ class MTATrainingArguments(TrainingArguments):
         max_tokens_per_batch: batches of rows of like length, as many as fit into so many of the student's tokens,
             padding included; in place of per_device_train_batch_size.
         projection_learning_rate: learning rate of the projections of Hid (paper: 5e-4).
+        projection_init: where the projections of Hid start. "default": at nn.Linear's random numbers, or as the MTALoss
+            that MTATrainer is given has them. "identity": the features that both models have are copied, in their
+            order (of unequal widths: as many as the narrower has; further ones get 0). "ridge": where ridge regression
+            maps the student's states onto the teacher's, on some training rows (``MTALoss.fit_projections``); the
+            order of the data and all random numbers stay those of a run without it. Not with FSDP or DeepSpeed.
+        projection_init_ridge: strength r of the latter; projection_init_rows: how many training rows it reads, over all
+            ranks, drawn by the seed; of a stream the first.
         accumulation: how "batch" normalisation spans the micro-batches of a step. "keep": exact; the teacher runs
             on all of them first and its outputs are kept (memory: gradient_accumulation_steps times its logits and
             chosen hidden states). "recompute": exact; the teacher runs twice. "micro_batch": each micro-batch by
@@ -123,6 +132,9 @@ class MTATrainingArguments(TrainingArguments):
     padding_free: bool = field(default=False, metadata={"help": "pack the rows of a batch in place of padding them"})
     max_tokens_per_batch: int | None = field(default=None, metadata={"help": "tokens of a batch, padding included"})
     projection_learning_rate: float = field(default=5e-4, metadata={"help": "learning rate of Hid's projections"})
+    projection_init: str = field(default="default", metadata={"help": f"one of {', '.join(STARTS)}"})
+    projection_init_ridge: float = field(default=RIDGE, metadata={"help": "strength of projection_init ridge"})
+    projection_init_rows: int = field(default=64, metadata={"help": "training rows that projection_init ridge reads"})
     accumulation: str = field(default="keep", metadata={"help": f"one of {', '.join(ACCUMULATION)}"})
     log_gradient_norms: bool = field(default=False, metadata={"help": "log the gradient norm of each term"})
     fused_head: bool = field(default=True, metadata={"help": "make base losses of states and LM heads, without logits"})
@@ -136,6 +148,7 @@ class MTATrainingArguments(TrainingArguments):
         super().__post_init__()
         self.remove_unused_columns = False  # the collator reads texts and spans, not the model's arguments
         check_choice("accumulation", self.accumulation, ACCUMULATION)
+        self._check_start()
         if self.pad_to is not None:
             check_choice("pad_to", self.pad_to, PAD_TO, "none")
             if self.padding_free:
@@ -156,6 +169,20 @@ class MTATrainingArguments(TrainingArguments):
                 f"GPUs: expected one a process, got {self.n_gpu} in this one; start with torchrun or accelerate "
                 f"launch, or set CUDA_VISIBLE_DEVICES"
             )
+
+    def _check_start(self) -> None:
+        """Refuse a start of the projections that there is not, and options of one that isn't asked for."""
+        check_choice("projection_init", self.projection_init, STARTS)
+        check_strength("projection_init_ridge", self.projection_init_ridge)
+        rows = self.projection_init_rows
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            raise InputError(f"projection_init_rows: expected a number of rows >= 1, got {rows!r}")
+        for f in fields(self):
+            if f.name in OF_RIDGE and self.projection_init != "ridge" and (value := getattr(self, f.name)) != f.default:
+                raise InputError(
+                    f"{f.name}: expected its default beside projection_init {self.projection_init!r}, which reads no "
+                    f"rows, got {_said(value)}; leave it out, or set projection_init to 'ridge'"
+                )
 
     def _check_budget(self) -> None:
         """Refuse a budget below a token, and what it leaves without an effect."""

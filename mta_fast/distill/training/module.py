@@ -14,7 +14,7 @@ from mta_fast.distill.methods.base import BaseMethod, NoBaseLoss
 from mta_fast.distill.teacher.live import TeacherOutput
 from mta_fast.distill.training.stopwatch import Stopwatch
 from mta_fast.inputs import model_inputs
-from mta_fast.layers import capture_layers
+from mta_fast.layers import capture_layers, evaluating
 from mta_fast.loss import MTALoss
 
 
@@ -77,6 +77,17 @@ class DistillationOutput(NamedTuple):
     hid: Tensor
     base_terms: Tensor
     per_layer: Tensor | None
+
+
+def teacher_side(batch: Mapping[str, Any], teacher: TeacherOutput) -> dict[str, Any]:
+    """What ``MTALoss.denominators`` reads of a batch and its teacher, and ``MTALoss.forward`` beside the student."""
+    return {
+        "teacher_hidden": teacher.hidden_states,
+        "spans": batch["spans"],
+        "teacher_spans": batch.get("teacher_spans"),
+        "entropy_weights": teacher.entropy_weights,
+        "teacher_importance": teacher.importance,
+    }
 
 
 class DistillationModel(nn.Module):
@@ -158,14 +169,7 @@ class DistillationModel(nn.Module):
         if watch is not None:
             watch.start()
             hidden = {layer: watch.ends_backward(state) for layer, state in hidden.items()}
-        per_layer = self.mta(
-            hidden,
-            teacher.hidden_states,
-            batch["spans"],
-            teacher_spans=batch.get("teacher_spans"),
-            entropy_weights=teacher.entropy_weights,
-            teacher_importance=teacher.importance,
-        ).per_layer
+        per_layer = self.mta(hidden, **teacher_side(batch, teacher)).per_layer
         denominators = totals.mta
         if denominators is None:
             own = torch.stack([per_layer.dsa_denominator, per_layer.hid_denominator], 1)
@@ -175,6 +179,17 @@ class DistillationModel(nn.Module):
             watch.stop()
             dsa, hid = watch.begins_backward(dsa), watch.begins_backward(hid)
         return dsa, hid, torch.stack(per_layer).detach()
+
+    @torch.no_grad()
+    def student_states(self, batch: Mapping[str, Any]) -> Mapping[int, Tensor]:
+        """{layer: [B, S, d_S]} that MTA reads of the student in eval mode, before it is wrapped."""
+        with (
+            evaluating(self.student),
+            capture_layers(self.student, self.layers("student")) as hidden,
+            deferring(self.head, self.vocabulary),
+        ):
+            self.student(**model_inputs(self.student, batch), use_cache=False)
+        return hidden
 
     # what Trainer and accelerate ask of the model they wrap is the student's
 

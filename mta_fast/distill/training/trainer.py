@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,9 @@ from mta_fast.distill.training.joining import (
     with_teacher_ids,
 )
 from mta_fast.distill.training.log import TERMS, EvaluationSums, StepEnd, TrainingLog
-from mta_fast.distill.training.module import DistillationOutput, StepTotals
+from mta_fast.distill.training.module import DistillationOutput, StepTotals, teacher_side
 from mta_fast.distill.training.packing import check_joined
+from mta_fast.distill.training.starting import start_by_ridge, starts_by_ridge
 from mta_fast.distill.training.teaching import TeacherPass
 from mta_fast.errors import InputError
 from mta_fast.files import user_path
@@ -146,6 +147,7 @@ class MTATrainer(TeacherPass):
                 "log_gradient_norms: expected whole gradients, got sharded ones (FSDP or DeepSpeed); set it to false"
             )
         sharded, evaluates = self.is_fsdp_enabled or self.is_deepspeed_enabled, args.eval_strategy.value != "no"
+        self._starts_by_ridge = starts_by_ridge(mta, args, sharded=sharded)
         self._batches.check(
             TrainingPlan(student, kinds, self.train_dataset, self.eval_dataset, evaluates=evaluates, sharded=sharded)
         )
@@ -221,16 +223,7 @@ class MTATrainer(TeacherPass):
             else:  # this pass is there for MTA alone
                 self._log.mta.start()
                 teacher = self._teach(batch)
-            batch = _with_spans(batch)
-            sums.append(
-                mta.denominators(
-                    teacher.hidden_states,
-                    batch["spans"],
-                    teacher_spans=batch.get("teacher_spans"),
-                    entropy_weights=teacher.entropy_weights,
-                    teacher_importance=teacher.importance,
-                )
-            )
+            sums.append(mta.denominators(**teacher_side(_with_spans(batch), teacher)))
             self._log.mta.stop()
             if keep:
                 self._teacher_outputs.append(teacher)
@@ -366,6 +359,14 @@ class MTATrainer(TeacherPass):
                 self._evaluated.add(output, counts=FILLER not in inputs)
         return loss.detach(), None, None
 
+    def _mta_inputs(self, rows: Sequence[Any]) -> Batch:
+        """The arguments of ``MTALoss.forward`` of some rows, by name; of the student in eval mode, without a graph."""
+        batch = self._prepare_inputs(self.data_collator(rows))
+        teacher = self._teach(batch)
+        with self.accelerator.autocast():
+            states = self._module.student_states(batch)
+        return {"student_hidden": states, **teacher_side(_with_spans(batch), teacher)}
+
     # --- a run ---------------------------------------------------------------------------------------------------
 
     def train(
@@ -387,6 +388,7 @@ class MTATrainer(TeacherPass):
                 raise InputError(f"{self.args.output_dir}: expected a checkpoint to resume from, there is none")
         self.stopped = False
         if resume_from_checkpoint:
+            self._starts_by_ridge = False
             resume_from_checkpoint = str(user_path(resume_from_checkpoint))
             self.check_checkpoint(Path(resume_from_checkpoint), allow_changes=allow_changes)
             self._load_progress(Path(resume_from_checkpoint))
@@ -394,6 +396,10 @@ class MTATrainer(TeacherPass):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 return None
         with self._batches, self._filling():
+            mta, dataset = self._module.mta, self.train_dataset
+            if self._starts_by_ridge and mta is not None and dataset is not None:
+                start_by_ridge(mta, dataset, self.args, self._mta_inputs, self._sum_over_ranks)
+            self._starts_by_ridge = False  # a second call goes on from what the first has trained
             if self._module.base.wants_validation:
                 self.evaluate()
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)

@@ -1,0 +1,171 @@
+"""Where the projections of Hid start: 1 - cos on text that no start has seen, for three pairs of models.
+
+Teacher and text are real, rows cut to 128 tokens; ridge is fitted on some rows, with the weights that Hid has, and
+every start is judged on others. The students: an evenly cut one, one whose blocks were dropped with more care, and a
+fresh narrow one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.report import Entry, Report, Section, entry, machine, markdown_table, texts_name
+from bench.side import Rows, Setting, setting, small_setting
+from bench.step import with_spans
+from mta_fast import LayerMap, MTAConfig, MTALoss, SpanCollator, capture_layers
+from mta_fast.config import default_granularity
+from mta_fast.distill.data import load_rows
+from mta_fast.distill.models import cut_layers
+from mta_fast.inputs import model_inputs
+from mta_fast.projections import RidgeFit
+
+LENGTH, BATCH = 128, 8
+FITTED, HELD_OUT = (4, 16, 64, 256), 64  # rows
+USUAL = 64  # of them, as MTATrainer reads
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+FRESH_LAYERS, FRESH_WIDTH = 8, 160
+STARTS = ("default", "identity", *(f"ridge {strength:g}" for strength in STRENGTHS))
+STARTED, SIZED = "Hid of held-out text, by start", "How many rows ridge reads"
+TEXT = (
+    "1 - cos of projected student states and teacher states, weighted as Hid is, on {held} rows that ridge, fitted on "
+    "{fitted} others, has not seen."
+)
+TEXT_SIZED = "The same with ridge on fewer and more rows, mean over the layer pairs."
+
+
+class Pair(NamedTuple):
+    """A student, and what it is called."""
+
+    name: str
+    student: Any
+
+
+def measure(texts: Path | None = None, quick: bool = False) -> Report:
+    """Every start at every layer pair of every pair of models."""
+    made = small_setting() if quick else setting()
+    counts, held = ((2, 4), 4) if quick else (FITTED, HELD_OUT)
+    usual = counts[-1] if quick else USUAL
+    loaded = load_rows("sample" if texts is None else texts).rows[: held + counts[-1]]
+    rows = with_spans([dict(row) for row in loaded])
+    counts = tuple(count for count in counts if count <= len(rows) - held)
+    found: dict[tuple[str, str, int], list[float]] = {}
+    layers: dict[str, LayerMap] = {}
+    for name, student in _pairs(made):
+        print(name, flush=True)
+        layers[name] = LayerMap.proportional(student.config.num_hidden_layers, made.teacher.config.num_hidden_layers)
+        found |= {(name, *key): value for key, value in _judged(made, student, layers[name], rows, held, counts)}
+    entries = [
+        entry(f"{name}, {own} <- {other}, {start}", [found[name, start, usual][i]], "")
+        for name, pairs in layers.items()
+        for i, (own, other) in enumerate(pairs)
+        for start in STARTS
+    ]
+    sized = [
+        entry(f"{name}, {start}, {count} rows", [sum(values) / len(values)], "")
+        for (name, start, count), values in found.items()
+        if start.startswith("ridge")
+    ]
+    sections = [
+        Section(STARTED, entries, TEXT.format(held=held, fitted=usual), _by_start(entries)),
+        Section(SIZED, sized, TEXT_SIZED, _by_rows(sized, list(layers), counts)),
+    ]
+    about = {"teacher": made.name.partition(" <- ")[0], "rows": f"cut at {made.length if quick else LENGTH} tokens"}
+    facts = machine("transformers", "spacy", **about, texts=texts_name(texts))
+    return Report("mta-fast bench projections", facts, sections)
+
+
+def _pairs(made: Setting) -> Iterator[Pair]:
+    """The students, one after the other, so that one is held at a time."""
+    teacher, depth = made.teacher, made.teacher.config.num_hidden_layers
+    yield Pair(f"{made.student_layers} of {depth} layers, evenly", cut_layers(teacher, made.student_layers))
+    dropped = range(2 * depth // 5, 4 * depth // 5, 2)
+    kept = [block for block in range(depth) if block not in dropped]
+    yield Pair(f"{len(kept)} of {depth} layers, without {dropped[0]} to {dropped[-1]}", cut_layers(teacher, kept))
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = min(FRESH_LAYERS, depth)
+    config.hidden_size = min(FRESH_WIDTH, teacher.config.hidden_size // 2)
+    config.intermediate_size, config.head_dim = 4 * config.hidden_size, config.hidden_size // 2
+    config.num_attention_heads = config.num_key_value_heads = 2
+    torch.manual_seed(0)
+    yield Pair(f"fresh, {config.num_hidden_layers} layers of width {config.hidden_size}", type(teacher)(config))
+
+
+@torch.no_grad()
+def _judged(
+    made: Setting, student: Any, layers: LayerMap, rows: Rows, held: int, counts: Sequence[int]
+) -> Iterator[tuple[tuple[str, int], list[float]]]:
+    """Hid of each layer pair on the first ``held`` rows; of every start, ridge fitted on so many of the others."""
+    torch.manual_seed(0)
+    loss = MTALoss.for_models(student, made.teacher, MTAConfig(layers.pairs, default_granularity(len(layers))))
+    judged = [_inputs(made, student, loss, batch) for batch in _batches(rows[:held])]
+    default = _hid(loss, judged)
+    for projection in loss.projections:
+        projection.start_at_identity()  # type: ignore[operator]  # ModuleList knows modules alone
+    identity = _hid(loss, judged)
+    fit = RidgeFit(loss.projections)  # type: ignore[arg-type]  # likewise
+    for first, last in zip((0, *counts), counts, strict=False):
+        for batch in _batches(rows[held + first : held + last]):
+            for i, pair in enumerate(loss(**_inputs(made, student, loss, batch), explain=True).layer_pairs):
+                fit.add(i, pair.compared, pair.hid_weights)
+        yield ("default", last), default
+        yield ("identity", last), identity
+        for strength in STRENGTHS:
+            fit.finish(strength)
+            yield (f"ridge {strength:g}", last), _hid(loss, judged)
+
+
+def _batches(rows: Rows) -> Iterator[Rows]:
+    return (rows[first : first + BATCH] for first in range(0, len(rows), BATCH))
+
+
+def _inputs(made: Setting, student: Any, loss: MTALoss, rows: Rows) -> dict[str, Any]:
+    """The arguments of ``MTALoss.forward`` of some rows."""
+    batch = SpanCollator(made.tokenizer, max_length=min(LENGTH, made.length))(rows)
+    states = []
+    for model, wanted in ((student, loss.config.student_layers), (made.teacher, loss.config.teacher_layers)):
+        with capture_layers(model.eval(), wanted) as hidden:
+            model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
+        states.append(hidden)
+    return {"student_hidden": states[0], "teacher_hidden": states[1], "spans": batch["spans"]}
+
+
+def _hid(loss: MTALoss, batches: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Of each layer pair, over all batches."""
+    terms = [loss(**batch).per_layer for batch in batches]
+    sums = [sum(values) for values in zip(*((each.hid_numerator, each.hid_denominator) for each in terms), strict=True)]
+    values: list[float] = (sums[0] / sums[1]).tolist()
+    return values
+
+
+def _by_start(entries: Sequence[Entry]) -> list[str]:
+    """A line for each layer pair, a column for each start."""
+    lines: dict[str, list[str]] = {}
+    for each in entries:
+        lines.setdefault(each.what.rpartition(", ")[0], []).append(_cell(each))
+    pairs = [line.rpartition(", ") for line in lines]
+    return markdown_table(
+        ["student", "layers", *STARTS],
+        [[name, place, *cells] for (name, _, place), cells in zip(pairs, lines.values(), strict=True)],
+    )
+
+
+def _by_rows(entries: Sequence[Entry], names: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """A line for each student and number of rows, a column for each strength."""
+    cells = {each.what: _cell(each) for each in entries}
+    ridges = [start for start in STARTS if start.startswith("ridge")]
+    lines = [
+        [name, count, *(cells[f"{name}, {start}, {count} rows"] for start in ridges)]
+        for name in names
+        for count in counts
+    ]
+    return markdown_table(["student", "rows", *ridges], lines)
+
+
+def _cell(each: Entry) -> str:
+    assert each.median is not None
+    return f"{each.median:.3f}"
