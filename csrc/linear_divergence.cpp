@@ -1,9 +1,9 @@
 // Base losses through the LM head: mta_fast/reference.py, part 6.
 //
 // Positions go chunk by chunk. A chunk's logits are made tile by tile of the vocabulary, both sides, with each tile's
-// part of the log-sum-exp; one pass over each row gives the value and leaves ds in place of s; then dh = ds W, row
-// block by row block, and tiles of dW += ds' h. Chunks and tiles do not depend on the number of threads, nor does the
-// order of what is added up.
+// part of the log-sum-exp; one pass over each row gives the value and leaves ds in place of s; then dh = ds W, a part
+// for each group of tiles, and tiles of dW += ds' h. Chunks, tiles and groups do not depend on the number of threads,
+// nor does the order of what is added up.
 
 #include <cmath>
 #include <optional>
@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kChunkLogits = 12 << 20;  // of each side: 48 MB of float32
 constexpr int64_t kLeastChunk = 32;         // positions: fewer would read the heads too often
 constexpr int64_t kTile = 1024;             // ids of a task
-constexpr int64_t kRowBlock = 64;           // positions of a task that makes dh
+constexpr int64_t kGroupTiles = 4;          // of a task that makes a part of dh
 constexpr int64_t kRowsPerTask = 4;         // of the pass over logits
 
 // One model's states and LM head.
@@ -207,32 +207,44 @@ class Divergence {
   }
 
   void make_gradients(int64_t first, int64_t count) {
-    const int64_t blocks = ceil_div(count, kRowBlock), d = in_.student.hidden.cols;
+    const int64_t groups = ceil_div(student_.tiles(), kGroupTiles), d = in_.student.hidden.cols;
     const int64_t tiles = gradient_.weight != nullptr ? student_.tiles() : 0;
-    run_tasks(blocks + tiles, 2 * count * vocabulary_ * d, [&](int64_t task, int64_t) {
-      if (task < blocks) {
-        write_states_gradient(first, task * kRowBlock, std::min(kRowBlock, count - task * kRowBlock));
+    T* parts = parts_.get(groups * count * d);
+    run_tasks(groups + tiles, 2 * count * vocabulary_ * d, [&](int64_t task, int64_t) {
+      if (task < groups) {
+        make_states_part(task, count, parts + task * count * d);
       } else {
-        add_head_gradient(first == 0, task - blocks, count);
+        add_head_gradient(first == 0, task - groups, count);
       }
     });
+    run_tasks(count, groups * count * d, [&](int64_t i, int64_t) { write_states_gradient(first, i, count, groups); });
   }
 
-  void write_states_gradient(int64_t first, int64_t row, int64_t count) {
-    const int64_t d = in_.student.hidden.cols;
-    const bool as_it_is = gradient_.dtype == dtype_of<T>;
-    Scratch<T> made, copy;
-    T* out = as_it_is ? reinterpret_cast<T*>(gradient_.student) + (first + row) * d : made.get(count * d);
-    for (int64_t begin = 0; begin < vocabulary_; begin += kTile) {
+  // ds W over the ids of a group of tiles.
+  void make_states_part(int64_t group, int64_t count, T* part) {
+    const int64_t d = in_.student.hidden.cols, start = group * kGroupTiles * kTile;
+    Scratch<T> copy;
+    for (int64_t begin = start; begin < std::min(vocabulary_, start + kGroupTiles * kTile); begin += kTile) {
       const int64_t size = std::min(kTile, vocabulary_ - begin);
-      const View<T> left(student_.row(row) + begin, count, size, vocabulary_);
-      if (begin == 0) {
-        gemm(left, student_.weight(begin, size, copy), out, d);
+      const View<T> left(student_.row(0) + begin, count, size, vocabulary_);
+      if (begin == start) {
+        gemm(left, student_.weight(begin, size, copy), part, d);
       } else {
-        gemm_add(left, student_.weight(begin, size, copy), T(1), out, d);
+        gemm_add(left, student_.weight(begin, size, copy), T(1), part, d);
       }
     }
-    if (!as_it_is) store(out, count * d, gradient_.dtype, gradient_.student + (first + row) * d * 2);  // bfloat16
+  }
+
+  // dh of a position: the groups' parts, one after the other.
+  void write_states_gradient(int64_t first, int64_t i, int64_t count, int64_t groups) {
+    const int64_t d = in_.student.hidden.cols;
+    T* sum = parts_.get(0) + i * d;
+    for (int64_t group = 1; group < groups; ++group) add_scaled(sum, sum + group * count * d, T(1), d);
+    if (gradient_.dtype == dtype_of<T>) {
+      std::copy(sum, sum + d, reinterpret_cast<T*>(gradient_.student) + (first + i) * d);
+    } else {
+      store(sum, d, gradient_.dtype, gradient_.student + (first + i) * d * 2);  // bfloat16
+    }
   }
 
   void add_head_gradient(bool is_first, int64_t tile, int64_t count) {
@@ -260,6 +272,7 @@ class Divergence {
   const int64_t size_, vocabulary_, chunk_;
   Logits<T> student_;
   std::optional<Logits<T>> teacher_;
+  Scratch<T> parts_;  // [groups, count, d] of dh
 };
 
 Side make_side(const char* name, const Tensor& hidden, const char* weight_name, const Tensor& weight,

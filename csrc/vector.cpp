@@ -7,9 +7,12 @@
 #include <type_traits>
 
 // Where the loader can choose between versions of a function (x86-64, ELF), each is compiled for plain x86-64, AVX2
-// with FMA, and AVX-512; elsewhere (aarch64 has its vectors always) once.
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define MTA_MULTIVERSION __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+// with FMA, and AVX-512; elsewhere (aarch64 has its vectors always) once. The levels ask what a processor can do, so
+// that AMD's are served too: "arch=haswell" is true of Intel's alone. Older GCC and Clang don't know them here.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
+#define MTA_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#elif defined(__x86_64__) && defined(__gnu_linux__)
+#define MTA_MULTIVERSION __attribute__((target_clones("default", "avx2")))
 #else
 #define MTA_MULTIVERSION
 #endif
