@@ -25,6 +25,7 @@ class Arm:
         placebo: whether the teacher's token states are permuted within each row before MTA reads them.
         longer: whether it trains as long as the full arm takes, in steps of its own.
         rate_of: the arm whose learning rate it takes.
+        start: of the projections, as ``projection_init``.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Arm:
     placebo: bool = False
     longer: bool = False
     rate_of: str = FULL
+    start: str = "default"
 
 
 @dataclass(frozen=True)

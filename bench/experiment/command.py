@@ -69,7 +69,7 @@ class Experiment:
         """The paper's rows, and two of our own."""
         full = self.prepared.full
         made = ablations(ablation_rows(self._settings(), *self.prepared.depths))
-        made[RIDGE] = Arm(RIDGE, replace(full, projection_init="ridge"))
+        made[RIDGE] = Arm(RIDGE, full, start="ridge")
         made[BY_SIMILARITY] = Arm(BY_SIMILARITY, replace(full, layer_pairs=self._similar_pairs()))
         return made
 

@@ -74,7 +74,7 @@ class Results:
             name: setup[name] for name in setup if "seeds" not in name and name not in ("learning_rates", "title")
         }
         mta = None if arm.mta is None else arm.mta.to_dict()
-        own = {"arm": arm.name, "mta": mta, "placebo": arm.placebo, **asdict(planned.settings)}
+        own = {"arm": arm.name, "mta": mta, "placebo": arm.placebo, "start": arm.start, **asdict(planned.settings)}
         made: dict[str, Any] = json.loads(json.dumps({"setup": of_runs, **own}))
         return made
 

@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mta_fast.distill.students.cut import cut_layers
-from mta_fast.distill.students.fresh import new_student
-from mta_fast.distill.students.vocabulary import teacher_ids, trim_tokenizer
+from mta_fast.distill.students.fresh import Sizes, fresh_config, fresh_student
+from mta_fast.distill.students.vocabulary import numbers_of, teacher_ids, trim_tokenizer
 
 from bench.experiment.setups import (
     EVALUATED,
@@ -139,9 +138,9 @@ class Prepared:
     def student(self, seed: int) -> Any:
         """Where a run begins: a fresh student of that seed, or the healed one, the same for every seed."""
         if self.setup.kind == "fresh":
-            config = load_config(self.sources.teacher)
-            sizes = {"layers": self.setup.layers, "width": self.setup.width, "heads": self.setup.heads}
-            return new_student(config, self.tokenizer, seed=seed, **sizes)
+            sizes = Sizes(self.setup.layers, self.setup.width, self.setup.heads)
+            numbers = numbers_of(self.tokenizer, self.teacher_tokenizer)
+            return fresh_student(fresh_config(load_config(self.sources.teacher), sizes, numbers), seed)
         healed = self.healed
         return load_model(str(healed)) if healed.is_dir() else self.cut()
 
@@ -152,6 +151,7 @@ class Prepared:
 
     def cut(self) -> Any:
         """Blocks of the teacher that a greedy search keeps."""
+        from mta_fast.distill.students.cut import cut_layers
         from mta_fast.distill.students.greedy import greedy_layers
 
         teacher = load_model(self.sources.teacher)

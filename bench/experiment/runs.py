@@ -123,6 +123,7 @@ def trainer_of(
         weight_decay=0.01,
         max_grad_norm=1.0,
         seed=settings.seed,
+        projection_init=arm.start,
         save_strategy="no",
         logging_steps=max(1, settings.steps // 10),
         report_to=[],

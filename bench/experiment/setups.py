@@ -86,6 +86,6 @@ QUICK = Setup(  # to see that everything runs; measures nothing
     sweep_seeds=(101,),
     row_seeds=(1,),
     tokens=256,
-    max_length=64,
+    max_length=96,
 )
 SETUPS = {setup.name: setup for setup in (FRESH, CUT, QUICK)}
