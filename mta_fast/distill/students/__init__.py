@@ -1,0 +1,1 @@
+"""Students made from a teacher: names the folder."""
