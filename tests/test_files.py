@@ -254,17 +254,17 @@ def test_no_command_writes_over_anything_else(
 
 
 def test_cut_again(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cut", "teacher", "~/student", "--layers", "2"]) == 0
+    assert main(["cut", "teacher", "~/student", "--layers", "2", "--even"]) == 0
     assert json.loads((home / "student" / MARKER).read_text())["kind"] == "cut student"
     first = _contents(home)
-    assert main(["cut", "teacher", "student", "--layers", "1"]) == 2
+    assert main(["cut", "teacher", "student", "--layers", "1", "--even"]) == 2
     assert "it holds an earlier cut student and nothing else; --overwrite" in capsys.readouterr().err
     assert _contents(home) == first
-    assert main(["cut", "teacher", "student", "--layers", "1", "--overwrite"]) == 0
+    assert main(["cut", "teacher", "student", "--layers", "1", "--even", "--overwrite"]) == 0
     assert json.loads((home / "student/config.json").read_text())["num_hidden_layers"] == 1
     assert not (home / ".partial").exists()
     (home / "student/notes.md").write_text(THESIS)
-    assert main(["cut", "teacher", "student", "--layers", "2", "--overwrite"]) == 2
+    assert main(["cut", "teacher", "student", "--layers", "2", "--even", "--overwrite"]) == 2
     assert (home / "student/notes.md").read_text() == THESIS
 
 

@@ -161,7 +161,7 @@ def test_ctrl_c_saves_and_resumes(run_folder: Path) -> None:
 
 def test_lora_cut_and_export(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft")
-    assert main(["cut", str(run_folder / "teacher"), str(run_folder / "cut"), "--layers", "4"]) == 0
+    assert main(["cut", str(run_folder / "teacher"), str(run_folder / "cut"), "--layers", "4", "--even"]) == 0
     assert "4 blocks" in capsys.readouterr().out
     changes = _override(f"student.path={run_folder}/cut", "student.lora.r=4", "mta.lambda_hid=0.3")
     assert _train(run_folder, *changes) == 0

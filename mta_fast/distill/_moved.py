@@ -1,7 +1,7 @@
 """Modules under the names they had before ``distill`` had rooms: ``mta_fast.distill.losses`` is ``methods.losses``.
 
-The modules that scripts, pickled arguments and pages name can be imported by their earlier names; CHANGELOG lists what
-can't.
+The modules that scripts, pickled arguments and pages name can be imported by their earlier names, and functions that
+left a module; CHANGELOG lists what can't.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 PACKAGE = "mta_fast.distill"
 ROOMS = {
@@ -22,6 +23,7 @@ ROOMS = {
         *("placing", "resuming", "run", "saving", "settings", "stopwatch", "trainer"),
     ),
 }
+NAMES = {f"{PACKAGE}.models": {"cut_layers": f"{PACKAGE}.students.cut"}}  # by the module that had them
 MOVED = {f"{PACKAGE}.{name}": f"{PACKAGE}.{room}.{name}" for room, names in ROOMS.items() for name in names}
 
 
@@ -49,3 +51,14 @@ class _Moved(MetaPathFinder, Loader):
 def find_moved() -> None:
     """Let the earlier names be found, where nothing else has them."""
     sys.meta_path.append(_Moved())
+
+
+def find_name(module: str, name: str) -> Any:
+    """What a module had under this name before it moved, for the module's ``__getattr__``.
+
+    Raises:
+        AttributeError: it never had it.
+    """
+    if name not in NAMES[module]:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(NAMES[module][name]), name)

@@ -1,12 +1,11 @@
-"""Teacher, student and tokenizers: loading, the vocabulary they share, and a student cut from a teacher."""
+"""Teacher, student and tokenizers: loading, and the vocabulary they share."""
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +13,11 @@ import torch
 from torch import nn
 
 from mta_fast.choices import check_choice
+from mta_fast.distill._moved import find_name
 from mta_fast.distill.manifest import FINGERPRINT_FILE, STATE_FILE, verify
 from mta_fast.errors import InputError, MissingPackageError
 from mta_fast.files import user_source
-from mta_fast.layers import block_list, depth_field, depth_of, evaluating, num_layers, unwrap
+from mta_fast.layers import depth_of, unwrap
 from mta_fast.packages import require
 
 if TYPE_CHECKING:
@@ -26,12 +26,10 @@ if TYPE_CHECKING:
 PACKAGE = "package:"
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.index.json", "*.py", "config.json")
 CONFIG_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")
-LEADING_BLOCKS = {"first_k_dense_replace", "num_dense_layers", "max_window_layers"}  # so many blocks are of one kind
 CONFIG_OPTIONS = {
     *("revision", "trust_remote_code", "token", "subfolder", "cache_dir", "local_files_only", "force_download"),
     *("proxies", "code_revision", "gguf_file"),
 }
-PROBE_TOKENS = 8
 UNFIT = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError)  # what a model raises that can't be
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -285,180 +283,6 @@ def _vocabulary(model: nn.Module) -> int:
     return int(getattr(output, "out_features", output.weight.shape[0]))  # a quantised weight has a shape of its own
 
 
-# --- a student cut from a teacher --------------------------------------------------------------------------------
-
-
-def cut_layers(teacher: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
-    """A student with some of a teacher's blocks; embeddings, final norm and head are copied.
-
-    What the config says of single blocks (layer_types, mlp_only_layers, first_k_dense_replace ...) is cut with them.
-    Each of the student's blocks is then compared with the teacher's: its modules, its settings, and what it makes of
-    the states of a few tokens.
-
-    Args:
-        teacher: a causal language model of transformers whose blocks are one ModuleList.
-        layers: how many blocks (spread evenly, first and last included), or which ones (0-based).
-
-    Returns:
-        A new model of the teacher's class, dtype and device; it shares no memory with the teacher.
-
-    Raises:
-        InputError: more blocks than there are, none, a model whose blocks can't be found, or one whose config can't
-            say which blocks are left (every fourth one differs, say) or whose blocks use their number.
-    """
-    depth = num_layers(teacher)
-    kept = _spread(layers, depth) if isinstance(layers, int) else list(layers)
-    if not kept or sorted(set(kept)) != kept or not 0 <= kept[0] <= kept[-1] < depth:
-        raise InputError(
-            f"layers: expected 1 to {depth} ascending blocks of the teacher (0 to {depth - 1}), got {layers}"
-        )
-    name = block_list(teacher)
-    try:
-        config = _cut_config(teacher.config, kept)
-        with torch.random.fork_rng(devices=[]):  # its random start is overwritten
-            student = type(teacher)(config)
-    except UNFIT as error:
-        raise _not_cut(teacher, kept, str(error)) from None
-    for parameter in student.parameters():  # not student.to: the buffers of rotary embeddings stay in float32
-        parameter.data = parameter.data.to(teacher.dtype)
-    try:
-        student.load_state_dict(_renumbered(teacher.state_dict(), f"{name}.", kept))
-    except RuntimeError:
-        raise _not_cut(teacher, kept, "blocks of another kind would stand in their places") from None
-    student.to(teacher.device)
-    _compare_blocks(teacher, student, name, kept)
-    if teacher.generation_config is not None:
-        student.generation_config = type(teacher.generation_config).from_dict(teacher.generation_config.to_dict())
-    return student
-
-
-def _cut_config(config: Any, kept: Sequence[int]) -> Any:
-    """The config of a model with these blocks; read from plain values, as that of a saved model is."""
-    text, values = config.get_text_config(), copy.deepcopy(config.to_dict())
-    nested = next((key for key in type(config).sub_configs if getattr(config, key, None) is text), None)
-    part = values if nested is None else values[nested]
-    field = depth_field(text)
-    depth = int(getattr(text, field))
-    for key, value in part.items():
-        if isinstance(value, list) and not key.endswith(("token_id", "token_ids", "architectures")):
-            part[key] = _cut_list(value, depth, kept, indices="layer" in key or "idx" in key or key.endswith("_at"))
-    for key in LEADING_BLOCKS & part.keys():
-        if isinstance(part[key], int):
-            part[key] = sum(block < part[key] for block in kept)
-    part.pop("attention_types", None)  # GPT-Neo's short form of attention_layers, below
-    if "attention_layers" in part:
-        part["attention_types"] = [[[kind], 1] for kind in part["attention_layers"]]
-    part[text.attribute_map.get(field, field)] = len(kept)
-    return type(config).from_dict(values)
-
-
-def _cut_list(value: list[Any], depth: int, kept: Sequence[int], *, indices: bool) -> list[Any]:
-    """One entry a block, or the numbers of some blocks; any other list as it is."""
-    numbers = all(isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry < depth for entry in value)
-    if len(value) == depth and (value != list(range(depth)) or depth < 3):
-        return [value[block] for block in kept]
-    if indices and numbers and sorted(set(value)) == value:
-        return [i for i, block in enumerate(kept) if block in value]
-    return value
-
-
-def _compare_blocks(teacher: PreTrainedModel, student: PreTrainedModel, name: str, kept: Sequence[int]) -> None:
-    """Refuse a student one of whose blocks isn't the teacher's: built otherwise, or other states from the same."""
-    theirs, own = teacher.get_submodule(name), student.get_submodule(name)
-    assert isinstance(theirs, nn.ModuleList)
-    assert isinstance(own, nn.ModuleList)
-    differing: list[int] = []
-
-    def compare(i: int) -> Any:
-        def run_too(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if not _equal(own[i](*args, **kwargs), output):
-                differing.append(kept[i])
-
-        return run_too
-
-    with ExitStack() as hooks, torch.no_grad():
-        for i, block in enumerate(kept):
-            if not _built_alike(theirs[block], own[i], (block, i), (len(theirs), len(own))):
-                raise _not_cut(teacher, kept, f"block {block} would be built otherwise as block {i}")
-            hooks.callback(theirs[block].register_forward_hook(compare(i), with_kwargs=True).remove)
-        hooks.enter_context(evaluating(teacher))
-        hooks.enter_context(evaluating(student))
-        tokens = torch.arange(PROBE_TOKENS, device=teacher.device)[None] % _vocabulary(teacher)
-        try:
-            teacher(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-        except UNFIT as error:
-            raise _not_cut(teacher, kept, f"the blocks can't be run: {error}") from None
-    if differing:
-        raise _not_cut(teacher, kept, f"block {differing[0]} gives other states under its new number")
-
-
-def _built_alike(first: nn.Module, second: nn.Module, *numbers: tuple[int, int]) -> bool:
-    """Whether two blocks have the same modules and plain attributes.
-
-    Args:
-        numbers: pairs by which an attribute of the two may differ: their own numbers, their models' depths.
-    """
-    pairs = list(zip(first.named_modules(), second.named_modules(), strict=False))
-    if any(name != other or type(a) is not type(b) for (name, a), (other, b) in pairs):
-        return False
-    for (_, a), (_, b) in pairs:
-        for key in vars(a).keys() | vars(b).keys():
-            one, two = vars(a).get(key), vars(b).get(key)
-            if key != "training" and isinstance(one, (int, float, str, bool)) and one != two:
-                if not any(isinstance(two, int) and one - x == two - y for x, y in numbers if isinstance(one, int)):
-                    return False
-    return len(list(first.modules())) == len(list(second.modules()))
-
-
-def _equal(first: Any, second: Any) -> bool:
-    """Whether what two blocks return holds the same tensors."""
-    if isinstance(first, torch.Tensor):
-        same = isinstance(second, torch.Tensor) and first.shape == second.shape
-        return same and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
-    if isinstance(first, (tuple, list)):
-        return len(first) == len(second) and all(map(_equal, first, second))
-    return True
-
-
-def _not_cut(teacher: PreTrainedModel, kept: Sequence[int], reason: str) -> InputError:
-    return InputError(
-        f"layers: expected blocks that {type(teacher).__name__} can be made of, got {', '.join(map(str, kept))} of "
-        f"{num_layers(teacher)}: {reason}; keep other blocks, such as the first ones or whole periods of those that "
-        f"differ"
-    )
-
-
-def parse_layers(text: str) -> int | list[int]:
-    """The ``layers`` of ``cut_layers`` from a text: "10", or "0,4,9".
-
-    Raises:
-        InputError: no such numbers.
-    """
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"layers: expected a number or numbers such as 0,4,9, got {text!r}") from None
-    return numbers if "," in text else numbers[0]
-
-
-def _spread(count: int, depth: int) -> list[int]:
-    """``count`` blocks of 0 ... depth - 1, evenly spread with both ends; the last one where there is a single one."""
-    if not 1 <= count <= depth:
-        raise InputError(f"layers: expected 1 to {depth} (the teacher's blocks), got {count}")
-    if count == 1:
-        return [depth - 1]
-    return [(2 * i * (depth - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
-
-
-def _renumbered(state: dict[str, torch.Tensor], prefix: str, kept: Sequence[int]) -> dict[str, torch.Tensor]:
-    """The state with block ``kept[i]`` as block i and without the other blocks."""
-    position = {str(block): str(i) for i, block in enumerate(kept)}
-    renumbered = {}
-    for key, value in state.items():
-        if key.startswith(prefix):
-            block, _, rest = key.removeprefix(prefix).partition(".")
-            if block not in position:
-                continue
-            key = f"{prefix}{position[block]}.{rest}"
-        renumbered[key] = value.clone()
-    return renumbered
+def __getattr__(name: str) -> Any:
+    """``cut_layers``, which now lies in ``students.cut``."""
+    return find_name(__name__, name)

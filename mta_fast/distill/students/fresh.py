@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from mta_fast.distill.models import UNFIT, _cut_config
+from mta_fast.distill.models import UNFIT
+from mta_fast.distill.students.cut import cut_config
 from mta_fast.errors import InputError
 from mta_fast.layers import depth_of, evaluating
 
@@ -62,7 +63,7 @@ def fresh_config(teacher: Any, sizes: Sizes, numbers: Mapping[int, int] | None =
     depth = depth_of(teacher)
     if sizes.layers > depth:
         raise InputError(f"layers: expected 1 to {depth} (the teacher's blocks), got {sizes.layers}")
-    config = _cut_config(teacher, range(sizes.layers))
+    config = cut_config(teacher, range(sizes.layers))
     text = config.get_text_config()
     if text is not config:
         raise _unknown(teacher, "it is made of several models")

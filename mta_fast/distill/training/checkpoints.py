@@ -221,6 +221,7 @@ def export_student(
     kind: str = EXPORT,
     sources: Iterable[str | Path] = (),
     overwrite: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a plain student and its tokenizer, whole or not at all; adapters are merged into the weights.
 
@@ -235,6 +236,7 @@ def export_student(
             replaced.
         sources: what else must not be touched; the folders that student and tokenizer were loaded from never are.
         overwrite: replace an earlier export.
+        facts: what else ``mta_fast.json`` says of it.
 
     Raises:
         CheckpointError: it could not be written. InputError: an adapter whose weights are sharded, or a target that
@@ -255,7 +257,7 @@ def export_student(
         with atomic_folder(place) as folder:
             plain.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
-            mark_export(folder, kind)
+            mark_export(folder, kind, facts)
 
 
 def loaded_from(*loaded: Any) -> list[Path]:
