@@ -260,11 +260,11 @@ def test_nothing_to_run_is_refused(models: Path, option: str, capsys: pytest.Cap
     assert "expected at least one, got none" in (told := capsys.readouterr().err) or "seeds: expected integers" in told
 
 
-@pytest.mark.parametrize("options", ["--seeds 10 20", "--seeds a", "--greedyy", "--columns a"])
+@pytest.mark.parametrize("options", ["--seeds 10 20", "--seeds a", "--greedyy", "--columns a", "--preset p"])
 def test_options_of_eval_are_checked_before_the_training(options: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ablate", "none.yaml", "--eval-options", options]) == 2
     told = capsys.readouterr().err
-    assert "eval_options: " in told or "seeds: expected" in told or "columns: expected" in told
+    assert "eval_options: " in told or "seeds: expected" in told or "columns: expected" in told or "preset: " in told
 
 
 def test_lists_and_files_whose_name_has_a_comma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
