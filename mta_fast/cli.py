@@ -127,6 +127,10 @@ def schema() -> None:
 def ablate(
     config: Annotated[Path, typer.Argument(help="YAML file of the full method; docs/configuration.md lists its keys.")],
     rows: Annotated[str | None, typer.Option(help="Rows to run, such as base,full; else all.")] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="A row of your own, NAME=override[,override], of mta.* and training.*; may be repeated."),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of training, such as 1,2,3.")] = "42",
     match_time: Annotated[
         bool, typer.Option("--match-time", help="Also the base row, trained as long as the full one took.")
@@ -144,6 +148,7 @@ def ablate(
     code = run(
         TrainSettings.from_yaml(config, override or []),
         rows=None if rows is None else _listed([rows]),
+        own_rows=row or [],
         seeds=_seeds(seeds),
         match_time=match_time,
         eval_data=_sources(eval_data),
