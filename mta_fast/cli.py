@@ -1,4 +1,4 @@
-"""The commands: mta-fast doctor, demo, train, teach, schema, ablate, generate, eval, export, cut, inspect, spans."""
+"""The commands: mta-fast doctor, demo, train, teach, schema, ablate, reproduce, generate, eval, export, cut, ..."""
 
 from __future__ import annotations
 
@@ -155,6 +155,16 @@ def ablate(
         eval_options=options,
     )
     raise typer.Exit(code)
+
+
+@app.command()
+def reproduce(
+    folder: Annotated[Path, typer.Argument(help="The folder that the recipes were run in.")] = Path("."),
+) -> None:
+    """The paper's tables in Markdown, with what the recipes' runs have beside its figures."""
+    from mta_fast.distill.reproduction import reproduction
+
+    typer.echo(reproduction(folder), nl=False)
 
 
 def _check_eval_options(options: list[str]) -> None:
