@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,8 @@ def test_responses_of_something_else_are_refused(tmp_path: Path, monkeypatch: py
         other.transformer.wte.weight[3, 3] += 1
     warmer = EvaluationSettings(GenerationSettings(6, temperature=0.5, stop=None, batch_size=2), (1, 2))
     first = EvaluationSettings(GENERATION, (1, 2), "first")
+    stripped = EvaluationSettings(replace(GENERATION, strip=True), (1, 2))
+    cut = EvaluationSettings(replace(GENERATION, prompt_length=1), (1, 2))
     for changed, message in (
         ((other, tokenizer, ROWS, SETTINGS), "digest of the weights = "),
         ((_model().bfloat16(), tokenizer, ROWS, SETTINGS), "dtype = 'bfloat16', it has some made with 'float32'"),
@@ -237,6 +240,8 @@ def test_responses_of_something_else_are_refused(tmp_path: Path, monkeypatch: py
         ((model, make_tokenizer(300), ROWS, SETTINGS), "digest of the rows and their tokens = "),
         ((model, tokenizer, ROWS, warmer), "temperature = 0.5, it has some made with 1.0"),
         ((model, tokenizer, ROWS, first), "references = 'first', it has some made with 'best'"),
+        ((model, tokenizer, ROWS, stripped), "strip = True, it has some made with False"),
+        ((model, tokenizer, ROWS, cut), "digest of the rows and their tokens = "),
     ):
         with pytest.raises(InputError, match=f"expected responses made with {message}"):
             evaluate(*changed, folder=tmp_path, progress=False)
