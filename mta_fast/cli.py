@@ -1,4 +1,4 @@
-"""The commands: doctor, demo, train, teach, schema, ablate, generate, eval, export, cut, new, inspect, spans, bench."""
+"""The commands: doctor, demo, train, teach, schema, ablate, reproduce, generate, eval, export, cut, new, inspect, ..."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ from mta_fast.errors import InputError, MissingPackageError
 from mta_fast.files import user_source
 
 if TYPE_CHECKING:
+    from mta_fast.distill.responses.evaluation import EvaluationSettings
     from mta_fast.distill.responses.generation import GenerationSettings
 
 app = typer.Typer(
@@ -126,6 +127,10 @@ def schema() -> None:
 def ablate(
     config: Annotated[Path, typer.Argument(help="YAML file of the full method; docs/configuration.md lists its keys.")],
     rows: Annotated[str | None, typer.Option(help="Rows to run, such as base,full; else all.")] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="A row of your own, NAME=override[,override], of mta.* and training.*; may be repeated."),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of training, such as 1,2,3.")] = "42",
     match_time: Annotated[
         bool, typer.Option("--match-time", help="Also the base row, trained as long as the full one took.")
@@ -143,12 +148,23 @@ def ablate(
     code = run(
         TrainSettings.from_yaml(config, override or []),
         rows=None if rows is None else _listed([rows]),
+        own_rows=row or [],
         seeds=_seeds(seeds),
         match_time=match_time,
         eval_data=_sources(eval_data),
         eval_options=options,
     )
     raise typer.Exit(code)
+
+
+@app.command()
+def reproduce(
+    folder: Annotated[Path, typer.Argument(help="The folder that the recipes were run in.")] = Path("."),
+) -> None:
+    """The paper's tables in Markdown, with what the recipes' runs have beside its figures."""
+    from mta_fast.distill.reproduction import reproduction
+
+    typer.echo(reproduction(folder), nl=False)
 
 
 def _check_eval_options(options: list[str]) -> None:
@@ -159,13 +175,13 @@ def _check_eval_options(options: list[str]) -> None:
     """
     command = typer.main.get_command(app).get_command(None, "eval")  # type: ignore[attr-defined]  # a group
     try:
-        given = command.make_context("eval", ["MODEL", "--data", "DATA", *options]).params
+        context = command.make_context("eval", ["MODEL", "--data", "DATA", *options])
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
         raise InputError(f"eval_options: {error.format_message()}; expected options of mta-fast eval") from None
-    _seeds(given["seeds"])
-    _columns(given["columns"])
+    _evaluation(context)
+    _columns(context.params["columns"])
 
 
 _Data = Annotated[list[str], typer.Option(help="JSONL files, data sets, or sample: a comma list; may be repeated.")]
@@ -297,8 +313,8 @@ def new(
     export_student(student, tokenizer, out, kind=NEW, sources=sources, overwrite=overwrite)
     blocks, of_tokens = parameters(student)
     typer.echo(
-        f"{out}: {layers} blocks of width {student.config.hidden_size} with {student.config.num_attention_heads} heads, "
-        f"{blocks / 1e6:.2f} million parameters and {of_tokens / 1e6:.2f} million of embeddings"
+        f"{out}: {layers} blocks of width {student.config.hidden_size} with {student.config.num_attention_heads} "
+        f"heads, {blocks / 1e6:.2f} million parameters and {of_tokens / 1e6:.2f} million of embeddings"
     )
     if data:
         kept = coverage(whole, tokenizer, texts)
@@ -360,11 +376,18 @@ def generate(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help=_MODEL_HELP)],
     data: _Data,
+    preset: Annotated[
+        str | None, typer.Option(help="paper: as the authors' script evaluates; options given beside it win.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="One run for each.")] = "10,20,30,40,50",
     out: Annotated[Path | None, typer.Option(help="Folder of results and responses; else eval/MODEL here.")] = None,
     references: Annotated[str, typer.Option(help="Of several: best or first.")] = "best",
+    skip_empty_references: Annotated[
+        bool, typer.Option(help="Leave out and count rows without a first reference, in place of refusing them.")
+    ] = False,
     split: Annotated[str, typer.Option(help="Split of a data set.")] = "test",
     template: _Template = "paper",
     temperature: _Temperature = 1.0,
@@ -372,8 +395,13 @@ def evaluate(
     top_k: _TopK = 0,
     greedy: _Greedy = False,
     stop: _Stop = "###",
+    stop_rows: Annotated[
+        str, typer.Option(help="each ends at its own stop text; first: all when the batch's first row writes it.")
+    ] = "each",
+    strip: Annotated[bool, typer.Option(help="Responses without white space around them.")] = False,
     batch_size: _BatchSize = 16,
     max_prompt_length: _MaxPrompt = 256,
+    cut_prompts: Annotated[bool, typer.Option(help="Cut longer prompts to that many tokens, leave none out.")] = False,
     max_length: _MaxLength = 512,
     max_rows: _MaxRows = None,
     columns: _Columns = None,
@@ -382,15 +410,15 @@ def evaluate(
     skip_bad_rows: _SkipBadRows = False,
 ) -> None:
     """ROUGE-L of a model's responses, mean and deviation over seeds; goes on where it was interrupted."""
-    from mta_fast.distill.responses.evaluation import EvaluationSettings, run_evaluation
+    from mta_fast.distill.responses.evaluation import run_evaluation
 
-    generation = _generation(max_prompt_length, max_length, temperature, top_p, top_k, greedy, stop, batch_size)
+    settings, longest = _evaluation(context)
     code = run_evaluation(
         model,
         _sources(data),
-        EvaluationSettings(generation, tuple(_seeds(seeds)), references),
+        settings,
         out=out,
-        max_prompt_length=max_prompt_length,
+        max_prompt_length=longest,
         dtype=dtype,
         device=device,
         split=split,
@@ -400,6 +428,49 @@ def evaluate(
         skip_bad_rows=skip_bad_rows,
     )
     raise typer.Exit(code)
+
+
+def _evaluation(context: Any) -> tuple[EvaluationSettings, int | None]:
+    """What the options of ``eval`` mean, and how long the prompts of rows that are kept may be.
+
+    Raises:
+        InputError: an unknown preset, or a value that is refused.
+    """
+    from mta_fast.choices import check_choice
+    from mta_fast.distill.responses.evaluation import PRESETS, EvaluationSettings
+
+    options: dict[str, Any] = dict(context.params)
+    if options["preset"] is not None:
+        check_choice("preset", options["preset"], PRESETS)
+        preset = _options_of(PRESETS[options["preset"]])
+        new_tokens = preset.pop("max_new_tokens")
+        given = {name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"}
+        options |= {name: value for name, value in preset.items() if name not in given}
+        if "max_length" not in given:
+            options["max_length"] = options["max_prompt_length"] + new_tokens
+    longest, cut = options["max_prompt_length"], options["cut_prompts"]
+    names = ("max_length", "temperature", "top_p", "top_k", "greedy", "stop", "batch_size")
+    further = {"prompt_length": longest if cut else None, "stop_rows": options["stop_rows"], "strip": options["strip"]}
+    generation = _generation(longest, *(options[name] for name in names), **further)
+    settings = EvaluationSettings(
+        generation, tuple(_seeds(options["seeds"])), options["references"], options["skip_empty_references"]
+    )
+    return settings, None if cut else longest
+
+
+def _options_of(settings: EvaluationSettings) -> dict[str, Any]:
+    """Settings whose prompts are cut, as options of ``eval``; max_new_tokens is none."""
+    generation = settings.generation
+    names = ("temperature", "top_p", "top_k", "stop_rows", "strip", "max_new_tokens")
+    return {name: getattr(generation, name) for name in names} | {
+        "greedy": not generation.do_sample,
+        "stop": generation.stop or "",
+        "cut_prompts": True,
+        "max_prompt_length": generation.prompt_length,
+        "seeds": ",".join(map(str, settings.seeds)),
+        "references": settings.references,
+        "skip_empty_references": settings.skip_empty_references,
+    }
 
 
 def _columns(pairs: list[str] | None) -> dict[str, str]:
@@ -419,6 +490,7 @@ def _generation(
     greedy: bool,
     stop: str,
     batch_size: int,
+    **further: Any,
 ) -> GenerationSettings:
     from mta_fast.distill.responses.generation import GenerationSettings
 
@@ -432,6 +504,7 @@ def _generation(
         top_k=top_k,
         stop=stop or None,
         batch_size=batch_size,
+        **further,
     )
 
 

@@ -222,13 +222,61 @@ def test_ctrl_c_is_passed_on_and_stops_the_rest(tmp_path: Path) -> None:
         thread.join()
 
 
-def test_fdd_keeps_its_layers_in_every_row(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fdd_keeps_its_layers_and_tau_in_every_row(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation, "_call", _Runs())
-    ablate(_settings(models, **{"base.loss": "fdd", "base.options.alpha": 0.1}), rows=["base", "full", "1 layer"])
-    for folder in ("base", "full", "1-layer"):
+    settings = _settings(models, **{"base.loss": "fdd", "base.options.tau": 2})
+    ablate(settings, rows=["base", "full", "1 layer"], own_rows=["strong=mta.lambda_dsa=3"], match_time=True)
+    for folder in ("base", "full", "1-layer", "strong", "base-time-of-full"):
         text = (models / "out" / folder / "seed-42" / "ablation-config.yaml").read_text()
         made = TrainSettings.from_yaml(models / "out" / folder / "seed-42" / "ablation-config.yaml")
-        assert made.base.options["layer_pairs"] == [[4, 8], [6, 12], [8, 16]], text
+        assert made.base.options == {"tau": 2, "layer_pairs": [[4, 8], [6, 12], [8, 16]]}, text
+
+
+def test_rows_of_one_s_own(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "_call", _Runs())
+    rows = [
+        "other pairs = mta.layer_pairs=[[3, 5], [6, 11], [8, 16]], mta.lambda_hid=0.5",
+        "base, 2 x rate=mta=false,training.learning_rate=1e-3",
+    ]
+    assert ablate(_settings(models), rows=["base", "full"], own_rows=rows, seeds=[1]) == 0
+    made = {
+        name: TrainSettings.from_yaml(models / "out" / name / "seed-1" / "ablation-config.yaml")
+        for name in ("full", "other-pairs", "base-2-x-rate")
+    }
+    full: Any = made["full"].mta
+    assert made["other-pairs"].mta == full | {"layer_pairs": [[3, 5], [6, 11], [8, 16]], "lambda_hid": 0.5}
+    assert made["base-2-x-rate"].mta is False
+    rate = {name: each.training.get("learning_rate") for name, each in made.items()}
+    assert rate == {"full": None, "other-pairs": None, "base-2-x-rate": 1e-3}
+    assert list(json.loads((models / "out" / "ablation.json").read_text())) == [
+        "base",
+        "full",
+        "other pairs",
+        "base, 2 x rate",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("strong", "row: expected NAME=override"),
+        ("strong=", "row: expected NAME=override"),
+        ("../x=mta.lambda_hid=1", "row: expected NAME=override"),
+        (
+            "warm=base.options.tau=5",
+            r"expected overrides of mta.\*, training.\* other than the seed, got 'base.options",
+        ),
+        ("seed=mta.lambda_hid=1,training.seed=3", "other than the seed, got 'training.seed=3'"),
+        ("full=mta.lambda_hid=1", "row 'full': expected another name, that of 'full' is taken"),
+        ("plus-Hid=mta.lambda_hid=1", r"that of '\+Hid' is taken"),
+        ("strong=mta.lambda_hidd=1", "unknown key 'lambda_hidd', did you mean 'lambda_hid'"),
+        ("strong=mta.layer_pairs=[[1, 2]]", "granularity"),
+    ],
+)
+def test_a_row_that_can_t_be(models: Path, row: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ablate(_settings(models), rows=["base"], own_rows=[row])
+    assert not (models / "out").exists()
 
 
 def test_another_run_s_folder_is_not_taken_over(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,11 +308,11 @@ def test_nothing_to_run_is_refused(models: Path, option: str, capsys: pytest.Cap
     assert "expected at least one, got none" in (told := capsys.readouterr().err) or "seeds: expected integers" in told
 
 
-@pytest.mark.parametrize("options", ["--seeds 10 20", "--seeds a", "--greedyy", "--columns a"])
+@pytest.mark.parametrize("options", ["--seeds 10 20", "--seeds a", "--greedyy", "--columns a", "--preset p"])
 def test_options_of_eval_are_checked_before_the_training(options: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ablate", "none.yaml", "--eval-options", options]) == 2
     told = capsys.readouterr().err
-    assert "eval_options: " in told or "seeds: expected" in told or "columns: expected" in told
+    assert "eval_options: " in told or "seeds: expected" in told or "columns: expected" in told or "preset: " in told
 
 
 def test_lists_and_files_whose_name_has_a_comma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,17 @@ def test_bad_rows(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
     assert (len(loaded.rows), dict(loaded.skipped)) == (1, {reason: 1})
 
 
+def test_rows_without_a_first_reference_may_be_skipped(tmp_path: Path) -> None:
+    outputs = [["b", " "], [], " ", ["\n", "b"], "b"]
+    rows = [{"prompt": "a", "output": output} for output in outputs]
+    loaded = load_references(rows, skip_empty_references=True)
+    assert [row["references"] for row in loaded.rows] == [["b"], ["b"]]
+    assert dict(loaded.skipped) == {"first reference empty": 3}
+    for wrong in ({"prompt": "a"}, {"prompt": "a", "output": 3}, {"prompt": "a", "output": ["b", 3]}):
+        with pytest.raises(InputError, match="expected"):
+            load_references([wrong], skip_empty_references=True)
+
+
 def test_real_rows(shared: Path) -> None:
     dolly = load_references(shared / "data/dolly/dev.jsonl").rows
     sni = load_references(shared / "data/sni/sample.jsonl").rows
@@ -218,6 +230,8 @@ def test_responses_of_something_else_are_refused(tmp_path: Path, monkeypatch: py
         other.transformer.wte.weight[3, 3] += 1
     warmer = EvaluationSettings(GenerationSettings(6, temperature=0.5, stop=None, batch_size=2), (1, 2))
     first = EvaluationSettings(GENERATION, (1, 2), "first")
+    stripped = EvaluationSettings(replace(GENERATION, strip=True), (1, 2))
+    cut = EvaluationSettings(replace(GENERATION, prompt_length=1), (1, 2))
     for changed, message in (
         ((other, tokenizer, ROWS, SETTINGS), "digest of the weights = "),
         ((_model().bfloat16(), tokenizer, ROWS, SETTINGS), "dtype = 'bfloat16', it has some made with 'float32'"),
@@ -226,6 +240,8 @@ def test_responses_of_something_else_are_refused(tmp_path: Path, monkeypatch: py
         ((model, make_tokenizer(300), ROWS, SETTINGS), "digest of the rows and their tokens = "),
         ((model, tokenizer, ROWS, warmer), "temperature = 0.5, it has some made with 1.0"),
         ((model, tokenizer, ROWS, first), "references = 'first', it has some made with 'best'"),
+        ((model, tokenizer, ROWS, stripped), "strip = True, it has some made with False"),
+        ((model, tokenizer, ROWS, cut), "digest of the rows and their tokens = "),
     ):
         with pytest.raises(InputError, match=f"expected responses made with {message}"):
             evaluate(*changed, folder=tmp_path, progress=False)
@@ -291,6 +307,44 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "do_sample = False, it has some made with True; give another folder" in capsys.readouterr().err
 
 
+def test_the_preset_and_what_is_given_beside_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = {"prompt": "word " * 400, "output": ["a"]}
+    rows = [json.loads(line) for line in Path("two/dev.jsonl").read_text().splitlines()]
+    rows += [long, {"prompt": "b", "output": [" "]}]
+    Path("three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _say(monkeypatch, lambda prompt, _: prompt)
+    command = ["eval", "run/student", "--data", "three.jsonl", "--preset", "paper"]
+    paper = evaluation.PRESETS["paper"]
+
+    def run(out: str, *options: str) -> tuple[dict[str, Any], Any]:
+        assert main([*command, "--out", out, *options]) == 0
+        results = json.loads(Path(out, "results.json").read_text())
+        made = results["settings"]
+        own = {name: made[name] for name in ("seeds", "references", "skip_empty_references")}
+        return results, EvaluationSettings(GenerationSettings(**made["generation"]), **own)
+
+    results, settings = run("paper")
+    assert results["preset"] == "paper"
+    assert settings == EvaluationSettings(paper.generation, list(paper.seeds), "first", True)
+    (data,) = results["data"]
+    assert (data["rows"], data["left_out"]) == (4, {"first reference empty": 1})  # the long one is cut, not left out
+    assert run("batch", "--batch-size", "3")[0]["preset"] == "paper"  # it names none
+    for out, options, value in (
+        ("warm", ["--temperature", "1.0"], 1.0),
+        ("seeds", ["--seeds", "10"], [10]),
+        ("short", ["--max-prompt-length", "300"], 512),
+        ("length", ["--max-length", "266"], 10),
+        ("drop", ["--no-cut-prompts"], None),
+        ("plain", ["--template", "plain"], 512),
+    ):
+        results, settings = run(out, *options)
+        assert results["preset"] is None, out
+        generation = settings.generation
+        found = {"warm": generation.temperature, "seeds": settings.seeds, "drop": generation.prompt_length}
+        assert found.get(out, generation.max_new_tokens) == value, out
+    assert evaluation.preset_of(EvaluationSettings()) is None
+
+
 def test_a_seed_that_fails_stops_no_other(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -337,6 +391,7 @@ def test_long_prompts_and_bad_rows_are_counted(here: Path, capsys: pytest.Captur
         ([*COMMAND[:-1], "1,x"], "seeds: expected integers with commas between them"),
         ([*COMMAND, "--max-length", "256"], "max_length: expected more than max_prompt_length = 256, got 256"),
         ([*COMMAND, "--max-length", "2000"], "max_new_tokens: expected less than the model's 1024 positions, got 1744"),
+        ([*COMMAND, "--preset", "papr"], "preset: expected one of paper, got 'papr', did you mean 'paper'"),
         ([*COMMAND, "--references", "all"], "references: expected one of best, first, got 'all'"),
         ([*COMMAND, "--device", "tpu9"], "device: expected auto, cpu, cuda or cuda:N, got 'tpu9'"),
     ],

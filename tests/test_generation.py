@@ -95,6 +95,33 @@ def test_every_row_stops_at_its_own_place(monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
+def test_the_first_row_alone_may_stop_a_batch() -> None:
+    tokenizer = make_tokenizer()
+    texts = ["Red. Blue. ### x", "A ### and what follows it, word after word, to the end", "c"]
+    stopping = [len(tokenizer(text)["input_ids"]) for text in ("Red. Blue. ###", texts[1])]
+    assert stopping[0] < stopping[1]
+    settings = GenerationSettings(max_new_tokens=40, stop_rows="first")
+    made = generate_texts(_script(_model(), texts), tokenizer, PROMPTS, settings)
+    assert made == ["Red. Blue. ###", tokenizer.decode(tokenizer(texts[1])["input_ids"][: stopping[0]]), "c"]
+    others = generate_texts(_script(_model(), [texts[2], texts[1], texts[0]]), tokenizer, PROMPTS, settings)
+    assert others == ["c", texts[1], texts[0]]  # the first row has ended, and never writes it
+    stripped = generate_texts(_script(_model(), [" a\n", "b "]), tokenizer, PROMPTS[:2], GenerationSettings(strip=True))
+    assert stripped == ["a", "b"]
+
+
+def test_a_prompt_may_be_cut() -> None:
+    model, tokenizer = _model(), make_tokenizer()
+    cut = GenerationSettings(max_new_tokens=12, do_sample=False, stop=None, prompt_length=5)
+    whole = tokenizer(PROMPTS)["input_ids"]
+    assert encode_prompts(model, tokenizer, PROMPTS, cut) == [ids[:5] for ids in whole]
+    first = [tokenizer.decode(ids[:5]) for ids in whole]
+    texts = generate_texts(model, tokenizer, PROMPTS, cut)
+    assert texts == generate_texts(model, tokenizer, first, GREEDY)
+    assert texts != generate_texts(model, tokenizer, PROMPTS, GREEDY)
+    room = GenerationSettings(max_new_tokens=12, stop=None, prompt_length=1024 - 12)
+    assert len(encode_prompts(model, tokenizer, ["a " * 2000], room)[0]) == 1024 - 12  # room is of what is read
+
+
 @pytest.mark.parametrize("prompt", ["### Response:\n", "Write ###", "Write ##"])
 def test_a_stop_in_the_prompt_stops_nothing(prompt: str) -> None:
     model = _script(_model(), ["# is a hash."])
@@ -229,6 +256,10 @@ def test_half_precision(dtype: torch.dtype) -> None:
         ({"top_p": 1.5}, "top_p: expected a number > 0 and <= 1, got 1.5"),
         ({"do_sample": 1}, "do_sample: expected true or false, got 1"),
         ({"stop": ""}, "stop: expected a text or None, got ''"),
+        ({"strip": 1}, "strip: expected true or false, got 1"),
+        ({"prompt_length": 0}, "prompt_length: expected an integer >= 1, got 0"),
+        ({"stop_rows": "last"}, "stop_rows: expected one of each, first, got 'last'"),
+        ({"stop": None, "stop_rows": "first"}, "stop_rows: expected 'each' where there is no stop text, got 'first'"),
     ],
 )
 def test_settings_are_checked(change: dict[str, Any], message: str) -> None:
@@ -401,6 +432,9 @@ def test_a_folder_is_of_one_setting(tmp_path: Path) -> None:
     claim(folder, {"top_k": 0, "stop": None, "seeds": (1, 2)})
     with pytest.raises(InputError, match="expected responses made with stop = '###', it has some made with None; give"):
         claim(folder, {"top_k": 0, "stop": "###"})
+    claim(folder, {"top_k": 0, "stop_rows": "each", "prompt_length": None})  # of an earlier version, which had no other
+    with pytest.raises(InputError, match="made with stop_rows = 'first', it has some made with 'each'"):
+        claim(folder, {"top_k": 0, "stop_rows": "first"})
     (folder / "settings.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match="settings.json: expected JSON"):
         claim(folder, {"top_k": 0})

@@ -272,6 +272,8 @@ def test_distillm_refuses_bad_settings() -> None:
         ({"schedule": "decreasin"}, "got 'decreasin', did you mean 'decreasing'"),
         ({"threshold": 1.5}, "threshold: expected"),
         ({"capacity": 0}, "capacity: expected"),
+        ({"validation_loss": "srkl"}, "validation_loss: expected one of base, cross_entropy, got 'srkl'"),
+        ({"count_step": 1}, "count_step: expected true or false, got 1"),
         ({"alpha": 7.0}, "alpha: expected a number between 0 and 1, got 7.0"),
         ({"loss": "forward_kl"}, "loss: expected one of srkl, skl, got 'forward_kl'"),
     ):

@@ -107,6 +107,18 @@ def test_the_methods_know_the_progress(tmp_path: Path, pairs: Any, monkeypatch: 
     assert seen == [0.0, 0.25, 0.5, 0.75]
 
 
+@pytest.mark.parametrize("timed", [False, True])
+def test_the_progress_may_count_the_step_that_runs(
+    tmp_path: Path, timed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(DistiLLM, "next_source", lambda method: (seen.append(method.progress), "data")[1])
+    monkeypatch.setattr(MTATrainer, "_seconds_of_all", lambda trainer: 10.0 * trainer.state.global_step)
+    length: dict[str, Any] = {"max_steps": -1, "num_train_epochs": 2, "max_seconds": 50.0} if timed else {}
+    _distillm(tmp_path, mta=None, increase=0, count_step=True, **length).train()
+    assert seen == pytest.approx([0.0, 0.4, 0.6, 0.8, 1.0] if timed else [0.25, 0.5, 0.75, 1.0])  # 0: no length known
+
+
 def test_the_final_losses_are_those_of_the_best_model_where_it_is_loaded(tmp_path: Path) -> None:
     steps: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer = make_trainer(tmp_path, mta=None, load_best_model_at_end=True, learning_rate=1.0, **steps)
@@ -160,6 +172,7 @@ def _distillm(tmp_path: Path, mta: Any = CONFIG, **options: Any) -> MTATrainer:
 
 
 DISTILLM = ("threshold", "increase", "schedule", "capacity", "generation", "tolerance", "seed")
+DISTILLM += ("validation_loss", "count_step")
 
 
 def test_the_student_writes_what_it_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +250,21 @@ def test_the_threshold_follows_the_evaluations(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.model.base.threshold == 1.0  # four evaluations after the one before training
     assert logged(trainer, "threshold")[0] == 0.0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_threshold_may_follow_the_cross_entropy(tmp_path: Path, fused: bool) -> None:
+    options: dict[str, Any] = {"increase": 0.25, "eval_strategy": "steps", "fused_head": fused}
+    trainer = _distillm(tmp_path, mta=None, validation_loss="cross_entropy", per_device_eval_batch_size=3, **options)
+    expected = make_trainer(tmp_path, base_loss="cross_entropy", mta=None, max_length=320).evaluate()["eval_base"]
+    metrics = trainer.evaluate()
+    assert metrics["eval_validation"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.model.base.kept_loss == metrics["eval_validation"]
+    assert metrics["eval_base"] == metrics["eval_loss"] != pytest.approx(expected, rel=1e-2)
+    plain = _distillm(tmp_path, mta=None, **options)
+    metrics = plain.evaluate()
+    assert "eval_validation" not in metrics
+    assert plain.model.base.kept_loss == metrics["eval_base"]
 
 
 def test_distillm_goes_on_from_a_checkpoint(tmp_path: Path) -> None:

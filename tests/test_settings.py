@@ -146,6 +146,43 @@ def test_examples_are_valid(path: Path) -> None:
     assert training_arguments(settings).projection_learning_rate == 5e-4
 
 
+@pytest.mark.parametrize(
+    ("name", "rate", "batch", "steps_in_one", "epochs", "decay", "warmup"),
+    [  # the table of the maths; with DistiLLM-2 a warm-up and no weight decay
+        ("gpt2", 1e-4, 16, 1, 5, 0.01, 0),
+        ("qwen1.5", 1e-4, 8, 2, 5, 0.01, 0),
+        ("opt", 5e-4, 8, 2, 5, 0.01, 0),
+        ("gpt2-fdd", 1e-4, 16, 1, 5, 0.01, 0),
+        ("qwen1.5-fdd", 1e-4, 8, 2, 5, 0.01, 0),
+        ("qwen1.5-distillm2", 5e-5, 4, 2, 5, 0.0, 0.1),
+        ("opt-distillm2", 5e-4, 4, 2, 3, 0.0, 0.1),
+    ],
+)
+def test_recipes_have_the_paper_s_settings(
+    name: str, rate: float, batch: int, steps_in_one: int, epochs: int, decay: float, warmup: float
+) -> None:
+    settings = TrainSettings.from_yaml(ROOT / "examples" / f"{name}.yaml")
+    training = {"gradient_accumulation_steps": 1, "warmup_steps": 0} | settings.training
+    expected = {
+        "learning_rate": rate,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": steps_in_one,
+        "num_train_epochs": epochs,
+        "weight_decay": decay,
+        "warmup_steps": warmup,
+        "max_length": 256,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine",
+        "projection_learning_rate": 5e-4,
+        "seed": 42,
+    }
+    assert {key: training[key] for key in expected} == expected
+    assert settings.data.max_prompt_length == 128
+    scripts: dict[str, Any] = {"distillm": {"validation_loss": "cross_entropy", "count_step": True}, "fdd": {"tau": 2}}
+    for option, value in scripts.get(settings.base.loss, {}).items():
+        assert settings.base.options[option] == value
+
+
 # --- the schema for editors --------------------------------------------------------------------------------------
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,44 @@ def _upper_layers(student_layers: int, teacher_layers: int, count: int) -> list[
     return [list(pair) for pair in LayerMap.proportional(student_layers, teacher_layers, layers)]
 
 
+OWN_KEYS = ("mta", "training")  # what a row of one's own may change: the base loss is what all are compared by
+_NEXT_OVERRIDE = re.compile(r",\s*(?=[A-Za-z_]\w*(?:\.\w+)*=)")
+
+
+def own_row(text: str, full: TrainSettings) -> tuple[str, TrainSettings]:
+    """A row of one's own: "NAME=override[,override]", such as "more Hid=mta.lambda_hid=1", and its settings.
+
+    Args:
+        text: overrides of keys under ``mta`` and ``training``, as those of ``mta-fast train``.
+        full: the settings of the full row, which the overrides change.
+
+    Raises:
+        InputError: another form, another key, the seed (each row has all), or a value that doesn't fit.
+    """
+    name, equals, changes = text.partition("=")
+    name, overrides = name.strip(), [change for change in _NEXT_OVERRIDE.split(changes.strip()) if change]
+    if not equals or not overrides or not re.fullmatch(r"\w[\w ,.+-]*", name):
+        raise InputError(
+            f"row: expected NAME=override, the name of letters, digits, spaces, commas, dots, + and -, such as "
+            f"'more Hid=mta.lambda_hid=1', got {text!r}"
+        )
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.split(".")[0] not in OWN_KEYS or key in ("training", "training.seed"):
+            raise InputError(
+                f"row {name!r}: expected overrides of {', '.join(f'{each}.*' for each in OWN_KEYS)} other than the "
+                f"seed, got {override!r}; what all rows share stands in the YAML"
+            )
+    return name, full.overridden(overrides)
+
+
+def _check_name(name: str, others: Iterable[str]) -> None:
+    """Refuse a row whose runs would lie in another's folders."""
+    for other in others:
+        if run_folder(Path(), name, 0) == run_folder(Path(), other, 0):
+            raise InputError(f"row {name!r}: expected another name, that of {other!r} is taken")
+
+
 # --- the command -------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +142,7 @@ def ablate(
     settings: TrainSettings,
     *,
     rows: Sequence[str] | None = None,
+    own_rows: Sequence[str] = (),
     seeds: Sequence[int] = (42,),
     match_time: bool = False,
     eval_data: Sequence[str] = (),
@@ -113,6 +153,7 @@ def ablate(
     Args:
         settings: of the full method; its output_dir holds a folder for each row and seed.
         rows: names of ``ablation_rows``; None: all.
+        own_rows: further ones, as ``own_row`` reads them.
         seeds: of training; each run's student starts from the same weights, its projections and data order do not.
         match_time: also train the base row as long as the full one took, seed by seed.
         eval_data: data sets for ROUGE-L, as ``mta-fast eval`` takes them; none: the losses only.
@@ -131,17 +172,24 @@ def ablate(
         if given is not None and not given:
             raise InputError(f"{option}: expected at least one, got none")
     depths = [model_depth(side.path, **side.options) for side in (settings.student, settings.teacher)]
-    known = ablation_rows(settings, *depths)
+    papers = ablation_rows(settings, *depths)
+    settings = _with_own_layers(settings, *depths)
+    known = {row: replace(settings, mta=mta) for row, mta in papers.items()}
     chosen = list(known) if rows is None else list(dict.fromkeys(rows))
     for row in chosen:
         if row not in known:
             raise InputError(f"rows: expected some of {', '.join(known)}, got {row!r}{nearest(row, known)}")
     if match_time and not {BASE, FULL} <= set(chosen):
         raise InputError(f"match_time: expected the rows {BASE} and {FULL} among those that are run, got {chosen}")
-    settings = _with_own_layers(settings, *depths)
     out = Path(settings.output_dir)
-    runs = [_run(settings, out, row, known[row], seed) for seed in seeds for row in chosen]
-    matched = [_run(settings, out, MATCHED, False, seed) for seed in seeds] if match_time else []
+    for text in own_rows:
+        name, made = own_row(text, known[FULL])
+        _check_name(name, (*known, MATCHED))
+        made.mta_config(*depths)
+        known[name] = made
+        chosen.append(name)
+    runs = [_run(known[row], out, row, seed) for seed in seeds for row in chosen]
+    matched = [_run(known[BASE], out, MATCHED, seed) for seed in seeds] if match_time else []
     with lock_folder(out):
         check_reports(out)
         for run in (*runs, *matched):
@@ -189,13 +237,13 @@ def _with_own_layers(settings: TrainSettings, student_layers: int, teacher_layer
     return replace(settings, base=replace(base, options=options))
 
 
-def _run(settings: TrainSettings, out: Path, row: str, mta: MTASettings, seed: int) -> Run:
+def _run(settings: TrainSettings, out: Path, row: str, seed: int) -> Run:
     folder = run_folder(out, row, seed)
     training = {"save_total_limit": 1, **settings.training, "seed": seed}
     teacher = settings.teacher
     if teacher is not None and teacher.cache is not None:  # rows read other layers, seeds the same
         teacher = replace(teacher, cache=str(run_folder(Path(teacher.cache), row, seed).parent))
-    made = replace(settings, output_dir=str(folder), mta=mta, training=training, teacher=teacher)
+    made = replace(settings, output_dir=str(folder), training=training, teacher=teacher)
     return Run(row, seed, folder, made)
 
 

@@ -50,6 +50,10 @@ class PairRow(TypedDict):
 Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
+class LeftOut(str):
+    """Why a row is left out and counted, whether bad rows are refused or not."""
+
+
 @dataclass
 class LoadedRows(Generic[Row]):
     """Rows of a source, and what was left out.
@@ -174,7 +178,7 @@ def read_rows(
     """Read rows of any kind; everything but ``read`` is as in ``load_rows``.
 
     Args:
-        read: what is kept of a row, or the reason why it can't be used.
+        read: what is kept of a row, or the reason why it can't be used; a LeftOut where that is no mistake.
     """
     loaded: LoadedRows[Row] = LoadedRows([])
     name = str(source) if isinstance(source, (str, Path)) else type(source).__name__
@@ -186,7 +190,7 @@ def read_rows(
         made = row if isinstance(row, str) else read(row)
         if not isinstance(made, str):
             loaded.rows.append(made)
-        elif skip_bad_rows:
+        elif skip_bad_rows or isinstance(made, LeftOut):
             loaded.skipped[made] += 1
         else:
             raise InputError(f"{place}: {made}; --skip-bad-rows leaves such rows out and counts them")

@@ -123,10 +123,12 @@ class BaseMethod:
         takes_layer_pairs: whether its option layer_pairs, where it is not given, is MTA's.
         follows_progress: whether the loss depends on ``progress``, so that a run must keep its length.
         follows_evaluation: whether the training depends on ``observe_validation``.
+        validation: a method whose loss on the evaluation set ``observe_validation`` is given; None: its own.
+        counts_step: whether ``progress`` counts the step that runs, so that the last one is at 1.
         progress: how much of the training is done, 0 to 1, for methods with a schedule; the trainer sets it.
         reduce: sums a tensor over the ranks, for methods with a running average; the trainer sets it.
         teacher_ids: [V] the teacher's id of each of the student's, where the student's tokenizer is the teacher's with
-            fewer tokens: the teacher's logits, and the head of its outputs, are then of these alone. The trainer sets it.
+            fewer tokens: the teacher's logits, and its outputs' head, are then of these alone. The trainer sets it.
     """
 
     reads_teacher = True
@@ -139,6 +141,8 @@ class BaseMethod:
     follows_progress = True
     follows_evaluation = False
     teacher_ids: Tensor | None = None
+    validation: BaseMethod | None = None
+    counts_step = False
 
     def __init__(self) -> None:
         self.progress = 0.0
@@ -209,7 +213,7 @@ class BaseMethod:
         return False
 
     def observe_validation(self, loss: float) -> None:
-        """The base loss of the evaluation set: before the training where ``wants_validation``, then of each one."""
+        """The evaluation set's loss, by ``validation``: before training where ``wants_validation``, then of each."""
 
     def settings(self) -> dict[str, Any]:
         """The plain values that it was made with, by name, and its own name under ""; a resumed run must have the same.

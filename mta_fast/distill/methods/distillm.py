@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mta_fast.choices import check_choice
 from mta_fast.distill.methods.base import BaseMethod, Batch, Collator, ModelOutput, StepBatches, TrainingPlan
-from mta_fast.distill.methods.losses import skewed_method
+from mta_fast.distill.methods.losses import SEQUENCE_LEVEL_LOSSES, TokenMethod, skewed_method
 from mta_fast.distill.responses.generation import GenerationSettings, encode_prompts, generate_texts
 from mta_fast.errors import InputError
 from mta_fast.spans.collate import SpanCollator
@@ -27,6 +27,7 @@ from mta_fast.spans.parser_pool import ParserPool, PendingSpans
 
 Source = Literal["data", "student", "replay"]
 Row = dict[str, Any]
+VALIDATION_LOSSES = ("base", *sorted(SEQUENCE_LEVEL_LOSSES))
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "decreasing": lambda progress: 1 - progress,
     "constant": lambda progress: 0.5,
@@ -40,20 +41,23 @@ class DistiLLM(BaseMethod):
     Called alone it is the loss. In training each batch comes from one of three sources, with threshold f, progress t
     and U uniform: if U < f s(t), or U < f while the replay buffer is not full, the student generates responses to the
     batch's prompts, which enter the buffer; else if U < f a batch of the buffer is replayed; else it is the data's.
-    f grows where the validation loss has: see ``observe_validation``.
+    f grows where the validation loss has: see ``observe_validation``. The authors' scripts follow the cross-entropy and
+    count the step that runs.
 
     Args:
         loss, alpha, detach_mixture: the divergence, as in ``losses``.
         schedule: s(t): "decreasing" 1 - t, "constant" 0.5, "increasing" t.
+        count_step: in step g of T, from 0, t is (g + 1) / T; else g / T.
         threshold: f at the start.
         increase: what f grows by; 0 keeps it, and needs no validation.
         tolerance: growth of the validation loss that lets f grow.
+        validation_loss: "base": the divergence on the evaluation set; "cross_entropy": that of its responses.
         capacity: rows of the replay buffer; the oldest leave it first.
         generation: fields of GenerationSettings for the student's responses.
         seed: of the choices.
 
     Raises:
-        InputError: an unknown schedule, or a number outside its range.
+        InputError: an unknown schedule or validation loss, or a number outside its range.
     """
 
     follows_evaluation = True
@@ -73,16 +77,23 @@ class DistiLLM(BaseMethod):
         capacity: int = 1000,
         generation: Mapping[str, Any] | None = None,
         seed: int = 42,
+        validation_loss: str = VALIDATION_LOSSES[0],
+        count_step: bool = False,
     ) -> None:
         super().__init__()
         self._token = skewed_method(loss, alpha, detach_mixture)
         check_choice("schedule", schedule, SCHEDULES)
+        check_choice("validation_loss", validation_loss, VALIDATION_LOSSES)
+        if not isinstance(count_step, bool):
+            raise InputError(f"count_step: expected true or false, got {count_step!r}")
         for name, value in (("threshold", threshold), ("increase", increase)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name}: expected a number from 0 to 1, got {value}")
         if capacity < 1:
             raise InputError(f"capacity: expected at least 1 row, got {capacity}")
         self.threshold, self.increase, self.tolerance = threshold, increase, tolerance
+        self.validation_loss, self.counts_step = validation_loss, count_step
+        self.validation = TokenMethod(validation_loss) if validation_loss in SEQUENCE_LEVEL_LOSSES else None
         self.kept_loss: float | None = None
         self.replay: deque[Row] = deque(maxlen=capacity)
         self.generation = dict(generation or {})

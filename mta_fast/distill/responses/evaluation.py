@@ -9,7 +9,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,6 +20,7 @@ from torch import nn
 from mta_fast._version import __version__
 from mta_fast.choices import check_choice
 from mta_fast.distill.data import (
+    LeftOut,
     LoadedRows,
     data_places,
     describe_rows,
@@ -65,6 +66,8 @@ class EvaluationSettings:
         generation: how responses are generated.
         seeds: one run over the rows for each.
         references: "best": a response has its highest score over the row's references; "first": the first one counts.
+        skip_empty_references: leave out and count rows whose first reference has no text, and take no notice of
+            further ones without; else such a row is a bad one.
 
     Raises:
         InputError: no seed, one twice, a negative one; or an unknown way with references.
@@ -73,12 +76,33 @@ class EvaluationSettings:
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     seeds: Sequence[int] = SEEDS
     references: str = "best"
+    skip_empty_references: bool = False
 
     def __post_init__(self) -> None:
         plain = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in self.seeds)
         if not self.seeds or not plain or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: expected different integers >= 0, got {list(self.seeds)}")
         check_choice("references", self.references, REFERENCES)
+
+
+# "paper": what the script does that the authors' evaluation commands call (docs/reproduction.md)
+PRESETS: dict[str, EvaluationSettings] = {
+    "paper": EvaluationSettings(
+        GenerationSettings(max_new_tokens=512, temperature=0.7, prompt_length=256, stop_rows="first", strip=True),
+        seeds=(30, 40, 50),
+        references="first",
+        skip_empty_references=True,
+    )
+}
+
+
+def preset_of(settings: EvaluationSettings) -> str | None:
+    """The preset that settings are, but for the batch size, which none names; None where they differ from all."""
+    for name, preset in PRESETS.items():
+        generation = replace(preset.generation, batch_size=settings.generation.batch_size)
+        if replace(settings, seeds=tuple(settings.seeds)) == replace(preset, generation=generation):
+            return name
+    return None
 
 
 @dataclass(frozen=True)
@@ -231,8 +255,12 @@ def load_references(
     columns: Mapping[str, str] | None = None,
     skip_bad_rows: bool = False,
     limit: int | None = None,
+    skip_empty_references: bool = False,
 ) -> LoadedRows[EvaluationRow]:
     """Rows as ``data.load_rows`` reads them, whose "output" may also be a list of right responses.
+
+    Args:
+        skip_empty_references: as in EvaluationSettings; the others as in ``load_rows``.
 
     Raises:
         InputError: as ``load_rows`` does, an empty list, or an empty prompt.
@@ -240,9 +268,14 @@ def load_references(
 
     def read(row: Mapping[str, Any]) -> EvaluationRow | str:
         output = row.get("output")
-        if output == []:
+        outputs = output if isinstance(output, list) else [output]
+        if skip_empty_references and "output" in row:
+            if not outputs or _is_empty(outputs[0]):
+                return LeftOut("first reference empty")
+            outputs = [each for each in outputs if not _is_empty(each)]
+        elif output == []:
             return "output: expected at least one reference, got an empty list"
-        forms = [{**row, "output": one} for one in output] if isinstance(output, list) else [row]
+        forms = [{**row, "output": one} for one in outputs] if "output" in row else [row]
         reason = next(filter(None, map(row_fault, forms)), None)
         if reason is not None:
             return reason
@@ -252,6 +285,10 @@ def load_references(
         return EvaluationRow(prompt=prompt, references=[form["output"] for form in forms])
 
     return read_rows(source, read, split=split, columns=columns, skip_bad_rows=skip_bad_rows, limit=limit)
+
+
+def _is_empty(reference: Any) -> bool:
+    return isinstance(reference, str) and not reference.strip()
 
 
 def distinct_names(sources: Sequence[str]) -> list[str]:
@@ -338,6 +375,7 @@ def _evaluate_all(
 ) -> int:
     """What ``run_evaluation`` does, ``data`` by name, once ``out`` is its own."""
     tokenizer = load_tokenizer(model)
+    reading = {**reading, "skip_empty_references": settings.skip_empty_references}
     loaded = [load_references(source, tokenizer=tokenizer, **reading) for source in data.values()]
     if max_prompt_length is not None:
         length = max_prompt_length + settings.generation.max_new_tokens
@@ -350,6 +388,7 @@ def _evaluate_all(
         encode_for(config, tokenizer, [row["prompt"] for row in rows.rows], settings.generation)
     network: Any = load_model(model, dtype=dtype)
     network.to(place)
+    whole = max_prompt_length is None and reading.get("template", "paper") == "paper"  # all rows, the presets' prompt
     done: list[Evaluation] = []
     sets: list[dict[str, Any]] = []
     for (name, source), rows in zip(data.items(), loaded, strict=True):
@@ -360,6 +399,7 @@ def _evaluate_all(
         results = {
             "model": model,
             "metric": METRIC,
+            "preset": preset_of(settings) if whole else None,
             "settings": asdict(settings) | {"max_prompt_length": max_prompt_length, "dtype": dtype, **reading},
             "device": str(place),
             "versions": _versions(),

@@ -9,13 +9,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
 from mta_fast.files import write_whole
 from mta_fast.inputs import check_left_padding, takes_positions
@@ -23,6 +24,7 @@ from mta_fast.layers import evaluating, unwrap
 from mta_fast.tokens import encode
 
 SETTINGS_FILE = "settings.json"
+STOP_ROWS = ("each", "first")
 DIGEST_BYTES = 7  # torch.manual_seed takes 8, and a sign
 SUMMED_AT_ONCE = 2**24  # elements of a weight that are widened to int64 together
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -41,9 +43,13 @@ class GenerationSettings:
         top_k: draw among so many likeliest tokens; 0: among all.
         stop: a response ends before this text; None: only where the model ends it.
         batch_size: prompts that ``generate_batches`` gives the model at a time.
+        prompt_length: so many first tokens of a prompt are read; None: all of them.
+        stop_rows: "each": a row ends before its own stop text; "first": all rows of a batch end once its first row has
+            written the stop text, and no text is cut, so that what is written depends on the batch.
+        strip: leave out white space around a response.
 
     Raises:
-        InputError: a value out of its range.
+        InputError: a value out of its range, or ``stop_rows`` without a stop text.
     """
 
     max_new_tokens: int = 256
@@ -53,9 +59,13 @@ class GenerationSettings:
     top_k: int = 0
     stop: str | None = "###"
     batch_size: int = 16
+    prompt_length: int | None = None
+    stop_rows: str = "each"
+    strip: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("batch_size", 1)):
+        whole = {"max_new_tokens": 1, "top_k": 0, "batch_size": 1}
+        for name, least in (whole if self.prompt_length is None else whole | {"prompt_length": 1}).items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name}: expected an integer >= {least}, got {value!r}")
@@ -64,10 +74,14 @@ class GenerationSettings:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
                 bound = "a number > 0" if most == math.inf else "a number > 0 and <= 1"
                 raise InputError(f"{name}: expected {bound}, got {value!r}; do_sample=False takes the likeliest token")
-        if not isinstance(self.do_sample, bool):
-            raise InputError(f"do_sample: expected true or false, got {self.do_sample!r}")
+        for name in ("do_sample", "strip"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         if self.stop is not None and (not isinstance(self.stop, str) or not self.stop):
             raise InputError(f"stop: expected a text or None, got {self.stop!r}")
+        check_choice("stop_rows", self.stop_rows, STOP_ROWS)
+        if self.stop is None and self.stop_rows != "each":
+            raise InputError(f"stop_rows: expected 'each' where there is no stop text, got {self.stop_rows!r}")
 
 
 # --- one batch ---------------------------------------------------------------------------------------------------
@@ -81,6 +95,7 @@ def generate_texts(
     The model runs in eval mode with its cache and without gradients, and then has its former modes again. Padding is
     on the left, whatever side the tokenizer pads. prompt + response is the text that the model read and wrote, spaces
     included, up to its end token or ``settings.stop``, whichever comes first; a stop text in the prompt stops nothing.
+    ``settings.prompt_length``, ``stop_rows`` and ``strip`` change that.
 
     Args:
         model: a causal language model of transformers, also one wrapped by PEFT or torch.compile.
@@ -113,7 +128,7 @@ def generate_texts(
         use_cache=True,
         **(sampling if settings.do_sample else {}),
     )
-    criteria = [] if settings.stop is None else [_stop_in_response(tokenizer, settings.stop, ids.shape[1])]
+    criteria = [] if settings.stop is None else [_stop_in_response(tokenizer, settings, ids.shape[1])]
     with _generating(model, config), _random_numbers(seed, ids.device), torch.no_grad():
         generate: Any = model.generate
         made = generate(input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=criteria)
@@ -122,13 +137,15 @@ def generate_texts(
         _response_text(tokenizer, prompt, _before_end(response, ends))
         for prompt, response in zip(encoded, responses, strict=True)
     )
-    return [text if settings.stop is None else text.partition(settings.stop)[0] for text in texts]
+    stop = settings.stop if settings.stop_rows == "each" else None
+    whole = [text if stop is None else text.partition(stop)[0] for text in texts]
+    return [text.strip() for text in whole] if settings.strip else whole
 
 
 def encode_prompts(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], settings: GenerationSettings
 ) -> list[list[int]]:
-    """The token ids of every prompt, without an end token that the tokenizer may add.
+    """The token ids of every prompt that are read, without an end token that the tokenizer may add.
 
     Raises:
         InputError: as ``encode_for`` does; prompts of different lengths, ``settings.batch_size`` at a time, for a model
@@ -162,6 +179,7 @@ def encode_for(config: Any, tokenizer: Any, prompts: Sequence[str], settings: Ge
     for i, (ids, _, _) in enumerate(encode(tokenizer, prompts)):
         if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
+        ids = ids[: settings.prompt_length]
         if not ids:
             raise InputError(f"prompt of row {i}: expected at least one token, got none; leave the row out")
         if max(ids) >= size:
@@ -207,17 +225,19 @@ def _pad_left(encoded: Sequence[Sequence[int]], pad: int, device: torch.device) 
     return ids.to(device), mask.to(device)
 
 
-def _stop_in_response(tokenizer: Any, stop: str, prompt_size: int) -> Callable[..., Tensor]:
+def _stop_in_response(tokenizer: Any, settings: GenerationSettings, prompt_size: int) -> Callable[..., Tensor]:
     """Per row: whether the last token completes the stop text, which a prompt that ends in "##" must not begin."""
-    criterion = _stop_criterion(tokenizer, stop)
+    criterion = _stop_criterion(tokenizer, settings.stop)
+    watched = 1 if settings.stop_rows == "first" else None
 
     def stopped(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        return criterion(input_ids[:, prompt_size:], scores)
+        done: Tensor = criterion(input_ids[:watched, prompt_size:], scores)
+        return done.expand(len(input_ids))
 
     return stopped
 
 
-def _stop_criterion(tokenizer: Any, stop: str) -> Any:
+def _stop_criterion(tokenizer: Any, stop: str | None) -> Any:
     from transformers import StopStringCriteria
 
     try:
@@ -390,6 +410,8 @@ def claim(folder: Path, made_with: Mapping[str, Any]) -> None:
 
     Raises:
         InputError: responses that were made with something else; names the first difference. OSError: no place.
+
+    An earlier version's responses have the defaults of the GenerationSettings that it did not know.
     """
     file, wanted = folder / SETTINGS_FILE, json.loads(json.dumps(made_with))
     mend = "give another folder, or delete this one to generate its responses again"
@@ -403,6 +425,7 @@ def claim(folder: Path, made_with: Mapping[str, Any]) -> None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file}: expected JSON, got a text that is none ({error}); {mend}") from None
+    found = asdict(GenerationSettings()) | found
     for name, value in wanted.items():
         if found.get(name) != value:
             raise InputError(

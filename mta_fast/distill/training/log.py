@@ -100,21 +100,31 @@ class EvaluationSums:
     def __init__(self) -> None:
         self._base: list[Tensor] = []
         self._mta: list[Tensor] = []
+        self._validation: list[Tensor] = []
 
     def add(self, output: DistillationOutput, *, counts: bool = True) -> None:
         """A batch; one that does not count is there because the other ranks have one."""
-        for sums, terms in ((self._base, output.base_terms), (self._mta, output.per_layer)):
+        for sums, terms in (
+            (self._base, output.base_terms),
+            (self._mta, output.per_layer),
+            (self._validation, output.validation),
+        ):
             if terms is not None:
                 sums.append(terms.double() if counts else torch.zeros_like(terms, dtype=torch.float64))
 
     def terms(self, config: MTAConfig | None, reduce: Reduce) -> dict[str, float]:
-        """loss, base, dsa and hid of the whole set."""
-        sums, counts = self._sum(self._base, reduce)
-        terms = {"base": float((sums / counts.clamp(min=1)).sum())}
+        """loss, base, dsa, hid and what the base method follows in place of its own loss, of the whole set."""
+        terms = {"base": self._mean(self._base, reduce)}
+        if self._validation:
+            terms["validation"] = self._mean(self._validation, reduce)
         if config is not None and self._mta:
             dsa, hid = (float(term) for term in LayerPairTerms(*self._sum(self._mta, reduce)).means())
             return {"loss": terms["base"] + config.weighted(dsa, hid), **terms, "dsa": dsa, "hid": hid}
         return {"loss": terms["base"], **terms}
+
+    def _mean(self, parts: list[Tensor], reduce: Reduce) -> float:
+        sums, counts = self._sum(parts, reduce)
+        return float((sums / counts.clamp(min=1)).sum())
 
     @staticmethod
     def _sum(parts: list[Tensor], reduce: Reduce) -> Tensor:

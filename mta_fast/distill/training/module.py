@@ -68,7 +68,8 @@ class DistillationOutput(NamedTuple):
     ``loss`` is what to call backward on: scale * (base + lambda_dsa * dsa + lambda_hid * hid); ``base``, ``dsa``
     and ``hid`` are unscaled and unweighted. Over all micro-batches and ranks each sums to the step's value.
     ``base_terms``: [2, K] the base method's sums and counts of this micro-batch, detached. ``per_layer``: [4, L] as in
-    LayerPairTerms, detached; None without MTA.
+    LayerPairTerms, detached; None without MTA. ``validation``: [2, K] sums and counts of the loss that the base method
+    follows in place of its own, in evaluation alone.
     """
 
     loss: Tensor
@@ -77,6 +78,7 @@ class DistillationOutput(NamedTuple):
     hid: Tensor
     base_terms: Tensor
     per_layer: Tensor | None
+    validation: Tensor | None = None
 
 
 def teacher_side(batch: Mapping[str, Any], teacher: TeacherOutput) -> dict[str, Any]:
@@ -132,13 +134,16 @@ class DistillationModel(nn.Module):
         ):
             logits = self.student(**model_inputs(self.student, batch), use_cache=False).logits
         made = logits[..., : self.vocabulary] if head is None else None
-        base, terms = self._base(batch, StudentOutput(made, hidden, head), teacher, totals)
+        student = StudentOutput(made, hidden, head)
+        base, terms = self._base(batch, student, teacher, totals)
+        followed = None if self.training else self.base.validation
+        validation = None if followed is None else _terms(followed, followed.sums(student, teacher, batch), batch)
         if self.mta is None:
             zero = base.new_zeros(())
-            return DistillationOutput(totals.scale * base, base, zero, zero, terms, None)
+            return DistillationOutput(totals.scale * base, base, zero, zero, terms, None, validation)
         dsa, hid, per_layer = self._alignment(batch, hidden, teacher, totals)
         loss = base + self.mta.config.weighted(dsa, hid)
-        return DistillationOutput(totals.scale * loss, base, dsa, hid, terms, per_layer)
+        return DistillationOutput(totals.scale * loss, base, dsa, hid, terms, per_layer, validation)
 
     def layers(self, side: str) -> list[int]:
         """The hidden states of "student" or "teacher" that MTA and the base method read."""
@@ -154,8 +159,7 @@ class DistillationModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The base loss and its terms."""
         sums = self.base.sums(student, teacher, batch)
-        terms = torch.stack([sums.detach().double(), self.counts(batch).double()])
-        return (sums / totals.base.clamp(min=1)).sum(), terms
+        return (sums / totals.base.clamp(min=1)).sum(), _terms(self.base, sums, batch)
 
     def _alignment(
         self, batch: Mapping[str, Any], hidden: Mapping[int, Tensor], teacher: TeacherOutput, totals: StepTotals
@@ -242,3 +246,8 @@ class DistillationModel(nn.Module):
     def tie_weights(self) -> None:
         """Tie the student's embeddings again, after a wrapper replaced its parameters."""
         self.student.tie_weights()  # type: ignore[operator]  # transformers' method
+
+
+def _terms(method: BaseMethod, sums: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """[2, K] sums and counts, detached."""
+    return torch.stack([sums.detach().double(), method.counts(batch).double()])

@@ -175,7 +175,18 @@ class TrainSettings:
         Raises:
             InputError: no YAML, an unknown key (names the nearest), a missing one, a value of another type.
         """
-        values = _yaml.read(path)
+        return cls._made(_yaml.read(path), overrides)
+
+    def overridden(self, overrides: Sequence[str]) -> TrainSettings:
+        """These settings with overrides as in ``from_yaml``.
+
+        Raises:
+            InputError: as ``from_yaml`` does.
+        """
+        return self._made(self.to_dict(), overrides)
+
+    @classmethod
+    def _made(cls, values: dict[str, Any], overrides: Sequence[str]) -> TrainSettings:
         for override in overrides:
             _override(values, override)
         try:

@@ -172,7 +172,7 @@ class MTATrainer(TeacherPass):
         """Fetch the micro-batches of a step and find what their losses are divided by."""
         self._log.begin_step()
         module = self._module
-        module.base.progress = self._progress()
+        module.base.progress = self._progress(further=int(module.base.counts_step))
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         with self.accelerator.autocast():
             batches = [
@@ -193,11 +193,12 @@ class MTATrainer(TeacherPass):
         self._totals = totals
         return batches, totals.base.sum()
 
-    def _progress(self) -> float:
-        """How much of the training is done: steps, or time where that is what ends it."""
-        if self.args.max_seconds is not None:
-            return min(1.0, self._seconds_of_all() / self.args.max_seconds)
-        return self.state.global_step / max(1, self.state.max_steps)
+    def _progress(self, further: int = 0) -> float:
+        """How much of the training is done: steps, or time where that is what ends it; after so many further steps."""
+        done = self.state.global_step
+        if self.args.max_seconds is not None:  # a step is as long as the mean of those before
+            return min(1.0, self._seconds_of_all() * (1 + further / max(1, done)) / self.args.max_seconds)
+        return (done + further) / max(1, self.state.max_steps)
 
     def _seconds_of_all(self) -> float:
         """The mean of the ranks' clocks: what all of them stop by and take their learning rate from."""
@@ -313,11 +314,11 @@ class MTATrainer(TeacherPass):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """The Trainer's; the base method sees the base loss that it finds."""
+        """The Trainer's; the base method sees the loss that it follows."""
         metrics: dict[str, float] = super().evaluate(*args, **options)
         own = not args and options.get("eval_dataset") is None
         if own and "eval_base" in metrics:
-            self._module.base.observe_validation(metrics["eval_base"])
+            self._module.base.observe_validation(metrics.get("eval_validation", metrics["eval_base"]))
         return metrics
 
     @property
