@@ -27,7 +27,7 @@ from mta_fast.projections import RidgeFit
 LENGTH, BATCH = 128, 8
 FITTED, HELD_OUT = (4, 16, 64, 256), 64  # rows
 USUAL = 64  # of them, as MTATrainer reads
-STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+STRENGTHS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
 FRESH_LAYERS, FRESH_WIDTH = 8, 160
 STARTS = ("default", "identity", *(f"ridge {strength:g}" for strength in STRENGTHS))
 STARTED, SIZED = "Hid of held-out text, by start", "How many rows ridge reads"
@@ -48,11 +48,12 @@ class Pair(NamedTuple):
 def measure(texts: Path | None = None, quick: bool = False) -> Report:
     """Every start at every layer pair of every pair of models."""
     made = small_setting() if quick else setting()
-    counts, held = ((2, 4), 4) if quick else (FITTED, HELD_OUT)
+    counts: Sequence[int] = (2, 4) if quick else FITTED
+    held = 4 if quick else HELD_OUT
     usual = counts[-1] if quick else USUAL
     loaded = load_rows("sample" if texts is None else texts).rows[: held + counts[-1]]
     rows = with_spans([dict(row) for row in loaded])
-    counts = tuple(count for count in counts if count <= len(rows) - held)
+    counts = [count for count in counts if count <= len(rows) - held]
     found: dict[tuple[str, str, int], list[float]] = {}
     layers: dict[str, LayerMap] = {}
     for name, student in _pairs(made):

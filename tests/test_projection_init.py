@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,7 @@ class Beginning(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.projections: list[Tensor] = []
+        self.random: list[Any] = []
         self.rows: list[Any] = []
         self.trainer, fetch = trainer, trainer.get_batch_samples
 
@@ -228,6 +230,15 @@ class Beginning(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.projections = [p.detach().clone() for p in self.trainer._module.mta.parameters()]
+        self.random = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]  # type: ignore[index]  # of the kind "MT19937"
+
+
+class Drawing(SpanCollator):
+    """One that uses up random numbers of every kind."""
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        torch.rand(1), random.random(), np.random.rand()
+        return super().__call__(rows)
 
 
 def shaky_student() -> Any:
@@ -265,6 +276,7 @@ def test_a_run_starts_at_ridge_and_sees_the_rows_of_one_without(
 ) -> None:
     config = MTAConfig(CONFIG.layer_pairs, CONFIG.granularity, projection_bias=bias)
     common: dict[str, Any] = {"mta": config, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    common["data_collator"] = Drawing(make_tokenizer(), max_length=64)
     plain, without = run(tmp_path / "a", student=shaky_student(), **common)
     assert "projections" not in capsys.readouterr().out
     fresh = make_trainer(tmp_path / "b", student=shaky_student(), **common)
@@ -274,6 +286,7 @@ def test_a_run_starts_at_ridge_and_sees_the_rows_of_one_without(
     for got, weight in zip(begun.projections, wanted, strict=True):
         torch.testing.assert_close(got, weight, rtol=1e-3, atol=1e-4)
     assert begun.rows == without.rows
+    assert begun.random == without.random
     for name in ("base", "dsa"):  # the first step's: neither reads the projections
         assert logged(trainer, name)[0] == logged(plain, name)[0]
     assert logged(trainer, "hid")[0] < 0.9 * logged(plain, "hid")[0]
