@@ -227,16 +227,16 @@ def _table(found: Found) -> list[str]:
 
 
 def _draw_scaling(found: Sequence[Found], path: Path) -> None:
-    times, peaks = list[plots.Curves](), list[plots.Curves]()
+    rows = []
     for each in found:
         size, fixed, values = each.sweep.size, each.sweep.fixed, each.sweep.values
         lines = {side: each.milliseconds(side) for side in each.sides}
-        times.append(plots.Curves(f"Time against {size}\n{fixed}", size, "ms", values, lines))
+        charts = [plots.Curves(f"Time against {size}\n{fixed}", size, "ms", values, lines)]
         if each.megabytes:
             lines = {side: each.peaks(side) for side in each.sides}
-            peaks.append(plots.Curves(f"Peak memory against {size}\n{fixed}", size, "MB", values, lines))
-    title = "Forward + backward, float32: time, and peak memory above inputs and returned gradients"
-    plots.curves([charts for charts in (times, peaks) if charts], path, title)
+            charts.append(plots.Curves(f"Peak memory against {size}\n{fixed}", size, "MB", values, lines))
+        rows.append(charts)
+    plots.curves(rows, path, "Forward + backward, float32: time, and peak memory above inputs and returned gradients")
 
 
 def _draw_crossover(found: Found, names: Sequence[str], predicted: int, path: Path) -> None:

@@ -42,15 +42,15 @@ class Panel:
 
 
 def dots(panels: Sequence[Panel], path: Path, title: str) -> None:
-    """Charts side by side, one line a figure's name, one colour and marker a side."""
+    """Charts below each other, one line a figure's name, one colour and marker a side."""
     panels = [panel for panel in panels if panel.points]
     looks = _looks([side for panel in panels for _, side, _ in panel.points])
     lines = [list(dict.fromkeys(line for line, _, _ in panel.points)) for panel in panels]
     most = max(Counter((i, line) for i, panel in enumerate(panels) for line, _, _ in panel.points).values())
-    columns = 3 * len(panels)
-    height = 1.3 + (0.2 + 0.16 * most) * max(map(len, lines)) + 0.25 * -(-len(looks) // columns)
-    figure = _figure((7.2 * len(panels), height), title)
-    for axes, panel, names in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, lines, strict=True):
+    columns, heights = 3, [0.9 + (0.2 + 0.16 * most) * len(names) for names in lines]
+    figure = _figure((7.2, 0.4 + sum(heights) + 0.25 * -(-len(looks) // columns)), title)
+    charts = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
+    for axes, panel, names in zip(charts.flat, panels, lines, strict=True):
         _dots(axes, panel, names, looks)
     legend_below(figure, columns)
     figure.savefig(path, format="png", dpi=DPI)

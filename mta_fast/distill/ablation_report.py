@@ -13,6 +13,7 @@ from pathlib import Path
 from mta_fast.distill.training.run import read_results
 from mta_fast.files import RESULTS_FILE, Kind, atomic_file, check_target, save_figure, write_whole
 from mta_fast.packages import require
+from mta_fast.pictures import BLUE, DPI, SOFT, frame, new_figure
 
 BASE = "base"  # the row that the others are compared with
 EVAL_FOLDER, REPORT, REPORT_ENDINGS = "eval", "ablation", ("md", "csv", "png")
@@ -180,12 +181,9 @@ def _draw(table: Mapping[str, Mapping[str, Figure | None]], names: Sequence[str]
     """A panel for each figure: every seed a dot, the mean a line, the base row's mean across."""
     if not names:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-
     rows = list(table)
-    canvas = Canvas(figsize=(2.5 + 4 * len(names), 1.5 + 0.4 * len(rows)), layout="constrained")
-    FigureCanvasAgg(canvas)
+    size = (max(8.0, 2.5 + 3 * len(names)), 1.6 + 0.4 * len(rows))
+    canvas = new_figure(size, "Every seed a dot, the mean a line; dashed: base")
     for i, (axes, name) in enumerate(
         zip(canvas.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True)
     ):
@@ -193,16 +191,15 @@ def _draw(table: Mapping[str, Mapping[str, Figure | None]], names: Sequence[str]
             figure = table[row][name]
             if figure is not None:
                 values = list(figure.values.values())
-                axes.plot(values, [y] * len(values), "o", color="#0072b2", alpha=0.5, markersize=5)
-                axes.plot([figure.mean] * 2, [y - 0.3, y + 0.3], color="#0072b2", linewidth=2)
+                axes.plot(values, [y] * len(values), "o", color=BLUE, alpha=0.5, markersize=5)
+                axes.plot([figure.mean] * 2, [y - 0.3, y + 0.3], color=BLUE, linewidth=2)
         base = table.get(BASE, {}).get(name)
         if base is not None:
-            axes.axvline(base.mean, color="#888888", linestyle="--", linewidth=1)
+            axes.axvline(base.mean, color=SOFT, linestyle="--", linewidth=1)
         better = "lower" if name == "eval_base" else "higher"
-        axes.set(xlabel=f"{_title(name)[0]} ({better} is better)")
-        axes.grid(axis="x", alpha=0.3)
+        axes.set_xlabel(f"{_title(name)[0]}\n({better} is better)")
+        frame(axes, "", "x")
         if i == 0:
             axes.set_yticks(range(len(rows)), rows)
             axes.invert_yaxis()
-    canvas.suptitle("Every seed a dot, the mean a line; dashed: base")
-    save_figure(canvas, path, dpi=120)
+    save_figure(canvas, path, dpi=DPI)

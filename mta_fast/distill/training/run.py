@@ -42,6 +42,7 @@ from mta_fast.interrupt import Terminated, exit_code
 from mta_fast.layers import depth_of
 from mta_fast.locks import lock_folder
 from mta_fast.packages import require
+from mta_fast.pictures import BLUE, DPI, ORANGE, frame, legend_below, new_figure
 from mta_fast.spans.cache import SpanCache
 from mta_fast.spans.extract import SpanExtractor
 
@@ -425,25 +426,25 @@ def _say(trainer: MTATrainer, text: str) -> None:
 
 def draw_training(history: list[dict[str, float]], path: Path) -> None:
     """The curves of a run: each term over the steps, in training and evaluation."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     panels = {
         "base": "base loss (mean per token)",
         "dsa": "DSA: difference of span-pair cosines",
         "hid": "Hid: distance to the teacher's states",
         "mta_share_of_step": "share of MTA in the step's time",
     }
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for key, label, style in ((name, "training", "-"), (f"eval_{name}", "evaluation", "o--")):
+    names = [name for name in panels if any(name in entry or f"eval_{name}" in entry for entry in history)]
+    rows, columns = -(-len(names) // 2) or 1, min(2, len(names)) or 1
+    figure = new_figure((8, 0.6 + 2.9 * rows), "Terms of the loss over the steps")
+    charts = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in charts[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(charts, names, strict=False):
+        for key, label, colour, style in ((name, "training", BLUE, "-"), (f"eval_{name}", "evaluation", ORANGE, "o--")):
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             if points:
-                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-        axes.set(title=title, xlabel="step")
+                axes.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4)
+        axes.set_xlabel("step")
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-    save_figure(figure, path, dpi=110)
+        frame(axes, panels[name])
+    legend_below(figure, columns=2)
+    save_figure(figure, path, dpi=DPI)
