@@ -1,4 +1,4 @@
-"""The commands: doctor, demo, train, teach, schema, ablate, reproduce, generate, eval, export, cut, new, inspect, ..."""
+"""The commands: doctor, demo, train, teach, schema, ablate, reproduce, generate, eval, export, cut, new, ..."""
 
 from __future__ import annotations
 

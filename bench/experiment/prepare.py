@@ -9,9 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mta_fast.distill.students.fresh import Sizes, fresh_config, fresh_student
-from mta_fast.distill.students.vocabulary import numbers_of, teacher_ids, trim_tokenizer
-
 from bench.experiment.setups import (
     EVALUATED,
     HELD,
@@ -30,6 +27,8 @@ from mta_fast.config import default_granularity
 from mta_fast.distill.data import LoadedRows, PromptRow, drop_long_rows, load_rows
 from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_depth
 from mta_fast.distill.responses.evaluation import load_references
+from mta_fast.distill.students.fresh import Sizes, fresh_config, fresh_student
+from mta_fast.distill.students.vocabulary import numbers_of, teacher_ids, trim_tokenizer
 from mta_fast.distill.training.caching import TeacherCache
 from mta_fast.errors import InputError
 from mta_fast.spans.cache import SpanCache
