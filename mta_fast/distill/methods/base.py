@@ -125,8 +125,8 @@ class BaseMethod:
         follows_evaluation: whether the training depends on ``observe_validation``.
         progress: how much of the training is done, 0 to 1, for methods with a schedule; the trainer sets it.
         reduce: sums a tensor over the ranks, for methods with a running average; the trainer sets it.
-        teacher_ids: [V] the teacher's id of each of the student's, where the student's tokenizer is the teacher's with
-            fewer tokens: the teacher's logits, and the head of its outputs, are then of these alone. The trainer sets it.
+        teacher_ids: [V] the teacher's id of each of the student's, where its tokenizer is the teacher's with fewer
+            tokens: the teacher's logits, and the head of its outputs, are then of these alone. The trainer sets it.
     """
 
     reads_teacher = True
