@@ -312,9 +312,10 @@ def new(
     student = fresh_student(fresh_config(config, sizes, numbers_of(tokenizer, whole)), seed)
     export_student(student, tokenizer, out, kind=NEW, sources=sources, overwrite=overwrite)
     blocks, of_tokens = parameters(student)
+    made = student.config
     typer.echo(
-        f"{out}: {layers} blocks of width {student.config.hidden_size} with {student.config.num_attention_heads} "
-        f"heads, {blocks / 1e6:.2f} million parameters and {of_tokens / 1e6:.2f} million of embeddings"
+        f"{out}: {layers} blocks of width {made.hidden_size} with {made.num_attention_heads} heads, "
+        f"{blocks / 1e6:.2f} million parameters and {of_tokens / 1e6:.2f} million of embeddings"
     )
     if data:
         kept = coverage(whole, tokenizer, texts)

@@ -14,7 +14,7 @@ from models import make_model, make_tokenizer
 from test_heads import _flat, _losses
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
-from training import STUDENT_LAYERS, make_pairs, make_rows, make_trainer
+from training import CONFIG, STUDENT_LAYERS, make_pairs, make_rows, make_trainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mta_fast import SpanExtractor
@@ -24,6 +24,8 @@ from mta_fast.distill.models import same_vocabulary
 from mta_fast.distill.students.vocabulary import teacher_ids, trim_tokenizer
 from mta_fast.distill.training.caching import TeacherCache
 from mta_fast.errors import InputError
+from mta_fast.ops.entropy import entropy_weights
+from mta_fast.spans.collate import for_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:labels:UserWarning")
 OTHER = "Zebra-crossings cost \u20ac 3.14, said Žižek \U0001f642;\n\tx = {y: [1]} \u4f60\u597d <|endoftext|> QUIZZICAL"
@@ -226,16 +228,17 @@ def _trainer(out: Path, *, trimmed: bool = True, size: int | None = None, **opti
     return make_trainer(out, tokenizer=tokenizer, **options)
 
 
-METHODS: list[tuple[str, dict[str, Any]]] = [
-    ("srkl", {}),
-    ("forward_kl", {}),
-    ("jsd", {}),
-    ("skl", {}),
-    ("cross_entropy", {}),
-    ("fdd", {}),
-    ("distillm2", {"adaptive_alpha": True, "anchor_steps": 1}),
-    ("distillm", {"threshold": 0.9, "increase": 0, "schedule": "constant", "generation": {"max_new_tokens": 4}}),
-    ("none", {}),
+METHODS: list[tuple[str, dict[str, Any], bool]] = [
+    ("srkl", {}, True),
+    ("srkl", {}, False),
+    ("jsd", {}, True),
+    ("cross_entropy", {}, True),
+    ("fdd", {}, True),
+    ("fdd", {}, False),
+    ("distillm2", {"adaptive_alpha": True, "anchor_steps": 1}, True),
+    ("distillm2", {}, False),
+    ("distillm", {"threshold": 0.9, "increase": 0, "schedule": "constant", "generation": {"max_new_tokens": 4}}, True),
+    ("none", {}, True),
 ]
 
 
@@ -245,8 +248,7 @@ def _assert_alike(found: Any, expected: Any) -> None:
         assert (left - right).norm() <= 1e-5 * right.norm() + 1e-7
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize(("method", "options"), METHODS, ids=[name for name, _ in METHODS])
+@pytest.mark.parametrize(("method", "options", "fused"), METHODS, ids=[f"{name}-{fused}" for name, _, fused in METHODS])
 def test_every_loss_is_that_of_the_teachers_rows(
     tmp_path: Path, method: str, options: dict[str, Any], fused: bool
 ) -> None:
@@ -268,3 +270,111 @@ def test_every_loss_is_that_of_the_teachers_rows(
     if method != "distillm":
         trainer(teacher=_teacher(), teacher_cache=TeacherCache(folder, "float32")).fill_teacher_cache()
         _assert_alike(_losses(trainer(teacher_cache=TeacherCache(folder, "float32"))), expected)
+
+
+def test_the_loss_by_hand(tmp_path: Path) -> None:
+    """SRKL over the student's tokens, and its gradient, in float64."""
+    trainer = _trainer(tmp_path, base_loss="srkl", mta=None)
+    student, teacher = (copy.deepcopy(each).double() for each in (trainer._module.student, trainer.teacher))
+    _, ids = _trimmed()
+    found, gradients = _losses(trainer, 1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    tokens, mask, counted = batch["input_ids"], batch["attention_mask"], batch["labels"][:, 1:] != -100
+    assert not mask.all()
+    with torch.no_grad():
+        p = teacher(input_ids=ids[tokens], attention_mask=mask).logits[:, :-1][counted][:, ids].softmax(-1)
+    q = student(input_ids=tokens, attention_mask=mask).logits[:, :-1][counted].softmax(-1)
+    loss = (q * (q / (0.9 * p + 0.1 * q)).log()).sum(-1).mean()
+    loss.backward()
+    torch.testing.assert_close(found[0].double(), loss.detach(), rtol=1e-5, atol=0)
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None
+        error = (gradients[f"student.{name}"].double() - parameter.grad).norm()
+        assert error <= 1e-4 * parameter.grad.norm() + 1e-8
+
+
+def _alike_from_disk(out: Path, expected: Any, folder: Path, **options: Any) -> None:
+    _assert_alike(_losses(_trainer(out, teacher_cache=TeacherCache(folder, "float32"), **options)), expected)
+
+
+@pytest.mark.parametrize("options", [{"padding_free": True, "family": "llama"}, {"left": True}], ids=str)
+def test_packed_rows_and_padding_on_the_left(tmp_path: Path, options: dict[str, Any]) -> None:
+    options = dict(options)
+    left = options.pop("left", False)
+    if left:
+        tokenizer = copy.deepcopy(_trimmed()[0])
+        tokenizer.padding_side = "left"
+        options["data_collator"] = SpanCollator(tokenizer, max_length=64)
+    expected = _losses(_trainer(tmp_path, trimmed=False, **options))
+    _assert_alike(_losses(_trainer(tmp_path, **options)), expected)
+    cache = TeacherCache(tmp_path / "states", "float32")
+    _trainer(tmp_path, teacher=_teacher(), teacher_cache=cache, **options).fill_teacher_cache()
+    _alike_from_disk(tmp_path, expected, tmp_path / "states", **options)
+
+
+def test_a_collator_of_ones_own(tmp_path: Path) -> None:
+    """Its batches get the teacher's ids, but where it has made them."""
+    inner = SpanCollator(_trimmed()[0], max_length=64)
+    expected = _losses(_trainer(tmp_path, data_collator=inner))
+    assert inner.teacher_ids is None
+    _assert_alike(_losses(_trainer(tmp_path, data_collator=lambda rows: inner(rows))), expected)
+    _, ids = _trimmed()
+
+    def reversed_ids(rows: Any) -> dict[str, Any]:
+        batch = inner(rows)
+        return batch | for_teacher(batch, ids.flip(0))
+
+    assert not torch.allclose(_losses(_trainer(tmp_path, data_collator=reversed_ids))[0][0], expected[0][0])
+
+
+def test_entropy_is_over_all_that_the_teacher_knows(tmp_path: Path) -> None:
+    config = replace(CONFIG, weighting="entropy")
+    _, ids = _trimmed()
+    for fused in (True, False):
+        live = _trainer(tmp_path, mta=config, fused_head=fused)
+        batch = next(iter(live.get_train_dataloader()))
+        with torch.no_grad():
+            logits = _teacher()(input_ids=ids[batch["input_ids"]], attention_mask=batch["attention_mask"]).logits
+        weights = live._teach(batch).entropy_weights
+        real = batch["attention_mask"].bool()
+        torch.testing.assert_close(weights[real], entropy_weights(logits)[real], rtol=1e-4, atol=1e-6)
+    expected = _losses(_trainer(tmp_path, mta=config))
+    cache = TeacherCache(tmp_path / "states", "float32")
+    _trainer(tmp_path, mta=config, teacher=_teacher(), teacher_cache=cache).fill_teacher_cache()
+    _alike_from_disk(tmp_path, expected, tmp_path / "states", mta=config)
+
+
+def test_students_of_any_vocabulary_share_a_cache(tmp_path: Path) -> None:
+    """Filled by a student with the teacher's own tokenizer, read by a trimmed one without a teacher: all rows are there."""
+    cache, rows = TeacherCache(tmp_path / "states", "float32"), make_rows()
+    whole = _by_bytes()
+    make_trainer(
+        tmp_path,
+        tokenizer=whole,
+        student=make_model("gpt2", STUDENT_LAYERS, vocabulary=VOCABULARY),
+        teacher=_teacher(),
+        teacher_cache=cache,
+    ).fill_teacher_cache()
+    assert len(TeacherStore(cache.path)) == len(rows)
+    cached = _trainer(tmp_path, teacher_cache=cache)
+    with cached._filling() as filling:
+        assert filling is not None
+        assert filling.total == len(rows)
+        assert not filling.missing
+    _assert_alike(_losses(cached), _losses(_trainer(tmp_path)))
+    tokenizer, ids = _trimmed()
+    batch = SpanCollator(tokenizer, max_length=64, granularity=(), teacher_ids=ids)(rows[:4])
+    assert [row.key for row in teacher_rows(batch)] == [
+        row.key for row in teacher_rows(SpanCollator(whole, max_length=64, granularity=())(rows[:4]))
+    ]
+    smaller = _trainer(tmp_path, size=400, teacher_cache=cache)  # its rows have other tokens
+    with (
+        pytest.raises(InputError, match="expected the states of every row, 24 of 24 are not there"),
+        smaller._filling(),
+    ):
+        pass
+
+
+def test_a_teacher_without_those_tokens_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"teacher: expected (logits|embeddings) for the tokenizer's 700 tokens"):
+        _trainer(tmp_path, teacher=make_model("llama", 8, width=48, vocabulary=690))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mta_fast.config import MTAConfig
+from mta_fast.distill.students.vocabulary import teacher_ids
 from mta_fast.errors import InputError
 from mta_fast.inspection.side import Side, Token
 from mta_fast.layers import num_layers
@@ -138,7 +139,7 @@ def inspect_text(
         tokenizer: a fast tokenizer, the student's.
         config: layer pairs, granularity and the options of the terms.
         extractor: finds the words and phrases.
-        teacher_tokenizer: the teacher's, where it differs.
+        teacher_tokenizer: the teacher's, where it differs; it may have more tokens (``distill.students.vocabulary``).
         projections: ``projections`` of a trained MTALoss for Hid; without them Hid is left out, since random
             projections would measure nothing.
         max_length: tokens that are kept.
@@ -150,10 +151,12 @@ def inspect_text(
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"text: expected some characters, got {text!r:.40}; give a sentence")
     SpanCollator(tokenizer, teacher_tokenizer, max_length=max_length)  # checks the tokenizers
+    numbers = None if teacher_tokenizer is None else teacher_ids(tokenizer, teacher_tokenizer)
+    teacher_tokenizer = teacher_tokenizer if numbers is None else None  # both read the same tokens
     found = _extract(text, config, extractor)
     student = Side.make("student", text, student_model, tokenizer, config.student_layers, max_length)
     other = tokenizer if teacher_tokenizer is None else teacher_tokenizer
-    teacher = Side.make("teacher", text, teacher_model, other, config.teacher_layers, max_length)
+    teacher = Side.make("teacher", text, teacher_model, other, config.teacher_layers, max_length, numbers)
     if teacher_tokenizer is None:
         teacher = replace(teacher, tokens=student.tokens)
     batches = {kind: _align(text, spans, student, teacher, teacher_tokenizer is not None) for kind, spans in found}

@@ -53,14 +53,25 @@ class Side:
 
     @classmethod
     def make(
-        cls, side: str, text: str, model: nn.Module, tokenizer: Any, layers: Sequence[int], max_length: int
+        cls,
+        side: str,
+        text: str,
+        model: nn.Module,
+        tokenizer: Any,
+        layers: Sequence[int],
+        max_length: int,
+        numbers: Tensor | None = None,
     ) -> Side:
-        """Tokenise the text and run the model on it; ``side`` names it in errors."""
+        """Tokenise the text and run the model on it.
+
+        Args:
+            side: its name in errors. numbers: [V] the model's id of each of the tokenizer's; None: the same.
+        """
         ids, offsets, special = encode(tokenizer, [text], max_length)[0]
         if not ids:
             raise InputError(f"text: expected at least one token of the {side}'s tokenizer, got none from {text!r:.40}")
         last = max((end for _, end in offsets), default=0)
-        hidden, logits = _run(side, model, ids, layers)
+        hidden, logits = _run(side, model, ids if numbers is None else numbers[ids].tolist(), layers)
         tokens = tuple(_tokens(text, ids, offsets, special, tokenizer))
         return cls(tokens, torch.tensor([offsets]), torch.tensor([special]), bool(text[last:].strip()), hidden, logits)
 

@@ -127,8 +127,8 @@ class BaseMethod:
         counts_step: whether ``progress`` counts the step that runs, so that the last one is at 1.
         progress: how much of the training is done, 0 to 1, for methods with a schedule; the trainer sets it.
         reduce: sums a tensor over the ranks, for methods with a running average; the trainer sets it.
-        teacher_ids: [V] the teacher's id of each of the student's, where the student's tokenizer is the teacher's with
-            fewer tokens: the teacher's logits, and its outputs' head, are then of these alone. The trainer sets it.
+        teacher_ids: [V] the teacher's id of each of the student's, where its tokenizer is the teacher's with fewer
+            tokens: the teacher's logits, and the head of its outputs, are then of these alone. The trainer sets it.
     """
 
     reads_teacher = True
