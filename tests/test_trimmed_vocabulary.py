@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from tokenizers import models as kinds
 from training import CONFIG, STUDENT_LAYERS, make_pairs, make_rows, make_trainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mta_fast import SpanExtractor
+from mta_fast import SpanCollator, SpanExtractor
 from mta_fast.distill.data import load_sample
 from mta_fast.distill.methods.registry import base_method
 from mta_fast.distill.models import same_vocabulary
 from mta_fast.distill.students.vocabulary import teacher_ids, trim_tokenizer
+from mta_fast.distill.teacher.rows import teacher_rows
+from mta_fast.distill.teacher.store import TeacherStore
 from mta_fast.distill.training.caching import TeacherCache
 from mta_fast.errors import InputError
 from mta_fast.ops.entropy import entropy_weights
