@@ -166,7 +166,7 @@ class Prepared:
         """The sets that students are measured on, in batches of rows of like length."""
         made = {}
         for part in EVALUATED:
-            collate = SpanCollator(self.tokenizer, max_length=self.length(part))
+            collate = SpanCollator(self.tokenizer, max_length=self.length(part), teacher_ids=self.teacher_ids)
             rows = sorted(self.rows[part], key=lambda row: len(row["prompt"]) + len(row["output"]))
             made[part] = [dict(collate(rows[first : first + BATCH])) for first in range(0, len(rows), BATCH)]
         return made

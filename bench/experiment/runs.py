@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from bench.experiment.arms import Arm, RunSettings
 from bench.experiment.prepare import Prepared
@@ -154,6 +154,7 @@ def run(prepared: Prepared, arm: Arm, settings: RunSettings, keep: Path | None =
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(prepared, arm, settings, folder, callbacks=[watch])
         watch.trainer = trainer
+        trainer.remove_callback(PrinterCallback)
         trainer.begin(settings.seed if arm.placebo else None)
         trainer.train()
         if keep is not None:

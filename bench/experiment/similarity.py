@@ -12,6 +12,7 @@ from torch import Tensor
 from bench.experiment.prepare import Prepared
 from bench.experiment.setups import HELD_OUT
 from mta_fast.distill.models import load_model
+from mta_fast.distill.teacher.rows import side_of
 from mta_fast.inputs import model_inputs
 from mta_fast.layers import capture_layers, evaluating
 
@@ -28,9 +29,7 @@ def pairs_by_similarity(prepared: Prepared, student: Path) -> tuple[tuple[int, i
     mask = batch["attention_mask"].bool()
     own = _states(load_model(str(student)), batch, own_layers, mask)
     teacher_layers = list(range(1, prepared.depths[1] + 1))
-    ids = prepared.teacher_ids
-    read = batch if ids is None else batch | {"input_ids": ids[batch["input_ids"]]}
-    other = _states(prepared.teacher(), read, teacher_layers, mask)
+    other = _states(prepared.teacher(), batch, teacher_layers, mask, side_of(batch))
     table = torch.tensor([[linear_cka(own[s], other[t]) for t in teacher_layers] for s in own_layers])
     chosen = ascending(table)
     return tuple((layer, teacher_layers[place]) for layer, place in zip(own_layers, chosen, strict=True))
@@ -56,7 +55,7 @@ def ascending(table: Tensor) -> list[int]:
     return chosen[::-1]
 
 
-def _states(model: Any, batch: Any, layers: Sequence[int], mask: Tensor) -> dict[int, Tensor]:
+def _states(model: Any, batch: Any, layers: Sequence[int], mask: Tensor, side: str = "") -> dict[int, Tensor]:
     with evaluating(model), capture_layers(model, layers) as hidden:
-        model(**model_inputs(model, batch), use_cache=False)
+        model(**model_inputs(model, batch, side), use_cache=False)
     return {layer: state[mask] for layer, state in hidden.items()}
