@@ -27,7 +27,7 @@ DTYPES = ("int8", "bfloat16", "float32")
 TARGETS = {"dsa": "<= 0.005", "hid": "<= 0.004", "base": "<= 0.005"}
 EXACT = "<= 1e-05"  # of SRKL from a float32 state
 TEXT = (
-    "|gradient from the cache - gradient from the teacher| / |gradient from the teacher|, over the student's weights."
+    "Norm of the difference to the gradient with the teacher itself, as a share of that one's; over the student's weights."
 )
 
 
