@@ -117,7 +117,7 @@ def test_a_run_of_other_settings_is_not_taken(tmp_path):
     planned = list(sweep(QUICK, KNOWN))
     carry_out(results, planned[:1], made_up, None, {})
     other = Results(tmp_path, replace(QUICK, tokens=8))
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(InputError, match="one of others"):
         other.read(planned[0])
     assert Results(tmp_path, replace(QUICK, seeds=(1, 2, 3))).read(planned[0]) is not None
 
