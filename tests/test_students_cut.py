@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from models import FAMILIES, LAYERS, SCALED, make_model, make_tokenizer
 pytest.importorskip("transformers")
 
 from mta_fast.__main__ import main
-from mta_fast.distill.data import load_sample
+from mta_fast.distill.data import LoadedRows, drop_long_rows, load_sample
 from mta_fast.distill.models import load_model, load_tokenizer
 from mta_fast.distill.students import greedy
 from mta_fast.distill.students.cut import cut_layers
@@ -160,7 +161,8 @@ def test_the_name_before_students_had_a_room() -> None:
 
 
 def _rows(count: int) -> list[Any]:
-    return load_sample()[:count]
+    """Of the sample, with room for a response."""
+    return drop_long_rows(LoadedRows(load_sample()), make_tokenizer(), max_length=LENGTH - 16).rows[:count]
 
 
 def _teacher(family: str, layers: int = 5) -> Any:
@@ -209,21 +211,23 @@ def test_padding_on_the_left_and_logits_that_are_not_the_heads(monkeypatch: pyte
 
 
 def test_few_passes_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks before the one that goes are not run again, nor those whose cost can't be the smallest."""
+    """Blocks before the one that goes are not run again."""
     teacher, run = _teacher("llama", layers=8), []
     for number, block in enumerate(teacher.model.layers):
-        block.register_forward_hook(lambda *_, number=number: run.append(number))
+        block.register_forward_hook(
+            lambda _block, args, _out, number=number: run.append(number) if len(args[0]) == 2 else None
+        )  # passes over the two rows, not those over a few tokens that are made before
     kept = greedy_layers(teacher, make_tokenizer(), _rows(2), 3, length=LENGTH)
     naive = sum(depth * (depth - 1) for depth in range(8, 3, -1))
-    assert len(run) < naive / 2, (len(run), naive, kept)
-    assert run.count(0) <= 3, run  # the first pass, the probe of cut_layers, and once the states behind it
+    assert len(run) < 0.8 * naive, (len(run), naive, kept)
+    assert run.count(0) == 1, run
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_neo", "deepseek_v3", "qwen2_moe"])
 def test_the_rule_on_blocks_that_differ(family: str) -> None:
     teacher, rows, removed = _uneven(family, len(make_tokenizer())), _rows(2), []
-    kept = greedy_layers(teacher, make_tokenizer(), rows, 3, length=32, report=lambda *each: removed.append(each))
-    batch = row_batch(teacher, make_tokenizer(), rows, length=32)
+    kept = greedy_layers(teacher, make_tokenizer(), rows, 3, length=LENGTH, report=lambda *each: removed.append(each))
+    batch = row_batch(teacher, make_tokenizer(), rows, length=LENGTH)
     assert mean_loss(cut_layers(teacher, kept), batch) == pytest.approx(removed[-1][1], rel=1e-4)
 
 
@@ -232,13 +236,25 @@ def test_the_rule_on_blocks_that_differ(family: str) -> None:
     [
         ("qwen2_moe every second", "expected a model that can do without a block before its last"),
         ("diffllama", "would be built otherwise as block"),
-        ("gpt2 by number", "gives other states under its new number"),
+        ("gpt2 by number", "would be built otherwise as block"),
     ],
 )
 def test_the_rule_refuses_before_it_begins(family: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greedy, "_cheapest", lambda *_: pytest.fail("it has begun"))
     with pytest.raises(InputError, match=reason):
-        greedy_layers(_uneven(family, len(make_tokenizer())), make_tokenizer(), _rows(2), 3, length=32)
+        greedy_layers(_uneven(family, len(make_tokenizer())), make_tokenizer(), _rows(2), 3, length=LENGTH)
+
+
+def test_costs_that_are_too_large_already_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greedy, "check_cut", lambda *_: None)
+    losses, run = {0: 2.5, 1: 1.75, 2: 1.5, 3: 9.0}, []
+    left = SimpleNamespace(blocks=[0, 1, 2, 3], loss=1.0, model=None, others=lambda _block: [])
+    left.loss_without = lambda block: run.append(block) or losses[block]
+    costs = {0: 0.25, 1: 0.5, 2: 0.75, 3: 0.125}
+    # 3 has become dear and 0 too; 2 was dearer than 1 has become, and is not looked at
+    assert greedy._cheapest(left, costs) == 1
+    assert run == [3, 0, 1]
+    assert costs == {0: 1.5, 1: 0.75, 2: 0.75, 3: 8.0}
 
 
 def test_only_blocks_that_may_go_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +274,7 @@ def test_only_blocks_that_may_go_are_removed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_passes_that_say_nothing_of_a_student_are_refused() -> None:
     teacher = _teacher("llama")
-    teacher.model.layers[2].register_forward_hook(lambda _block, _args, states: states + 1)  # a student has none
+    teacher.model.norm.register_forward_pre_hook(lambda _norm, args: (args[0].flip(-1),))  # a student has none
     with pytest.raises(InputError, match="expected blocks that hand on one stream of states, a student of Llama"):
         greedy_layers(teacher, make_tokenizer(), _rows(2), 3, length=LENGTH)
 
@@ -301,7 +317,7 @@ def test_the_command_chooses_by_the_text(
     other = _rows(4)[3:]
     assert record["loss"]["teacher"] == pytest.approx(_loss(teacher, list(range(5)), other), abs=1e-4)
     assert record["loss"]["student"] == pytest.approx(_loss(teacher, record["blocks"], other), abs=1e-4)
-    assert "on 1 other rows" in printed.out
+    assert "on rows 4 to 4 of the text (" in printed.out
     assert f"teacher {record['loss']['teacher']:.3f}" in printed.out
     assert printed.err.count("without block") == 2
     assert "bundled" not in printed.out
@@ -323,7 +339,7 @@ def test_the_command_without_a_text(teacher_folder: Path, tmp_path: Path, capsys
     assert printed.count("blocks 0,1,4, chosen by hand") == 2
     assert _record(tmp_path / "even")["blocks"] == [0, 2, 4]
     assert main([*call, str(tmp_path / "one"), "--keep", "2", "--text", "sample", "--max-length", "64"]) == 0
-    assert _record(tmp_path / "one")["loss"]["on"].startswith("8 rows (")
+    assert _record(tmp_path / "one")["loss"]["on"].startswith("rows 9 to 16 of the text (")
 
 
 @pytest.mark.parametrize(

@@ -110,15 +110,15 @@ def cut_student(
     Args:
         teacher, tokenizer, report: as ``greedy_layers`` takes them.
         layers: how many blocks, chosen by the loss; or which ones.
-        text: rows that ``read_text`` gives; none are needed where the loss doesn't choose, and no loss is given then.
-        rows: how many of them choose; length: tokens of a row.
+        text: rows that ``read_text`` gives; where the loss doesn't choose there may be none, and no loss is given.
+        rows: so many of them choose, and those behind give the loss, if there are any; length: tokens of a row.
         even: of a number of layers, spread them evenly.
 
     Raises:
         InputError: as ``greedy_layers`` and ``cut_layers`` do.
     """
     removed: list[tuple[int, float]] = []
-    first, others = text[:rows], text[rows:]
+    chosen_by, others = text[:rows], text[rows:]
 
     def note(block: int, loss: float) -> None:
         removed.append((block, loss))
@@ -126,14 +126,15 @@ def cut_student(
             report(block, loss)
 
     if isinstance(layers, int) and not even:
-        blocks = greedy_layers(teacher, tokenizer, first, layers, length=length, report=note)
-        how, judges, kind = f"by the loss on {len(first)} rows", others or first, "other" if others else "the same"
+        blocks = greedy_layers(teacher, tokenizer, chosen_by, layers, length=length, report=note)
+        how = f"by the loss on rows 1 to {len(chosen_by)} of the text"
     else:
         blocks = check_layers(layers, num_layers(teacher))
-        how, judges, kind = "evenly" if even else "by hand", first, ""
+        how = "evenly" if even else "by hand"
     student = cut_layers(teacher, blocks)
-    if not judges:
+    if not text:
         return Cut(student, blocks, how)
-    batch = row_batch(teacher, tokenizer, judges, length=length)
-    judged_on = " ".join(filter(None, (str(len(judges)), kind, f"rows ({counted(batch)} tokens)")))
+    batch = row_batch(teacher, tokenizer, others or chosen_by, length=length)
+    begin, end = (rows, len(text)) if others else (0, len(text))
+    judged_on = f"rows {begin + 1} to {end} of the text ({counted(batch)} tokens)"
     return Cut(student, blocks, how, removed, (mean_loss(teacher, batch), mean_loss(student, batch)), judged_on)

@@ -144,15 +144,16 @@ def counted(batch: Mapping[str, Any]) -> int:
     return int(_METHOD.counts(batch))
 
 
-def mean_loss(model: PreTrainedModel, batch: Mapping[str, Any], head: LMHead | None = None) -> float:
+def mean_loss(model: PreTrainedModel, batch: Mapping[str, Any], head: LMHead | str | None = None) -> float:
     """The mean of -log q(token | those before it) over the tokens that count, in nats.
 
     Args:
         batch: of ``row_batch``.
-        head: the model's, through which no logits of other positions are made; None: by its own logits.
+        head: what ``take_apart`` said of the model, where it is known; through a head no other logits are made.
     """
+    head = take_apart(model) if head is None else head
     with evaluating(model), torch.no_grad():
-        with deferring(head) as read:
+        with deferring(head if isinstance(head, LMHead) else None) as read:
             logits = model(**model_inputs(model, batch), use_cache=False).logits
         return float(_METHOD.sums(_Output(logits, read), _Output(), batch)) / counted(batch)
 
@@ -180,9 +181,7 @@ class _BlocksLeft:
     """
 
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-        head = take_apart(model)
-        self.model, self.batch = model, batch
-        self._head = None if isinstance(head, str) else head  # else the loss is taken of the model's own logits
+        self.model, self.batch, self._head = model, batch, take_apart(model)
         self._modules = blocks_of(model, block_list(model))
         self._read: dict[int, Tensor] = {}  # [B, S, d] that each block reads
         self._beside: dict[int, tuple[Any, ...] | None] = {}  # what it returns behind its states; None: them alone
