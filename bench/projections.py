@@ -8,11 +8,13 @@ fresh narrow one.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.report import Entry, Report, Section, entry, machine, markdown_table, texts_name
 from bench.side import Rows, Setting, setting, small_setting
@@ -21,15 +23,17 @@ from mta_fast import LayerMap, MTAConfig, MTALoss, SpanCollator, capture_layers
 from mta_fast.config import default_granularity
 from mta_fast.distill.data import load_rows
 from mta_fast.distill.models import cut_layers
+from mta_fast.errors import InputError
 from mta_fast.inputs import model_inputs
 from mta_fast.projections import RidgeFit
 
 LENGTH, BATCH = 128, 8
-FITTED, HELD_OUT = (4, 16, 64, 256), 64  # rows
+FITTED, HELD_OUT = (4, 16, 64, 128), 32  # rows
 USUAL = 64  # of them, as MTATrainer reads
 STRENGTHS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
 FRESH_LAYERS, FRESH_WIDTH = 8, 160
 STARTS = ("default", "identity", *(f"ridge {strength:g}" for strength in STRENGTHS))
+Inputs = Mapping[str, Any]  # the arguments of MTALoss.forward
 STARTED, SIZED = "Hid of held-out text, by start", "How many rows ridge reads"
 TEXT = (
     "1 - cos of projected student states and teacher states, weighted as Hid is, on {held} rows that ridge, fitted on "
@@ -38,28 +42,39 @@ TEXT = (
 TEXT_SIZED = "The same with ridge on fewer and more rows, mean over the layer pairs."
 
 
-class Pair(NamedTuple):
-    """A student, and what it is called."""
-
-    name: str
-    student: Any
-
-
 def measure(texts: Path | None = None, quick: bool = False) -> Report:
     """Every start at every layer pair of every pair of models."""
     made = small_setting() if quick else setting()
     counts: Sequence[int] = (2, 4) if quick else FITTED
     held = 4 if quick else HELD_OUT
-    usual = counts[-1] if quick else USUAL
-    loaded = load_rows("sample" if texts is None else texts).rows[: held + counts[-1]]
-    rows = with_spans([dict(row) for row in loaded])
+    rows = [dict(row) for row in load_rows("sample" if texts is None else texts).rows[: held + counts[-1]]]
     counts = [count for count in counts if count <= len(rows) - held]
+    if not counts:
+        raise InputError(f"texts: expected at least {held + FITTED[0]} rows, got {len(rows)}")
+    usual = max(count for count in counts if count <= USUAL)
+    ends = (0, held, *(held + count for count in counts))
+    collate = SpanCollator(made.tokenizer, max_length=min(LENGTH, made.length))
+    batches = [[collate(part) for part in _batches(with_spans(rows[a:b]))] for a, b in itertools.pairwise(ends)]
+    students = list(_students(made))
+    depth = made.teacher.config.num_hidden_layers
+    layers = {name: LayerMap.proportional(one.config.num_hidden_layers, depth).pairs for name, one in students}
+    wanted = sorted({other for pairs in layers.values() for _, other in pairs})
+    taught = [[_states(made.teacher, wanted, batch) for batch in part] for part in batches]
     found: dict[tuple[str, str, int], list[float]] = {}
-    layers: dict[str, LayerMap] = {}
-    for name, student in _pairs(made):
+    for name, student in students:
         print(name, flush=True)
-        layers[name] = LayerMap.proportional(student.config.num_hidden_layers, made.teacher.config.num_hidden_layers)
-        found |= {(name, *key): value for key, value in _judged(made, student, layers[name], rows, held, counts)}
+        torch.manual_seed(0)  # of the projections
+        config = MTAConfig(layers[name], default_granularity(len(layers[name])))
+        loss = MTALoss.for_models(student, made.teacher, config)
+        inputs = [
+            [
+                {"student_hidden": _states(student, config.student_layers, batch), "spans": batch["spans"]}
+                | {"teacher_hidden": states}
+                for batch, states in zip(*part, strict=True)
+            ]
+            for part in zip(batches, taught, strict=True)
+        ]
+        found |= {(name, *key): values for key, values in _judged(loss, inputs[0], inputs[1:], counts)}
     entries = [
         entry(f"{name}, {own} <- {other}, {start}", [found[name, start, usual][i]], "")
         for name, pairs in layers.items()
@@ -75,67 +90,60 @@ def measure(texts: Path | None = None, quick: bool = False) -> Report:
         Section(STARTED, entries, TEXT.format(held=held, fitted=usual), _by_start(entries)),
         Section(SIZED, sized, TEXT_SIZED, _by_rows(sized, list(layers), counts)),
     ]
-    about = {"teacher": made.name.partition(" <- ")[0], "rows": f"cut at {made.length if quick else LENGTH} tokens"}
+    about = {"teacher": made.name.partition(" <- ")[0], "rows": f"cut at {collate.max_length} tokens"}
     facts = machine("transformers", "spacy", **about, texts=texts_name(texts))
     return Report("mta-fast bench projections", facts, sections)
 
 
-def _pairs(made: Setting) -> Iterator[Pair]:
-    """The students, one after the other, so that one is held at a time."""
+def _students(made: Setting) -> Iterator[tuple[str, Any]]:
+    """The students, and what they are called."""
     teacher, depth = made.teacher, made.teacher.config.num_hidden_layers
-    yield Pair(f"{made.student_layers} of {depth} layers, evenly", cut_layers(teacher, made.student_layers))
+    yield (f"{made.student_layers} of {depth} layers, evenly", cut_layers(teacher, made.student_layers))
     dropped = range(2 * depth // 5, 4 * depth // 5, 2)
     kept = [block for block in range(depth) if block not in dropped]
-    yield Pair(f"{len(kept)} of {depth} layers, without {dropped[0]} to {dropped[-1]}", cut_layers(teacher, kept))
+    yield (f"{len(kept)} of {depth} layers, without {dropped[0]} to {dropped[-1]}", cut_layers(teacher, kept))
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = min(FRESH_LAYERS, depth)
     config.hidden_size = min(FRESH_WIDTH, teacher.config.hidden_size // 2)
     config.intermediate_size, config.head_dim = 4 * config.hidden_size, config.hidden_size // 2
     config.num_attention_heads = config.num_key_value_heads = 2
     torch.manual_seed(0)
-    yield Pair(f"fresh, {config.num_hidden_layers} layers of width {config.hidden_size}", type(teacher)(config))
+    yield (f"fresh, {config.num_hidden_layers} layers of width {config.hidden_size}", type(teacher)(config))
 
 
 @torch.no_grad()
 def _judged(
-    made: Setting, student: Any, layers: LayerMap, rows: Rows, held: int, counts: Sequence[int]
+    loss: MTALoss, held: Sequence[Inputs], parts: Sequence[Sequence[Inputs]], counts: Sequence[int]
 ) -> Iterator[tuple[tuple[str, int], list[float]]]:
-    """Hid of each layer pair on the first ``held`` rows; of every start, ridge fitted on so many of the others."""
-    torch.manual_seed(0)
-    loss = MTALoss.for_models(student, made.teacher, MTAConfig(layers.pairs, default_granularity(len(layers))))
-    judged = [_inputs(made, student, loss, batch) for batch in _batches(rows[:held])]
-    default = _hid(loss, judged)
+    """Hid of each layer pair on what is held out, of every start; ridge fitted on one part, on two and so on."""
+    default = _hid(loss, held)
     for projection in loss.projections:
         projection.start_at_identity()  # type: ignore[operator]  # ModuleList knows modules alone
-    identity = _hid(loss, judged)
+    identity = _hid(loss, held)
     fit = RidgeFit(loss.projections)  # type: ignore[arg-type]  # likewise
-    for first, last in zip((0, *counts), counts, strict=False):
-        for batch in _batches(rows[held + first : held + last]):
-            for i, pair in enumerate(loss(**_inputs(made, student, loss, batch), explain=True).layer_pairs):
+    for part, count in zip(parts, counts, strict=True):
+        for batch in part:
+            for i, pair in enumerate(loss(**batch, explain=True).layer_pairs):
                 fit.add(i, pair.compared, pair.hid_weights)
-        yield ("default", last), default
-        yield ("identity", last), identity
+        yield ("default", count), default
+        yield ("identity", count), identity
         for strength in STRENGTHS:
             fit.finish(strength)
-            yield (f"ridge {strength:g}", last), _hid(loss, judged)
+            yield (f"ridge {strength:g}", count), _hid(loss, held)
 
 
 def _batches(rows: Rows) -> Iterator[Rows]:
     return (rows[first : first + BATCH] for first in range(0, len(rows), BATCH))
 
 
-def _inputs(made: Setting, student: Any, loss: MTALoss, rows: Rows) -> dict[str, Any]:
-    """The arguments of ``MTALoss.forward`` of some rows."""
-    batch = SpanCollator(made.tokenizer, max_length=min(LENGTH, made.length))(rows)
-    states = []
-    for model, wanted in ((student, loss.config.student_layers), (made.teacher, loss.config.teacher_layers)):
-        with capture_layers(model.eval(), wanted) as hidden:
-            model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
-        states.append(hidden)
-    return {"student_hidden": states[0], "teacher_hidden": states[1], "spans": batch["spans"]}
+@torch.no_grad()
+def _states(model: Any, layers: Sequence[int], batch: Mapping[str, Any]) -> dict[int, Tensor]:
+    with capture_layers(model.eval(), layers) as hidden:
+        model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
+    return hidden
 
 
-def _hid(loss: MTALoss, batches: Sequence[Mapping[str, Any]]) -> list[float]:
+def _hid(loss: MTALoss, batches: Sequence[Inputs]) -> list[float]:
     """Of each layer pair, over all batches."""
     terms = [loss(**batch).per_layer for batch in batches]
     sums = [sum(values) for values in zip(*((each.hid_numerator, each.hid_denominator) for each in terms), strict=True)]
