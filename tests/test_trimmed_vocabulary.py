@@ -348,7 +348,7 @@ def test_entropy_is_over_all_that_the_teacher_knows(tmp_path: Path) -> None:
 
 
 def test_students_of_any_vocabulary_share_a_cache(tmp_path: Path) -> None:
-    """Filled by a student with the teacher's own tokenizer, read by a trimmed one without a teacher: all rows are there."""
+    """Filled by a student with the teacher's own tokenizer, read by a trimmed one without a teacher: all is there."""
     cache, rows = TeacherCache(tmp_path / "states", "float32"), make_rows()
     whole = _by_bytes()
     make_trainer(
