@@ -75,7 +75,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Distillation steps of each student.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 42,
 ) -> None:
-    """Train a small teacher on bundled text, then distil it twice: without MTA and with it."""
+    """Train a small teacher on bundled text, then distil it without MTA, with it, and with a placebo of it."""
     from mta_fast.demo import DemoSettings, run_demo
 
     run_demo(DemoSettings(out=out, teacher_steps=teacher_steps, steps=steps, seed=seed))

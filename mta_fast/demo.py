@@ -1,7 +1,8 @@
-"""The demo: a small teacher teaches the same student twice on bundled text, without MTA and with it.
+"""The demo: a small teacher teaches the same student on bundled text: without MTA, with it, and with its placebo.
 
-Everything is made on the spot: a byte-level BPE tokenizer, a GPT-2 teacher, and two students from one start that
-see the same batches in the same steps. Nothing is downloaded.
+Everything is made on the spot: a byte-level BPE tokenizer, a GPT-2 teacher, and three students from one start that
+see the same batches in the same steps. Nothing is downloaded. It has one seed and one learning rate: it shows what MTA
+does, and how much of that the placebo does too, not whether MTA helps.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 from mta_fast.config import MTAConfig, default_granularity
 from mta_fast.distill.data import load_sample
 from mta_fast.distill.methods.losses import skewed_reverse_kl
+from mta_fast.distill.placebo import shuffled, shuffled_positions
 from mta_fast.files import RESULTS_FILE, Kind, check_target, marked, save_figure, user_path, write_whole
 from mta_fast.layers import LayerMap, capture_layers
 from mta_fast.locks import lock_folder
 from mta_fast.loss import MTALoss, MTAOutput
 from mta_fast.packages import require
+from mta_fast.pictures import DPI, GREEN, LINES, frame, legend_below, new_figure, plain_ticks
 from mta_fast.spans.collate import IGNORED_LABEL, SpanCollator
 from mta_fast.spans.extract import SpanExtractor
 
@@ -58,13 +61,14 @@ class DemoSettings:
 
 @dataclass
 class Run:
-    """One student on its way."""
+    """One student on its way; the states that a placebo is trained on are permuted by ``shuffle_seed``."""
 
     name: str
     student: nn.Module
     mta: MTALoss
     optimizer: torch.optim.Optimizer
     with_mta: bool
+    shuffle_seed: int | None = None
     step_seconds: list[float] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
 
@@ -96,7 +100,7 @@ def _run(settings: DemoSettings, out: Path) -> dict[str, Any]:
         runs = _distil(teacher, tokenizer, train, held_out, settings, progress)
     results = _results(teacher, runs, held_out, settings) | {"minutes": (time.perf_counter() - started) / 60}
     write_whole(out / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
-    _draw(runs, out / "curves.png")
+    _draw(runs, results["teacher_cross_entropy"], out / "curves.png")
     _print_table(results, out, console)
     return results
 
@@ -217,12 +221,16 @@ def _distil(
     settings: DemoSettings,
     progress: Progress,
 ) -> list[Run]:
-    """Both students, step by step side by side, so that their times are taken under the same conditions."""
+    """All students, step by step side by side, so that their times are taken under the same conditions."""
     layers = LayerMap.proportional(STUDENT_LAYERS, TEACHER_LAYERS)
     config = MTAConfig(layer_pairs=layers.pairs, granularity=default_granularity(len(layers.pairs)))
     start = _gpt2(tokenizer, STUDENT_LAYERS, STUDENT_DIM)
     mta = MTALoss.for_models(start, teacher, config)
-    runs = [_make_run("SRKL", start, mta, with_mta=False), _make_run("SRKL + MTA", start, mta, with_mta=True)]
+    runs = [
+        _make_run("SRKL", start, mta, with_mta=False),
+        _make_run("SRKL + MTA", start, mta, with_mta=True),
+        _make_run("SRKL + placebo", start, mta, with_mta=True, shuffle_seed=settings.seed),
+    ]
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(run.optimizer, settings.steps) for run in runs]
     task = progress.add_task("students", total=settings.steps)
     for step, batch in zip(range(settings.steps), train, strict=False):
@@ -230,7 +238,7 @@ def _distil(
             _record(teacher, runs, held_out, step)
         for run, schedule in zip(runs, schedules, strict=True):
             begun = time.perf_counter()
-            base, output = _losses(run, teacher, batch, run.with_mta)
+            base, output = _losses(run, teacher, batch, run.with_mta, run.shuffle_seed)
             _step(base if output is None else base + output.loss, run.student, run.optimizer)
             run.step_seconds.append(time.perf_counter() - begun)
             schedule.step()
@@ -240,16 +248,18 @@ def _distil(
     return runs
 
 
-def _make_run(name: str, start: nn.Module, mta: MTALoss, with_mta: bool) -> Run:
+def _make_run(name: str, start: nn.Module, mta: MTALoss, *, with_mta: bool, shuffle_seed: int | None = None) -> Run:
     student, loss = copy.deepcopy(start), copy.deepcopy(mta)
     groups: list[dict[str, Any]] = [{"params": list(student.parameters()), "lr": STUDENT_LR}]
     if with_mta:
         groups.append({"params": list(loss.parameters()), "lr": PROJECTION_LR})
-    return Run(name, student.train(), loss, torch.optim.AdamW(groups, weight_decay=0.01), with_mta)
+    return Run(name, student.train(), loss, torch.optim.AdamW(groups, weight_decay=0.01), with_mta, shuffle_seed)
 
 
-def _losses(run: Run, teacher: nn.Module, batch: Batch, with_mta: bool) -> tuple[Tensor, MTAOutput | None]:
-    """The base loss, and MTA's output where asked for."""
+def _losses(
+    run: Run, teacher: nn.Module, batch: Batch, with_mta: bool, shuffle_seed: int | None = None
+) -> tuple[Tensor, MTAOutput | None]:
+    """The base loss, and MTA's output where asked for; to permuted states of the teacher with a seed for them."""
     config = run.mta.config
     if not with_mta:
         with torch.no_grad():
@@ -259,13 +269,16 @@ def _losses(run: Run, teacher: nn.Module, batch: Batch, with_mta: bool) -> tuple
         teacher_logits = teacher(**_inputs(batch)).logits
     with capture_layers(run.student, config.student_layers) as student_hidden:
         student_logits = run.student(**_inputs(batch)).logits
+    if shuffle_seed is not None:
+        positions = shuffled_positions(batch["input_ids"], batch["attention_mask"], shuffle_seed)
+        teacher_hidden = {layer: shuffled(states, positions) for layer, states in teacher_hidden.items()}
     base = skewed_reverse_kl(student_logits, teacher_logits, batch["labels"])
     return base, run.mta(student_hidden, teacher_hidden, batch["spans"])
 
 
 @torch.no_grad()
 def _record(teacher: nn.Module, runs: Sequence[Run], held_out: Batch, step: int) -> None:
-    """Measure every student on the held-out rows."""
+    """Measure every student on the held-out rows, each against the teacher's states as they are."""
     for run in runs:
         base, output = _losses(run, teacher, held_out, with_mta=True)
         assert output is not None
@@ -280,7 +293,7 @@ def _record(teacher: nn.Module, runs: Sequence[Run], held_out: Batch, step: int)
 
 
 def _results(teacher: nn.Module, runs: Sequence[Run], held_out: Batch, settings: DemoSettings) -> dict[str, Any]:
-    base, with_mta = (run.step_seconds for run in runs)
+    base, with_mta = (run.step_seconds for run in runs[:2])
     share = statistics.median(1 - plain / full for plain, full in zip(base, with_mta, strict=True))
     with torch.no_grad():
         teacher_loss = _cross_entropy(teacher(**_inputs(held_out)).logits, held_out["labels"]).item()
@@ -291,6 +304,7 @@ def _results(teacher: nn.Module, runs: Sequence[Run], held_out: Batch, settings:
             {
                 "name": run.name,
                 "with_mta": run.with_mta,
+                "placebo": run.shuffle_seed is not None,
                 **{name: values[-1] for name, values in run.curves.items() if name != "step"},
                 "median_step_seconds": statistics.median(run.step_seconds),
                 "curves": run.curves,
@@ -314,6 +328,13 @@ def _print_table(results: dict[str, Any], out: Path, console: Any) -> None:
         table.add_row(run["name"], *numbers)
     console.print(table)
     console.print("* through the random projections of the start: SRKL alone trains none")
+    base, with_mta, placebo = (run["srkl"] for run in results["runs"])
+    console.print(
+        f"SRKL against SRKL alone: MTA {with_mta - base:+.3f}, its placebo {placebo - base:+.3f}. The placebo "
+        f"is MTA on the teacher's token states permuted within each row: the same spans and cost, but no token has its "
+        f"own state. Only what MTA gains over it ({with_mta - placebo:+.3f}) can come from what the teacher says about "
+        f"tokens; and with one seed, at one learning rate, this is an illustration, no evidence."
+    )
     console.print(f"teacher: cross-entropy {results['teacher_cross_entropy']:.3f} on the same rows")
     console.print(f"share of MTA in the step: {100 * results['mta_share_of_step']:.0f} % (median of paired steps)")
     console.print(
@@ -321,24 +342,24 @@ def _print_table(results: dict[str, Any], out: Path, console: Any) -> None:
     )
 
 
-def _draw(runs: Sequence[Run], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def _draw(runs: Sequence[Run], teacher_loss: float, path: Path) -> None:
     panels = {
         "srkl": "SRKL to the teacher",
         "cross_entropy": "Cross-entropy of the responses",
         "dsa": "DSA: difference of span-pair cosines",
         "hid": "Hid: distance to the teacher's states",
     }
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((8, 6.4), "One seed, one learning rate: the same start, the same batches; held-out rows")
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for run, style in zip(runs, ("--", "-"), strict=True):
-            axes.plot(run.curves["step"], run.curves[name], style, label=run.name, linewidth=2)
-        axes.set(title=title, xlabel="step")
+        for run, (colour, style) in zip(runs, LINES, strict=False):
+            axes.plot(run.curves["step"], run.curves[name], color=colour, linestyle=style, label=run.name, linewidth=2)
+        if name == "cross_entropy":
+            axes.axhline(teacher_loss, color=GREEN, linewidth=1.2, label="the teacher")
+        axes.set_xlabel("step")
+        if name == "srkl":
+            axes.set_yscale("log")
+            plain_ticks(axes.yaxis)
         axes.set_ylim(bottom=0 if name in ("dsa", "hid") else None)
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend()
-    figure.suptitle("The same student, the same batches: held-out rows", fontsize=13)
-    save_figure(figure, path, dpi=110)
+        frame(axes, title)
+    legend_below(figure, columns=4)
+    save_figure(figure, path, dpi=DPI)

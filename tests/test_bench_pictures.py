@@ -89,7 +89,7 @@ def test_differences_stand_beside_their_numbers(tmp_path: Path, drawn: list[Any]
             "A healed cut",
             [
                 Difference("base + MTA − base", 0.03, 0.01, 0.05, 3, "worse"),
-                Difference("placebo − base", 0.01, None, None, 1, "undecided"),
+                Difference("placebo − base", 0.01, 0.01, 0.01, 1, "undecided"),
                 Difference("ridge start − base", None, None, None, 0, "failed"),
             ],
         ),

@@ -85,12 +85,14 @@ def test_demo_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--teacher-steps", "2", "--steps", "3"]) == 0
     results = json.loads((out / "results.json").read_text())
-    base, with_mta = results["runs"]
-    assert (base["name"], with_mta["name"]) == ("SRKL", "SRKL + MTA")
+    base, with_mta, placebo = results["runs"]
+    assert [run["name"] for run in results["runs"]] == ["SRKL", "SRKL + MTA", "SRKL + placebo"]
+    assert [run["placebo"] for run in results["runs"]] == [False, False, True]
     for name in ("srkl", "cross_entropy", "dsa", "hid"):
-        assert base["curves"][name][0] == with_mta["curves"][name][0]  # the same start
-        assert base[name] != with_mta[name]
+        assert base["curves"][name][0] == with_mta["curves"][name][0] == placebo["curves"][name][0]  # the same start
+        assert len({base[name], with_mta[name], placebo[name]}) == 3
     assert with_mta["dsa"] < base["dsa"]
+    assert with_mta["dsa"] < placebo["dsa"]  # which learns the distances of other tokens
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr().out
     for fact in ("SRKL + MTA", "dsa", "hid", "step", "share of MTA in the step"):

@@ -28,7 +28,7 @@ from mta_fast.pictures import (
     plain_ticks,
 )
 
-WIDTH, SMALL = 8.0, 9.5  # inches; points
+WIDTH, WIDER, SMALL = 8.0, 9.0, 9.5  # inches; points
 LOG_FROM = 4.0  # the largest value as a multiple of the smallest from which an axis is logarithmic
 Points = Sequence[tuple[int, float]]
 
@@ -142,7 +142,7 @@ class Difference:
     Attributes:
         label: what is compared, such as "base + MTA against base".
         mean: of the differences with the same seed; None where no pair of runs finished.
-        low, high: its 95 % interval; None for fewer than two pairs.
+        low, high: its 95 % interval; there is none of fewer than two pairs.
         n: pairs.
         verdict: in a word or two.
     """
@@ -154,15 +154,19 @@ class Difference:
     n: int
     verdict: str
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.n < 2 or self.low is None or self.high is None else (self.low, self.high)
+
 
 def forest(
     path: Path,
     groups: Sequence[tuple[str, Sequence[Difference]]],
     *,
-    title: str,
-    x_label: str,
-    left: str = "better",
-    right: str = "worse",
+    title: str = "Differences with the same seed, and their 95 % intervals",
+    x_label: str = "the first − the second, nats a token",
+    left: str = "the first is better",
+    right: str = "the second is better",
 ) -> None:
     """Differences with their intervals around a line at zero, under the headings of their groups; the numbers beside.
 
@@ -173,7 +177,7 @@ def forest(
         groups: a heading and its lines, top to bottom, all in one unit.
         title: in words.
         x_label: what the difference is of, and its unit.
-        left, right: what a negative and a positive difference mean.
+        left, right: what a negative and a positive difference mean; by default of losses, under labels "A - B".
 
     Raises:
         InputError: no difference at all.
@@ -181,7 +185,7 @@ def forest(
     every = [line for _, lines in groups for line in lines]
     if not every:
         raise InputError("groups: expected at least one difference, got none")
-    figure = new_figure((WIDTH, 1.6 + 0.3 * (len(every) + len(groups))), title)
+    figure = new_figure((WIDER, 1.8 + 0.3 * (len(every) + len(groups))), title)
     axes = figure.subplots()
     numbers = axes.twinx()
     places, digits = _places(groups), _digits(every)
@@ -201,10 +205,10 @@ def forest(
         each.tick_params(axis="y", length=0)
         frame(each, "", "x", ("top", "right", "left"))
     axes.set_xlim(*_limits(every))
-    axes.set_xlabel(x_label, labelpad=18)
-    for place, words in ((0, f"← {left}"), (1, f"{right} →")):
-        side = ("left", "right")[place]
-        axes.annotate(words, (place, 0), (0, -22), "axes fraction", "offset points", ha=side, va="top", color=SOFT)
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_xlabel(x_label, labelpad=34)
+    for place, side, down, words in ((0, "left", 22, f"← {left}"), (1, "right", 37, f"{right} →")):
+        axes.annotate(words, (place, 0), (0, -down), "axes fraction", "offset points", ha=side, va="top", color=SOFT)
     save_figure(figure, path, dpi=DPI)
 
 
@@ -221,31 +225,30 @@ def _draw_difference(axes: Any, y: int, line: Difference) -> None:
     if line.mean is None:
         return
     colour, filled = SOFT, False
-    if line.low is not None and line.high is not None:
-        filled = line.low > 0 or line.high < 0
-        colour = (BLUE if line.high < 0 else VERMILLION) if filled else SOFT
-        axes.plot([line.low, line.high], [y, y], color=colour, linewidth=2, zorder=2)
+    if line.interval is not None:
+        low, high = line.interval
+        filled = low > 0 or high < 0
+        colour = (BLUE if high < 0 else VERMILLION) if filled else SOFT
+        axes.plot([low, high], [y, y], color=colour, linewidth=2, zorder=2)
     axes.plot(line.mean, y, "o", color=colour, markerfacecolor=colour if filled else "white", markersize=6, zorder=3)
 
 
 def _described(line: Difference, digits: int) -> str:
     if line.mean is None:
         return f"no pair of runs   {line.verdict}"
-    interval = "one pair"
-    if line.low is not None and line.high is not None:
-        interval = f"{line.low:+.{digits}f} … {line.high:+.{digits}f}"
-    return f"{line.mean:+.{digits}f} [{interval}]   {line.verdict}, n = {line.n}".replace("-", "−")
+    interval = "one pair" if line.interval is None else " … ".join(f"{end:+.{digits}f}" for end in line.interval)
+    return f"{line.mean:+.{digits}f} [{interval}]".replace("-", "−") + f"   {line.verdict}, n = {line.n}"
 
 
 def _digits(lines: Iterable[Difference]) -> int:
     """Decimals that show two digits of the narrowest interval, or of the smallest difference where there is none."""
-    sizes = [line.high - line.low for line in lines if line.low is not None and line.high is not None]
+    sizes = [line.interval[1] - line.interval[0] for line in lines if line.interval is not None]
     sizes = [size for size in sizes if size > 0] or [abs(line.mean) for line in lines if line.mean]
     return min(6, max(0, 1 - math.floor(math.log10(min(sizes))))) if sizes else 3
 
 
 def _limits(lines: Iterable[Difference]) -> tuple[float, float]:
     """Both sides of zero are in sight, so that the words below have their place."""
-    ends = np.array([end for line in lines for end in (line.mean, line.low, line.high) if end is not None] or [1.0])
+    ends = np.array([end for line in lines for end in (line.mean, *(line.interval or ())) if end is not None] or [1.0])
     reach = float(np.abs(ends).max()) or 1.0
     return min(-0.35 * reach, 1.08 * float(ends.min())), max(0.35 * reach, 1.08 * float(ends.max()))

@@ -1,7 +1,8 @@
-"""The placebo of MTA: the teacher's token states permuted within each row, so that they say nothing about its tokens.
+"""The placebo of MTA: the teacher's token states permuted within each row, so that no token has its own.
 
 A student that is trained on ``shuffled`` states has the same spans, losses of the same form and steps of the same cost
-as one that is trained on the states themselves. What the second gains over the first is what the teacher's states say.
+as one that is trained on the states themselves. What the second gains over the first comes from what the states say
+about single tokens; which states a row has as a whole, the placebo's student still learns.
 """
 
 from __future__ import annotations

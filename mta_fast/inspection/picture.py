@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 DPI = 110
 # Everything below is in inches
-WIDTH, MARGIN = 18.1, 0.35
-HEADER, HEADING = 1.75, 0.62  # of the picture; of a row
-TEXT_WIDTH, THINNEST = 5.5, 0.04  # of the text; of a token
-MATRIX, MATRIX_GAP, ROW_LABELS, COLUMN_LABELS, SCALE = 2.95, 0.35, 1.35, 1.0, 0.75
+WIDTH, MARGIN = 12.6, 0.35  # at the width of a page, 800 pixels, a point is a pixel high
+HEADER, HEADING = 2.1, 0.7  # of the picture, without its summary; of a row
+TEXT_WIDTH, THINNEST = 6.0, 0.04  # of the text; of a token
+MATRIX, MATRIX_GAP, ROW_LABELS, SCALE = 2.95, 0.35, 1.55, 0.85
 SALIENCE = 0.55  # width of the salience bars
-LINE, MARK = 0.24, 0.075  # a line of text; a row of span marks
-WORST, WORST_LINE = 5, 0.2
-MOST_LABELS = 26
-TEXT_SIZE, SMALL, LABEL_SIZE = 9.5, 9.0, 7.0  # points
+LINE, MARK = 0.28, 0.075  # a line of text; a row of span marks
+WORST, WORST_LINE, SUMMARY_LINE = 5, 0.24, 0.2
+MOST_LABELS, LABEL_LENGTH = 20, 16
+TEXT_SIZE, SMALL, LABEL_SIZE = 11.5, 10.5, 9.0  # points
 INK, SOFT = "#1d2025", "#646a74"
 MARKS = {"word": "#0f766e", "phrase": "#6d4bc3"}
 FONT = "DejaVu Sans"  # comes with matplotlib
@@ -63,9 +63,10 @@ def write_png(inspection: Inspection, path: str | Path) -> None:
     canvas = FigureCanvasAgg(figure)
     pen = _Pen.make(figure, canvas.get_renderer(), inspection)
     rows = [_Row.make(inspection.tokens, pair, pen) for pair in inspection.layer_pairs]
-    figure.set_size_inches(WIDTH, HEADER + sum(row.height for row in rows) + MARGIN)
-    _draw_header(inspection, pen)
-    top = HEADER
+    summary = textwrap.wrap(" ".join(look.summary(inspection)), 125)
+    top = HEADER + SUMMARY_LINE * len(summary)
+    figure.set_size_inches(WIDTH, top + sum(row.height for row in rows) + MARGIN)
+    _draw_header(inspection, summary, pen)
     for i, row in enumerate(rows, 1):
         _draw_row(i, row, inspection, top, pen)
         top += row.height
@@ -139,6 +140,7 @@ class _Row(NamedTuple):
     lines: list[list[look.Box[float]]]
     lanes: list[int]
     text_height: float
+    matrices: float  # from the heading's end to their upper edge
     height: float
 
     @classmethod
@@ -146,9 +148,12 @@ class _Row(NamedTuple):
         lanes = look.lanes(pair.spans)
         lines = look.lines(tokens, lambda text: pen.width(text, TEXT_SIZE), TEXT_WIDTH, THINNEST)
         text_height = len(lines) * _line_height(lanes)
-        left = text_height + 0.35 + WORST_LINE * (1 + min(len(pair.worst), WORST))
-        right = 0.4 if look.nothing_to_compare(pair) else COLUMN_LABELS + MATRIX + SCALE
-        return cls(pair, lines, lanes, text_height, HEADING + max(left, right) + 0.2)
+        texts = max(text_height + 0.4, WORST_LINE * (1 + min(len(pair.worst), WORST)) + 0.1)
+        if look.nothing_to_compare(pair):
+            return cls(pair, lines, lanes, text_height, 0.0, HEADING + texts + 0.2)
+        labels = max(pen.width(look.label(span.text, LABEL_LENGTH), LABEL_SIZE) for span in pair.spans)
+        matrices = texts + labels + 0.15
+        return cls(pair, lines, lanes, text_height, matrices, HEADING + matrices + MATRIX + SCALE + 0.2)
 
 
 def _line_height(lanes: Sequence[int]) -> float:
@@ -158,13 +163,14 @@ def _line_height(lanes: Sequence[int]) -> float:
 # --- drawing -----------------------------------------------------------------------------------------------------
 
 
-def _draw_header(inspection: Inspection, pen: _Pen) -> None:
-    pen.text(MARGIN, 0.25, look.title(inspection), 16, bold=True)
-    pen.text(MARGIN, 0.58, " ".join(look.summary(inspection)), SMALL, SOFT)
+def _draw_header(inspection: Inspection, summary: Sequence[str], pen: _Pen) -> None:
+    pen.text(MARGIN, 0.25, look.title(inspection), 17, bold=True)
+    pen.text(MARGIN, 0.6, "\n".join(summary), SMALL, SOFT)
+    top = 0.72 + SUMMARY_LINE * len(summary)
     column = (WIDTH - 2 * MARGIN) / len(look.EXPLANATION)
     for i, (title, sentence) in enumerate(look.EXPLANATION):
-        pen.text(MARGIN + i * column, 0.85, title, 10.5, bold=True)
-        pen.text(MARGIN + i * column, 1.05, textwrap.fill(sentence, 78), SMALL)
+        pen.text(MARGIN + i * column, top, title, 12, bold=True)
+        pen.text(MARGIN + i * column, top + 0.25, textwrap.fill(sentence, 50), SMALL)
 
 
 def _draw_row(i: int, row: _Row, inspection: Inspection, top: float, pen: _Pen) -> None:
@@ -172,18 +178,18 @@ def _draw_row(i: int, row: _Row, inspection: Inspection, top: float, pen: _Pen) 
     rule = pen.axes(MARGIN, top, WIDTH - 2 * MARGIN, 0.01)
     rule.set(facecolor="#d5d2cb", xticks=[], yticks=[])
     rule.spines[:].set_visible(False)
-    pen.text(MARGIN, top + 0.12, f"{i}   {look.heading(pair, inspection)}", 12, bold=True)
-    pen.text(MARGIN, top + 0.36, look.values(pair), SMALL, SOFT)
+    pen.text(MARGIN, top + 0.12, f"{i}   {look.heading(pair, inspection)}", 13, bold=True)
+    pen.text(MARGIN, top + 0.38, look.values(pair), SMALL, SOFT)
     top += HEADING
     _draw_text(row, look.right_to_left(inspection.text), top, pen)
     _draw_importance_scale(top + row.text_height + 0.08, pen)
     reason = look.nothing_to_compare(pair)
-    left = MARGIN + TEXT_WIDTH + MATRIX_GAP
+    right = MARGIN + TEXT_WIDTH + MATRIX_GAP
     if reason is not None:
-        pen.text(left, top + 0.03, reason, 11)
+        pen.text(right, top + 0.03, textwrap.fill(reason, 55), 11)
         return
-    _draw_worst(pair, top + row.text_height + 0.4, pen)
-    _draw_matrices(pair, left + ROW_LABELS, top, pen)
+    _draw_worst(pair, right, top, pen)
+    _draw_matrices(pair, MARGIN + ROW_LABELS, top + row.matrices, pen)
 
 
 def _draw_text(row: _Row, right_to_left: bool, top: float, pen: _Pen) -> None:
@@ -238,21 +244,23 @@ def _draw_importance_scale(top: float, pen: _Pen) -> None:
     pen.text(left + 1.27, top, f"{look.STRONG_IMPORTANCE:g} × average", LABEL_SIZE + 1, SOFT)
 
 
-def _draw_worst(pair: LayerPair, top: float, pen: _Pen) -> None:
+def _draw_worst(pair: LayerPair, left: float, top: float, pen: _Pen) -> None:
     if not pair.worst:
-        pen.text(MARGIN, top, "The student's distances are the teacher's: nothing to learn here.", SMALL)
+        pen.text(left, top, "The student's distances are the teacher's: nothing to learn here.", SMALL)
         return
-    pen.text(MARGIN, top, "Where they disagree most", SMALL, bold=True)
-    right = MARGIN + 3.45
-    pen.text(right, top, "teacher   student", SMALL, SOFT)
+    pen.text(left, top, "Where they disagree most", SMALL, bold=True)
+    right = left + 3.2
+    pen.text(right, top, "teacher", SMALL, SOFT)
+    pen.text(right + 0.72, top, "student", SMALL, SOFT)
     for k, worst in enumerate(pair.worst[:WORST], 1):
         y = top + k * WORST_LINE
-        first, second = look.quoted((pair.spans[u].text for u in (worst.first, worst.second)), 20)
+        first, second = look.quoted((pair.spans[u].text for u in (worst.first, worst.second)), 17)
         far = worst.student > worst.teacher
-        pen.text(MARGIN, y, first, SMALL)
-        pen.text(MARGIN + 1.78, y, second, SMALL)
-        pen.text(right + 0.05, y, f"{worst.teacher:.3f}       {worst.student:.3f}", SMALL)
-        pen.text(right + 1.25, y, look.verdict(worst.teacher, worst.student), SMALL, "#c81e1e" if far else "#1d4ed8")
+        pen.text(left, y, first, SMALL)
+        pen.text(left + 1.6, y, second, SMALL)
+        pen.text(right + 0.05, y, f"{worst.teacher:.3f}", SMALL)
+        pen.text(right + 0.8, y, f"{worst.student:.3f}", SMALL)
+        pen.text(right + 1.42, y, look.verdict(worst.teacher, worst.student), SMALL, "#c81e1e" if far else "#1d4ed8")
 
 
 def _draw_matrices(pair: LayerPair, left: float, top: float, pen: _Pen) -> None:
@@ -263,19 +271,18 @@ def _draw_matrices(pair: LayerPair, left: float, top: float, pen: _Pen) -> None:
     }
     size = len(pair.spans)
     shown = range(0, size, -(-size // MOST_LABELS))
-    top += COLUMN_LABELS
     for k, (title, rgb) in enumerate(images.items()):
         axes = pen.axes(left + k * (MATRIX + MATRIX_GAP), top, MATRIX, MATRIX)
         axes.imshow(rgb, interpolation="nearest", aspect="auto")
         axes.xaxis.tick_top()
-        names = [pen.drawable(look.label(pair.spans[j].text, 16)) for j in shown]
+        names = [pen.drawable(look.label(pair.spans[j].text, LABEL_LENGTH)) for j in shown]
         _label(axes.set_xticks, shown, names, pen, rotation=90)
         _label(axes.set_yticks, shown, names if k == 0 else [], pen)
         axes.tick_params(length=0, pad=2)
         axes.spines[:].set_color("#d5d2cb")
         axes.set_xlabel(title, fontproperties=pen.font(10.5, bold=True), color=INK)
     ends = look.scales(pair)
-    below = top + MATRIX + 0.32
+    below = top + MATRIX + 0.36
     _draw_scale(left, below, 2 * MATRIX + MATRIX_GAP, look.NEAR_TO_FAR["light"], pen)
     words = ("0 (same)", f"distance {look.number(ends.distance)} and more")
     _draw_scale_words(left, below + 0.17, 2 * MATRIX + MATRIX_GAP, words, pen)
