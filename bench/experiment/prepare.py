@@ -27,7 +27,9 @@ from mta_fast.config import default_granularity
 from mta_fast.distill.data import LoadedRows, PromptRow, drop_long_rows, load_rows
 from mta_fast.distill.models import load_config, load_model, load_tokenizer, model_depth
 from mta_fast.distill.responses.evaluation import load_references
+from mta_fast.distill.students.cut import cut_layers
 from mta_fast.distill.students.fresh import Sizes, fresh_config, fresh_student
+from mta_fast.distill.students.greedy import greedy_layers
 from mta_fast.distill.students.vocabulary import numbers_of, teacher_ids, trim_tokenizer
 from mta_fast.distill.training.caching import TeacherCache
 from mta_fast.errors import InputError
@@ -36,6 +38,7 @@ from mta_fast.spans.extract import SpanExtractor
 
 Rows = list[dict[str, Any]]
 BATCH = 16  # rows, where students are measured
+CUT_ROWS = 8  # that blocks are chosen by
 
 
 @dataclass(frozen=True)
@@ -150,12 +153,8 @@ class Prepared:
 
     def cut(self) -> Any:
         """Blocks of the teacher that a greedy search keeps."""
-        from mta_fast.distill.students.cut import cut_layers
-        from mta_fast.distill.students.greedy import greedy_layers
-
-        teacher = load_model(self.sources.teacher)
-        texts = [row["prompt"] + row["output"] for row in self.rows[SELECT]]
-        return cut_layers(teacher, greedy_layers(teacher, self.teacher_tokenizer, texts, self.setup.layers))
+        teacher, rows = self.teacher(), self.rows[SELECT][:CUT_ROWS]
+        return cut_layers(teacher, greedy_layers(teacher, self.teacher_tokenizer, rows, self.setup.layers))
 
     def teacher(self) -> Any:
         """The model."""
