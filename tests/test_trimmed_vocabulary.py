@@ -15,7 +15,7 @@ from models import make_model, make_tokenizer
 from test_heads import _flat, _losses
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
-from training import CONFIG, STUDENT_LAYERS, make_pairs, make_rows, make_trainer
+from training import CONFIG, STUDENT_LAYERS, logged, make_pairs, make_rows, make_trainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mta_fast import SpanCollator, SpanExtractor
@@ -240,7 +240,6 @@ METHODS: list[tuple[str, dict[str, Any], bool]] = [
     ("fdd", {}, False),
     ("distillm2", {"adaptive_alpha": True, "anchor_steps": 1}, True),
     ("distillm2", {}, False),
-    ("distillm", {"threshold": 0.9, "increase": 0, "schedule": "constant", "generation": {"max_new_tokens": 4}}, True),
     ("none", {}, True),
 ]
 
@@ -261,18 +260,30 @@ def test_every_loss_is_that_of_the_teachers_rows(
 
     def trainer(**more: Any) -> Any:
         made = base_method(method, **options)
-        extractor = SpanExtractor() if method == "distillm" else None
-        return _trainer(
-            tmp_path, base_loss=made, rows=rows, fused_head=fused, span_extractor=extractor, size=450, **more
-        )
+        return _trainer(tmp_path, base_loss=made, rows=rows, fused_head=fused, size=450, **more)
 
     expected = _losses(trainer(trimmed=False))
     live = trainer()
     assert (live._module.head is not None) == fused
     _assert_alike(_losses(live), expected)
-    if method != "distillm":
-        trainer(teacher=_teacher(), teacher_cache=TeacherCache(folder, "float32")).fill_teacher_cache()
-        _assert_alike(_losses(trainer(teacher_cache=TeacherCache(folder, "float32"))), expected)
+    trainer(teacher=_teacher(), teacher_cache=TeacherCache(folder, "float32")).fill_teacher_cache()
+    _assert_alike(_losses(trainer(teacher_cache=TeacherCache(folder, "float32"))), expected)
+
+
+def test_what_the_student_writes(tmp_path: Path) -> None:
+    """DistiLLM trains on the same texts, the student's own among them, as beside the teacher's rows alone."""
+    found = []
+    for trimmed in (True, False):
+        method = base_method(
+            "distillm", threshold=1.0, increase=0, schedule="constant", generation={"max_new_tokens": 4}
+        )
+        trainer = _trainer(tmp_path, trimmed=trimmed, base_loss=method, span_extractor=SpanExtractor(), max_steps=2)
+        trainer.train()
+        assert len(method.replay) == 8
+        found.append(([row["output"] for row in method.replay], logged(trainer, "loss"), logged(trainer, "dsa")))
+    assert found[0][0] == found[1][0]
+    for left, right in zip(found[0][1:], found[1][1:], strict=True):
+        assert left == pytest.approx(right, rel=1e-4)
 
 
 def test_the_loss_by_hand(tmp_path: Path) -> None:
