@@ -26,7 +26,7 @@ TERMS = {"dsa": "DSA", "hid": "Hid", "base": "SRKL"}
 DTYPES = ("int8", "bfloat16", "float32")
 TARGETS = {"dsa": "<= 0.005", "hid": "<= 0.004", "base": "<= 0.005"}
 EXACT = "<= 1e-05"  # of SRKL from a float32 state
-TEXT = "Norm of the difference to the gradient with the teacher itself, as a share of that one's; over the student's weights."
+TEXT = "Norm of the difference to the gradient with the teacher itself, over that one's norm; of the student's weights."
 
 
 def measure(texts: Path | None = None, quick: bool = False) -> Report:

@@ -141,9 +141,9 @@ def measure(
         if not carry_out(experiment.results, experiment.plan(stage), experiment.do, deadline, about):
             print("time is up; the same command goes on", flush=True)
             break
-    later = {stage: experiment.plan(stage) if experiment.swept else [] for stage in (COMPARISON, ROWS)}
+    of_comparison, of_rows = (experiment.plan(stage) if experiment.swept else [] for stage in (COMPARISON, ROWS))
     command = f"python -m bench experiment {setup}"
-    return report.make(experiment.results, experiment.arms, *later.values(), about, command)
+    return report.make(experiment.results, experiment.arms, of_comparison, of_rows, about, command)
 
 
 def code_version() -> str:

@@ -95,11 +95,11 @@ class Prepared:
         selected, held = (SELECTED, HELD) if setup.name != "quick" else (8, 8)
         if len(rows) <= selected + held:
             raise InputError(f"{self.sources.dolly}: expected more than {selected + held} rows, got {len(rows)}")
-        outside = [
+        outside: Rows = [
             {"prompt": row["prompt"], "output": row["references"][0]}
             for row in load_references(self.sources.outside).rows
         ]
-        parts = {
+        parts: dict[str, Rows] = {
             TRAIN: rows[selected + held :] if setup.name != "quick" else rows[selected + held :][:32],
             SELECT: rows[:selected],
             HELD_OUT: rows[selected : selected + held],
