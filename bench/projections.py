@@ -28,7 +28,7 @@ from mta_fast.inputs import model_inputs
 from mta_fast.projections import RidgeFit
 
 LENGTH, BATCH = 128, 8
-FITTED, HELD_OUT = (4, 16, 64, 128), 32  # rows
+FITTED, HELD_OUT = (4, 16, 64), 16  # rows
 USUAL = 64  # of them, as MTATrainer reads
 STRENGTHS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
 FRESH_LAYERS, FRESH_WIDTH = 8, 160
@@ -64,7 +64,7 @@ def measure(texts: Path | None = None, quick: bool = False) -> Report:
     for name, student in students:
         print(name, flush=True)
         torch.manual_seed(0)  # of the projections
-        config = MTAConfig(layers[name], default_granularity(len(layers[name])))
+        config = MTAConfig(layers[name], default_granularity(len(layers[name])), lambda_dsa=0)
         loss = MTALoss.for_models(student, made.teacher, config)
         inputs = [
             [
