@@ -11,7 +11,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,11 +269,12 @@ def _losses(
         teacher_logits = teacher(**_inputs(batch)).logits
     with capture_layers(run.student, config.student_layers) as student_hidden:
         student_logits = run.student(**_inputs(batch)).logits
+    read: Mapping[int, Tensor] = teacher_hidden
     if shuffle_seed is not None:
         positions = shuffled_positions(batch["input_ids"], batch["attention_mask"], shuffle_seed)
-        teacher_hidden = {layer: shuffled(states, positions) for layer, states in teacher_hidden.items()}
+        read = {layer: shuffled(states, positions) for layer, states in teacher_hidden.items()}
     base = skewed_reverse_kl(student_logits, teacher_logits, batch["labels"])
-    return base, run.mta(student_hidden, teacher_hidden, batch["spans"])
+    return base, run.mta(student_hidden, read, batch["spans"])
 
 
 @torch.no_grad()
