@@ -29,7 +29,7 @@ RATE_OF_FULL = 2e-3
 def made_up(planned: plan.Planned) -> dict[str, Any]:
     """A run whose figures follow from its arm, rate and seed."""
     settings = planned.settings
-    value = {BASE: 2.0, FULL: 1.0, PLACEBO: 1.5}.get(planned.arm.name, 1.8) + 0.01 * settings.seed
+    value = {BASE: 2.0, FULL: 1.2, PLACEBO: 1.5}.get(planned.arm.name, 1.8) + 0.01 * settings.seed
     value += 0.1 * (settings.learning_rate != (RATE_OF_FULL if planned.arm.mta is not None else 1e-3))
     figures = {"kl": value, "srkl": value / 2, "nll": value + 1}
     seconds = 0.1 if planned.arm.mta is None else 0.12
@@ -158,11 +158,11 @@ def test_the_report_says_what_was_found(tmp_path):
     made = report.make(results, KNOWN, planned, of_rows, {}, "bench")
     text = made.markdown()
     assert (
-        "| forward KL, out of domain | base + MTA - base | 2 | -1.0000 [-1.0000, -1.0000] | base + MTA is lower |"
+        "| forward KL, out of domain | base + MTA - base | 2 | -0.8000 [-0.8000, -0.8000] | base + MTA is lower |"
         in text
     )
     assert "| DSA more than Hid | +DSA - +Hid | 1 | +0.0000 | undecided |" in text
-    assert "after 25% of its steps" in text  # 2 - step / 4 falls to base's 2.0 at the first step of four
+    assert "after 20% of its steps" in text  # 2.2 - step / 4 falls to base's 2.0 at 0.8 of four steps
     for ending, draw in made.figures.items():
         draw(tmp_path / f"{ending}.png")
         assert (tmp_path / f"{ending}.png").stat().st_size > 1000
