@@ -7,6 +7,7 @@ each way: rows come in, the times of a step go out.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import sys
@@ -232,7 +233,7 @@ class Side:
     def checked_step(self, rows: Rows) -> dict[str, Any]:
         """The first one, which allocates the optimiser's state: MTA's terms are those of the reference backend."""
         checked = self._loss is not None and self.kind.cache is None  # what is stored is rounded
-        check = None if not checked else self._loss.register_forward_hook(partial(_check, str(self.kind)))
+        check = None if not checked else self._loss.register_forward_hook(partial(_check, str(self.kind)), with_kwargs=True)
         made = self.step(rows)
         if check is not None:
             check.remove()
@@ -245,15 +246,17 @@ class Side:
         return own / sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
 
 
-def _check(side: str, module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _check(side: str, module: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
     """The terms of every layer pair are those of the reference backend (the public way's: of the public preset)."""
     from bench.harness import check_parity
 
     reference = copy.copy(module)
     reference.config = replace(module.config, backend="reference")
-    spans = module.found_spans() if hasattr(module, "found_spans") else inputs[2]
+    given = inspect.signature(MTALoss.forward).bind(reference, *inputs, **named)
+    if hasattr(module, "found_spans"):
+        given.arguments["spans"] = module.found_spans()
     with torch.no_grad():
-        expected: Any = MTALoss.forward(reference, inputs[0], inputs[1], spans)
+        expected: Any = MTALoss.forward(*given.args, **given.kwargs)
     check_parity(f"step, {side}: DSA and Hid", output.per_layer.means(), expected.per_layer.means(), PARITY)
 
 

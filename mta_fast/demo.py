@@ -41,6 +41,7 @@ VOCABULARY, MAX_LENGTH, BATCH, HELD_OUT = 1024, 160, 8, 32
 TEACHER_LAYERS, TEACHER_DIM, STUDENT_LAYERS, STUDENT_DIM, HEADS = 8, 128, 4, 64, 4
 TEACHER_LR, STUDENT_LR, PROJECTION_LR = 3e-3, 2e-3, 5e-4
 EVALUATE_EVERY = 10
+ON_LOG_AXES = ("srkl",)
 DEMO = Kind(
     "an earlier demo",
     lambda folder: (folder / RESULTS_FILE).is_file() and marked(b'"teacher_cross_entropy"')(folder / RESULTS_FILE),
@@ -350,14 +351,15 @@ def _draw(runs: Sequence[Run], teacher_loss: float, path: Path) -> None:
         "dsa": "DSA: difference of span-pair cosines",
         "hid": "Hid: distance to the teacher's states",
     }
+    of_teacher = {"cross_entropy": teacher_loss}
     figure = new_figure((8, 6.4), "One seed, one learning rate: the same start, the same batches; held-out rows")
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for run, (colour, style) in zip(runs, LINES, strict=False):
             axes.plot(run.curves["step"], run.curves[name], color=colour, linestyle=style, label=run.name, linewidth=2)
-        if name == "cross_entropy":
-            axes.axhline(teacher_loss, color=GREEN, linewidth=1.2, label="the teacher")
+        if name in of_teacher:
+            axes.axhline(of_teacher[name], color=GREEN, linewidth=1.2, label="the teacher")
         axes.set_xlabel("step")
-        if name == "srkl":
+        if name in ON_LOG_AXES:
             axes.set_yscale("log")
             plain_ticks(axes.yaxis)
         axes.set_ylim(bottom=0 if name in ("dsa", "hid") else None)

@@ -112,7 +112,7 @@ def test_committed_reports_are_read_and_are_their_own_equals() -> None:
             with file.with_suffix(".csv").open() as opened:
                 assert len(made.entries) == sum(bool(line["median"]) for line in csv.DictReader(opened)) >= 2
             read += 1
-    assert read == 11
+    assert read == 12
 
 
 def test_what_is_no_report_of_the_benchmark_is_refused(tmp_path: Path) -> None:

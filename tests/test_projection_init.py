@@ -386,7 +386,7 @@ def test_a_stream_is_read_from_its_beginning_twice(tmp_path: Path) -> None:
     without, begun = started(stream), started(stream, **RIDGE)
     assert begun.rows == without.rows
     fresh = make_trainer(tmp_path)
-    for got, weight in zip(begun.projections, by_hand(fresh, rows[4:12], 0.3), strict=True):
+    for got, weight in zip(begun.projections, by_hand(fresh, rows[4:12], 0.1), strict=True):
         torch.testing.assert_close(got, weight, rtol=1e-3, atol=1e-4)
     with pytest.raises(InputError, match="expected a stream that can be read from its beginning again"):
         started(itertools.cycle(rows), **RIDGE)
@@ -394,7 +394,7 @@ def test_a_stream_is_read_from_its_beginning_twice(tmp_path: Path) -> None:
 
 def test_few_rows_and_none_that_can_be_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path / "a", rows=make_rows()[:3], max_steps=1, **RIDGE)
-    assert "ridge (0.3) on 3 rows; Hid of 3 the same rows" in capsys.readouterr().out
+    assert "ridge (0.1) on 3 rows; Hid of 3 the same rows" in capsys.readouterr().out
     bare = [row | {"word_spans": [], "phrase_spans": []} for row in make_rows()]
     with pytest.raises(InputError, match="expected tokens that spans cover.*projection_init_rows"):
         run(tmp_path / "b", rows=bare, **RIDGE)
