@@ -233,7 +233,9 @@ class Side:
     def checked_step(self, rows: Rows) -> dict[str, Any]:
         """The first one, which allocates the optimiser's state: MTA's terms are those of the reference backend."""
         checked = self._loss is not None and self.kind.cache is None  # what is stored is rounded
-        check = None if not checked else self._loss.register_forward_hook(partial(_check, str(self.kind)), with_kwargs=True)
+        check = (
+            None if not checked else self._loss.register_forward_hook(partial(_check, str(self.kind)), with_kwargs=True)
+        )
         made = self.step(rows)
         if check is not None:
             check.remove()
