@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from bench.experiment.plan import Results, best_rates, carry_out, comparison, ro
 from bench.experiment.setups import CUT, FRESH, QUICK
 from bench.experiment.similarity import ascending, linear_cka
 from mta_fast import MTAConfig
+from mta_fast.distill.reproduction import ABLATION, AVERAGE
 from mta_fast.errors import InputError
 
 KNOWN = arms(MTAConfig(((2, 6), (4, 12)), ("word", "phrase")))
@@ -32,10 +31,11 @@ def made_up(planned: plan.Planned) -> dict[str, Any]:
     value = {BASE: 2.0, FULL: 1.2, PLACEBO: 1.5}.get(planned.arm.name, 1.8) + 0.01 * settings.seed
     value += 0.1 * (settings.learning_rate != (RATE_OF_FULL if planned.arm.mta is not None else 1e-3))
     figures = {"kl": value, "srkl": value / 2, "nll": value + 1}
-    seconds = 0.1 if planned.arm.mta is None else 0.12
+    seconds = 10 if planned.arm.mta is None else 12
     points = [{"step": step, "held": figures, "outside": {**figures, "kl": value + 1 - step / 4}} for step in range(5)]
     points[-1]["select"] = figures
-    return {"points": points, "step_seconds": seconds, "batches": "0"}
+    start = f"start of {settings.seed}"
+    return {"points": points, "train_seconds": seconds, "start": start, "batches": f"{settings.seed}"}
 
 
 def all_done(results: Results) -> None:
@@ -161,11 +161,56 @@ def test_the_report_says_what_was_found(tmp_path):
         "| forward KL, out of domain | base + MTA - base | 2 | -0.8000 [-0.8000, -0.8000] | base + MTA is lower |"
         in text
     )
-    assert "| DSA more than Hid | +DSA - +Hid | 1 | +0.0000 | undecided |" in text
-    assert "after 20% of its steps" in text  # 2.2 - step / 4 falls to base's 2.0 at 0.8 of four steps
+    assert "| DSA more than Hid | +DSA - +Hid | +0.37 | 1 | +0.0000 | undecided |" in text
+    table = text.split("## Arms")[1].split("## ")[0]
+    arms_of = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| base")}
+    assert arms_of[FULL].endswith("| 20% |")  # 2.2 - step / 4 falls to base's 2.0 at 0.8 of four steps
+    assert arms_of[BASE].endswith("| 100% |")
+    paper = ABLATION["full"][AVERAGE] - ABLATION["no weights"][AVERAGE]
+    assert f"| weights matter | base + MTA - no weights | {paper:+.2f} | 0 | - | not run |" in text
+    assert "can't be compared" not in text
     for ending, draw in made.figures.items():
         draw(tmp_path / f"{ending}.png")
         assert (tmp_path / f"{ending}.png").stat().st_size > 1000
+
+
+def test_a_run_that_diverged_is_one_that_failed(tmp_path):
+    results, planned = Results(tmp_path, QUICK), list(sweep(QUICK, KNOWN))
+
+    def diverge(each: plan.Planned) -> dict[str, Any]:
+        found = made_up(each)
+        found["points"][2]["held"] = {**found["points"][2]["held"], "nll": math.nan}
+        return found
+
+    carry_out(results, planned[:1], diverge, None, {})
+    assert "step 2: expected finite figures" in results.read(planned[0])["error"]
+
+
+def test_nothing_is_decided_by_what_is_no_number():
+    assert difference("a", "b", {"a": {1: math.nan, 2: 1.0}, "b": {1: 1.0, 2: 2.0}}).verdict == "undecided"
+
+
+def test_a_curve_that_rises_again_has_not_reached_its_goal():
+    def runs(*values: float) -> list[dict[str, Any]]:
+        return [{"points": [{"step": step, "outside": {"kl": value}} for step, value in enumerate(values)]}]
+
+    assert report._reached(runs(6, 4, 7, 5), 5) == pytest.approx(1)
+    assert report._reached(runs(6, 4, 3, 3), 5) == pytest.approx(0.5 / 3)
+    assert report._reached(runs(6, 4, 7, 6), 5) is None
+
+
+def test_arms_of_other_batches_are_pointed_out(tmp_path):
+    results = Results(tmp_path, QUICK)
+    carry_out(results, list(sweep(QUICK, KNOWN)), made_up, None, {})
+    planned = list(comparison(results, KNOWN))
+
+    def other(each: plan.Planned) -> dict[str, Any]:
+        return made_up(each) | ({"batches": "others"} if each.name == "comparison-base-MTA-seed-2" else {})
+
+    carry_out(results, planned, other, None, {})
+    text = report.make(results, KNOWN, planned, [], {}, "bench").markdown()
+    assert "seed 2: the arms have different batches" in text
+    assert "seed 1" not in text
 
 
 def test_similar_states_whatever_their_rotation_and_scale():
@@ -182,10 +227,3 @@ def test_the_best_ascending_layers_are_those_of_all_choices():
     choices = itertools.combinations(range(7), 3)
     best = max(choices, key=lambda places: sum(float(table[i, place]) for i, place in enumerate(places)))
     assert ascending(table) == list(best)
-
-
-def test_committed_runs_are_of_the_set_ups(tmp_path):
-    folder = Path(__file__).parents[1] / "bench" / "results" / "experiment"
-    for setup in (FRESH, CUT):
-        for file in sorted((folder / setup.name / "runs").glob("*.json")):
-            assert json.loads(file.read_text())["settings"]["setup"]["name"] == setup.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ SWEPT = (BASE, FULL, PLACEBO)  # the longer base takes the base's learning rate
 RIDGE, BY_SIMILARITY = "ridge start", "layers by CKA"
 
 POINTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.0)  # of a run, where it is measured on the held-out sets
+ENDS = (0.9, 1.0)  # likewise, where no curve is drawn
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,9 @@ class RunSettings:
     learning_rate: float
     steps: int
 
-    @property
-    def points(self) -> list[int]:
-        """The steps after which it is measured."""
-        return sorted({round(point * self.steps) for point in POINTS})
+    def after(self, points: Sequence[float]) -> list[int]:
+        """The steps at these shares of the run."""
+        return sorted({round(point * self.steps) for point in points})
 
 
 def arms(full: MTAConfig) -> dict[str, Arm]:
@@ -60,7 +61,7 @@ def arms(full: MTAConfig) -> dict[str, Arm]:
     }
 
 
-def ablations(rows: dict[str, Any]) -> dict[str, Arm]:
-    """The paper's rows, as ``ablation_rows`` makes them, bar those that are arms already."""
-    made = {name: MTAConfig.from_dict(mta) for name, mta in rows.items() if mta and name != "full"}
-    return {name: Arm(name, config) for name, config in made.items()}
+def ablations(rows: dict[str, Any], full: MTAConfig) -> dict[str, Arm]:
+    """The paper's rows, as ``ablation_rows`` makes them, bar those that are arms already, under whatever name."""
+    made = {name: MTAConfig.from_dict(mta) for name, mta in rows.items() if mta}
+    return {name: Arm(name, config) for name, config in made.items() if config != full}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiment import report
-from bench.experiment.arms import BASE, BY_SIMILARITY, RIDGE, Arm, RunSettings, ablations, arms
+from bench.experiment.arms import BASE, BY_SIMILARITY, ENDS, POINTS, RIDGE, Arm, RunSettings, ablations, arms
 from bench.experiment.plan import (
     COMPARISON,
     ROWS,
@@ -37,6 +38,8 @@ from mta_fast.distill.ablation import ablation_rows
 from mta_fast.distill.training.settings import DataSettings, StudentSettings, TeacherSettings, TrainSettings
 from mta_fast.errors import InputError
 from mta_fast.files import write_whole
+from mta_fast.layers import depth_of
+from mta_fast.locks import lock_folder
 
 
 class Experiment:
@@ -45,7 +48,7 @@ class Experiment:
     def __init__(self, setup: Setup, sources: Sources, out: Path) -> None:
         self.setup, self.sources = setup, sources
         self.prepared = Prepared(setup, sources)
-        self.results = Results(out, setup)
+        self.results = Results(out, setup, self.prepared.digest)
         self.arms = arms(self.prepared.full)
 
     def plan(self, stage: str) -> list[Planned]:
@@ -60,15 +63,17 @@ class Experiment:
             return list(comparison(self.results, self.arms))
         return list(rows(self.results, self.arms, self.row_arms()))
 
-    @property
-    def swept(self) -> bool:
-        """Whether the sweep is done."""
-        return all(self.results.read(planned) is not None for planned in self.plan(SWEEP))
+    def reported(self, stages: Sequence[str]) -> dict[str, list[Planned]]:
+        """The runs of the later stages, as far as they can be told."""
+        if not all(self.results.read(planned) is not None for planned in self.plan(SWEEP)):
+            return {COMPARISON: [], ROWS: []}
+        known = ROWS in stages or self._layers_file.is_file()
+        return {COMPARISON: self.plan(COMPARISON), ROWS: self.plan(ROWS) if known else []}
 
     def row_arms(self) -> dict[str, Arm]:
         """The paper's rows, and two of our own."""
         full = self.prepared.full
-        made = ablations(ablation_rows(self._settings(), *self.prepared.depths))
+        made = ablations(ablation_rows(self._settings(), *self.prepared.depths), full)
         made[RIDGE] = Arm(RIDGE, full, start="ridge")
         made[BY_SIMILARITY] = Arm(BY_SIMILARITY, replace(full, layer_pairs=self._similar_pairs()))
         return made
@@ -83,18 +88,25 @@ class Experiment:
             mta=self.prepared.full.to_dict(),
         )
 
+    @property
+    def _layers_file(self) -> Path:
+        return self.results.folder / "layers-by-similarity.json"
+
     def _similar_pairs(self) -> Any:
         """Teacher layers most similar to the layers of the sweep's best base student; kept beside the runs."""
-        file = self.results.folder / "layers-by-similarity.json"
-        if not file.is_file():
+        if not self._layers_file.is_file():
             rate = best_rates(self.results, self.arms)[BASE]
-            pairs = pairs_by_similarity(self.prepared, self.kept(rate))
-            write_whole(file, json.dumps(pairs) + "\n")
-        return json.loads(file.read_text(encoding="utf-8"))
+            best = next(
+                each for each in self.plan(SWEEP) if each.arm.name == BASE and each.settings.learning_rate == rate
+            )
+            write_whole(self._layers_file, json.dumps(pairs_by_similarity(self.prepared, self.kept(best))) + "\n")
+        return json.loads(self._layers_file.read_text(encoding="utf-8"))
 
-    def kept(self, rate: float) -> Path:
-        """Where the base student of the sweep's first seed is."""
-        return self.sources.work / self.setup.name / f"base-{rate:g}"
+    def kept(self, planned: Planned) -> Path:
+        """Where the student of a run is, named by all that decides the run."""
+        content = json.dumps(self.results.settings(planned), sort_keys=True)
+        digest = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+        return self.sources.work / self.setup.name / f"{planned.name}-{digest}"
 
     # --- before the runs -----------------------------------------------------------------------------------------
 
@@ -103,22 +115,24 @@ class Experiment:
         prepared = self.prepared
         every = Arm("cache", prepared.every_layer)
         settings = RunSettings(0, 0.0, 1)
-        teacher = prepared.teacher()
-        student = prepared.student(0) if self.setup.kind == "fresh" else prepared.cut()
+        teacher, student = prepared.teacher(), prepared.student(0)
+        if depth_of(student.config) != self.setup.layers:
+            raise InputError(f"student: expected {self.setup.layers} blocks, got {depth_of(student.config)}")
         for part in prepared.rows:
             with tempfile.TemporaryDirectory() as folder:
                 trainer = trainer_of(prepared, every, settings, folder, teacher=teacher, part=part, student=student)
                 trainer.fill_teacher_cache()
         if self.setup.healing and not prepared.healed.is_dir():
-            arm, healing = self.arms[BASE], RunSettings(0, self.setup.healing_rate, self.setup.healing)
-            run(prepared, arm, healing, keep=prepared.healed)
+            healing = Planned("healing", self.arms[BASE], RunSettings(0, self.setup.healing_rate, self.setup.healing))
+            self.results.write(
+                healing, {"error": None, **run(prepared, healing.arm, healing.settings, keep=prepared.healed)}
+            )
 
     def do(self, planned: Planned) -> dict[str, Any]:
-        """One run; the base student of the sweep is kept for the choice of layers."""
-        settings = planned.settings
-        first = planned.stage == SWEEP and settings.seed == self.setup.sweep_seeds[0]
-        kept = self.kept(settings.learning_rate) if first and planned.arm.name == BASE else None
-        return run(self.prepared, planned.arm, settings, keep=kept)
+        """One run; those of the rows leave no student behind."""
+        keep = None if planned.stage == ROWS else self.kept(planned)
+        points = POINTS if planned.stage == COMPARISON else ENDS
+        return run(self.prepared, planned.arm, planned.settings, points=points, keep=keep)
 
 
 def measure(
@@ -132,18 +146,21 @@ def measure(
     for name, file in (("dolly", dolly), ("outside", outside)):
         if not file.is_file():
             raise InputError(f"--{name}: expected a JSONL file, there is none at {file}")
-    chosen = SETUPS[setup] if steps is None else replace(SETUPS[setup], steps=steps)
-    experiment = Experiment(chosen, Sources(dolly, outside, work), out)
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    about = machine("transformers", "spacy", code=code_version(), texts=texts_name(dolly), outside=texts_name(outside))
-    experiment.prepare()
-    for stage in stages:
-        if not carry_out(experiment.results, experiment.plan(stage), experiment.do, deadline, about):
-            print("time is up; the same command goes on", flush=True)
-            break
-    of_comparison, of_rows = (experiment.plan(stage) if experiment.swept else [] for stage in (COMPARISON, ROWS))
-    command = f"python -m bench experiment {setup}"
-    return report.make(experiment.results, experiment.arms, of_comparison, of_rows, about, command)
+    chosen = SETUPS[setup] if steps is None else replace(SETUPS[setup], steps=steps)
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out):
+        experiment = Experiment(chosen, Sources(dolly, outside, work), out)
+        experiment.reported(stages)  # refuses runs of other settings before anything is made
+        about = machine("transformers", "spacy", code=code_version(), texts=texts_name(dolly))
+        experiment.prepare()
+        for stage in stages:
+            if not carry_out(experiment.results, experiment.plan(stage), experiment.do, deadline, about):
+                print("time is up; the same command goes on", flush=True)
+                break
+        planned = experiment.reported(stages)
+        command = f"python -m bench experiment {setup}"
+        return report.make(experiment.results, experiment.arms, planned[COMPARISON], planned[ROWS], about, command)
 
 
 def code_version() -> str:

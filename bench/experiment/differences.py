@@ -32,7 +32,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         """Which is lower, where the interval leaves zero out."""
-        if self.margin is None or abs(self.mean) <= self.margin:
+        if self.margin is None or not abs(self.mean) > self.margin:
             return "undecided"
         return f"{self.left if self.mean < 0 else self.right} is lower"
 
@@ -48,7 +48,8 @@ def difference(left: str, right: str, found: Mapping[str, Mapping[int, float]]) 
     if not pairs:
         return None
     values = [one - other for one, other in pairs]
-    return Difference(left, right, values, interval_margin(values))
+    margin = interval_margin(values) if all(map(math.isfinite, values)) else None
+    return Difference(left, right, values, margin)
 
 
 def detectable(values: Sequence[Sequence[float]], seeds: int) -> float | None:

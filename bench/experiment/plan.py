@@ -42,10 +42,10 @@ class Planned:
 
 
 class Results:
-    """The runs of a set-up in a folder."""
+    """The runs of a set-up in a folder; ``digest``: of the rows that they are made with."""
 
-    def __init__(self, folder: Path, setup: Setup) -> None:
-        self.folder, self.setup = folder, setup
+    def __init__(self, folder: Path, setup: Setup, digest: str = "") -> None:
+        self.folder, self.setup, self.digest = folder, setup, digest
 
     def file(self, planned: Planned) -> Path:
         """Where a run is."""
@@ -75,7 +75,7 @@ class Results:
         }
         mta = None if arm.mta is None else arm.mta.to_dict()
         own = {"arm": arm.name, "mta": mta, "placebo": arm.placebo, "start": arm.start, **asdict(planned.settings)}
-        made: dict[str, Any] = json.loads(json.dumps({"setup": of_runs, **own}))
+        made: dict[str, Any] = json.loads(json.dumps({"setup": of_runs, "rows": self.digest, **own}))
         return made
 
     def write(self, planned: Planned, found: Mapping[str, Any]) -> None:
@@ -124,14 +124,21 @@ def best_rates(results: Results, arms: Mapping[str, Arm]) -> dict[str, float]:
 
 
 def slower(results: Results, arms: Mapping[str, Arm]) -> float:
-    """How much longer a step takes with MTA: the median over pairs of runs of the sweep."""
+    """How much longer training takes with MTA: the median over pairs of runs of the sweep.
+
+    Raises:
+        InputError: no pair of runs did not fail.
+    """
     times: dict[str, dict[tuple[int, float], float]] = {BASE: {}, FULL: {}}
     for planned in sweep(results.setup, arms):
         run = results.read(planned)
         if planned.arm.name in times and run is not None and not run["error"]:
             key = (planned.settings.seed, planned.settings.learning_rate)
-            times[planned.arm.name][key] = run["step_seconds"]
-    return max(1.0, statistics.median(times[FULL][key] / times[BASE][key] for key in times[BASE] if key in times[FULL]))
+            times[planned.arm.name][key] = run["train_seconds"]
+    ratios = [times[FULL][key] / times[BASE][key] for key in times[BASE] if key in times[FULL]]
+    if not ratios:
+        raise InputError(f"{results.folder}: expected runs of {BASE} and {FULL} at one learning rate, all failed")
+    return max(1.0, statistics.median(ratios))
 
 
 # --- what is compared --------------------------------------------------------------------------------------------
@@ -160,6 +167,19 @@ def final(run: Mapping[str, Any], part: str, figure: str) -> float:
     return float(run["points"][-1][part][figure])
 
 
+def check_finite(points: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a run that diverged.
+
+    Raises:
+        InputError: a figure that is NaN or infinite.
+    """
+    for point in points:
+        for part, figures in point.items():
+            values = figures.values() if isinstance(figures, Mapping) else [figures]
+            if not all(map(math.isfinite, values)):
+                raise InputError(f"step {point['step']}: expected finite figures, got {figures} of {part}: it diverged")
+
+
 # --- doing them --------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +190,7 @@ def carry_out(
     deadline: float | None,
     about: Mapping[str, Any],
 ) -> bool:
-    """Make the runs that are missing; a run that fails is kept as one that failed.
+    """Make the runs that are missing; a run that fails or diverges is kept as one that failed.
 
     Args:
         deadline: of ``time.monotonic``; no run begins after it, or that would not end before it. None: none.
@@ -189,6 +209,7 @@ def carry_out(
         print(f"[{number}/{len(planned)}] {each.name}: ", end="", flush=True)
         try:
             found = {"error": None, **run(each)}
+            check_finite(found["points"])
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         took = time.monotonic() - begun

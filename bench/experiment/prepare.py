@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +13,10 @@ from typing import Any
 
 from bench.experiment.setups import (
     EVALUATED,
-    HELD,
     HELD_OUT,
-    MAX_PROMPT,
     OUTSIDE,
     OUTSIDE_LENGTH,
     SELECT,
-    SELECTED,
     TEACHER,
     TRAIN,
     Setup,
@@ -62,6 +61,7 @@ class Prepared:
 
     def __init__(self, setup: Setup, sources: Sources) -> None:
         self.setup, self.sources = setup, sources
+        self.teacher_states: dict[str, Any] = {}  # of the sets that students are measured on; filled by runs
 
     @cached_property
     def teacher_tokenizer(self) -> Any:
@@ -88,24 +88,31 @@ class Prepared:
         """Each set's rows with their spans; those of another origin with their first reference."""
         setup = self.setup
         known: LoadedRows[PromptRow] = load_rows(self.sources.dolly)
-        limit = min(MAX_PROMPT, setup.max_length // 2) if setup.name == "quick" else MAX_PROMPT
-        known = drop_long_rows(known, self.teacher_tokenizer, max_length=OUTSIDE_LENGTH, max_prompt_length=limit)
+        known = drop_long_rows(
+            known, self.teacher_tokenizer, max_length=setup.max_length, max_prompt_length=setup.max_prompt
+        )
         rows = [dict(row) for row in known.rows]
         random.Random(0).shuffle(rows)
-        selected, held = (SELECTED, HELD) if setup.name != "quick" else (8, 8)
-        if len(rows) <= selected + held:
-            raise InputError(f"{self.sources.dolly}: expected more than {selected + held} rows, got {len(rows)}")
+        first = setup.selected + setup.held
+        if len(rows) <= first:
+            raise InputError(f"{self.sources.dolly}: expected more than {first} rows, got {len(rows)}")
         outside: Rows = [
             {"prompt": row["prompt"], "output": row["references"][0]}
             for row in load_references(self.sources.outside).rows
         ]
         parts: dict[str, Rows] = {
-            TRAIN: rows[selected + held :] if setup.name != "quick" else rows[selected + held :][:32],
-            SELECT: rows[:selected],
-            HELD_OUT: rows[selected : selected + held],
-            OUTSIDE: outside if setup.name != "quick" else outside[:8],
+            TRAIN: rows[first:][: setup.most_rows],
+            SELECT: rows[: setup.selected],
+            HELD_OUT: rows[setup.selected : first],
+            OUTSIDE: outside[: setup.most_rows],
         }
         return {name: self._with_spans(part) for name, part in parts.items()}
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all rows and the teacher's name: what decides a run beside its set-up."""
+        content = json.dumps([self.sources.teacher, self.rows], sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
     def _with_spans(self, rows: Rows) -> Rows:
         cache = SpanCache(SpanExtractor(), self.sources.work / "spans")
@@ -143,17 +150,20 @@ class Prepared:
             sizes = Sizes(self.setup.layers, self.setup.width, self.setup.heads)
             numbers = numbers_of(self.tokenizer, self.teacher_tokenizer)
             return fresh_student(fresh_config(load_config(self.sources.teacher), sizes, numbers), seed)
-        healed = self.healed
-        return load_model(str(healed)) if healed.is_dir() else self.cut()
+        return load_model(str(self.healed)) if self.healed.is_dir() else self.cut
 
     @property
     def healed(self) -> Path:
-        """The folder of the healed student."""
-        return self.sources.work / self.setup.name / "healed"
+        """The folder of the healed student; named by what it was made of."""
+        setup = self.setup
+        made_of = json.dumps([self.digest, setup.layers, setup.healing, setup.healing_rate, setup.tokens])
+        digest = hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
+        return self.sources.work / setup.name / f"healed-{digest}"
 
+    @cached_property
     def cut(self) -> Any:
-        """Blocks of the teacher that a greedy search keeps."""
-        teacher, rows = self.teacher(), self.rows[SELECT][:CUT_ROWS]
+        """Blocks of the teacher that a greedy search on training rows keeps."""
+        teacher, rows = self.teacher(), self.rows[TRAIN][:CUT_ROWS]
         return cut_layers(teacher, greedy_layers(teacher, self.teacher_tokenizer, rows, self.setup.layers))
 
     def teacher(self) -> Any:

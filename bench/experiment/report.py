@@ -11,15 +11,16 @@ from typing import Any
 from bench.experiment import pictures
 from bench.experiment.arms import ARMS, BASE, BY_SIMILARITY, FULL, LONGER, PLACEBO, RIDGE, SWEPT, Arm
 from bench.experiment.differences import Difference, detectable, difference
-from bench.experiment.plan import Planned, Results, final, sweep, swept
+from bench.experiment.plan import Planned, Results, best_rates, final, sweep, swept
 from bench.experiment.setups import HELD_OUT, OUTSIDE, SELECT
 from bench.report import Report, Section, entry, markdown_table
+from mta_fast.distill.reproduction import ABLATION, AVERAGE
 
 PRIMARY = (OUTSIDE, "kl")
 SECONDARY = ((HELD_OUT, "kl"), (HELD_OUT, "srkl"), (HELD_OUT, "nll"), (OUTSIDE, "srkl"), (OUTSIDE, "nll"))
 TITLES = {"kl": "forward KL", "srkl": "SRKL", "nll": "NLL", OUTSIDE: "out of domain", HELD_OUT: "in domain"}
 JUDGED = ((FULL, BASE), (FULL, PLACEBO), (PLACEBO, BASE), (LONGER, BASE), (FULL, LONGER))
-# what the paper finds: the first does better than the second
+# what the paper finds: the first does better than the second; the rows' names are ``reproduction.ABLATION``'s
 CLAIMS = (
     ("MTA helps", FULL, BASE),
     ("DSA helps", "+DSA", BASE),
@@ -30,7 +31,7 @@ CLAIMS = (
     ("mixed more than words", FULL, "words only"),
     ("mixed more than phrases", FULL, "phrases only"),
     ("weights matter", FULL, "no weights"),
-    *((f"three layers more than {count}", "3 layers", f"{count} layer" + "s" * (count > 1)) for count in (1, 2, 4, 5)),
+    *((f"three layers more than {count}", FULL, f"{count} layer" + "s" * (count > 1)) for count in (1, 2, 4, 5)),
 )
 OWN_ROWS = (("a ridge start helps", RIDGE, FULL), ("layers by CKA help", BY_SIMILARITY, FULL))
 Found = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> run
@@ -69,14 +70,15 @@ def make(
     figures: dict[str, Any] = {}
     compared, failed = collect(results, comparison)
     if compared:
-        sections += _comparison(results, compared)
+        sections += _comparison(results, arms, compared)
         figures |= _pictures(results, compared)
     found_rows, failed_rows = collect(results, row_plan)
     if found_rows:
         sections += _rows(found_rows, compared)
-    failed += failed_rows
+    failed += [*failed_rows, *_unlike(compared)]
     if failed:
-        sections.append(Section("Runs that failed", (), "", markdown_table(["run"], [[each] for each in failed])))
+        lines = markdown_table(["run"], [[each] for each in failed])
+        sections.append(Section("Runs that failed or can't be compared", (), "", lines))
     return Report(command, about, sections, figures=figures)
 
 
@@ -93,6 +95,8 @@ def _sweep(results: Results, arms: Mapping[str, Arm]) -> Section:
             text = " / ".join(f"{value:.3f}" for value in row.get(rate, [])) or "-"
             cells.append(f"**{text}**" if rate == best else text)
         lines.append([name, *cells])
+        if best in (rates[0], rates[-1]):
+            lines[-1][0] = f"{name} (best at the end of the grid)"
     text = (
         f"Forward KL at the end on {SELECT} rows, which nothing else is done with, for each of the sweep's seeds; the "
         f"best of each arm in bold."
@@ -100,37 +104,45 @@ def _sweep(results: Results, arms: Mapping[str, Arm]) -> Section:
     return Section("Learning rates", (), text, markdown_table(["arm", *(f"{rate:g}" for rate in rates)], lines))
 
 
-def smallest_difference(results: Results, arms: Mapping[str, Arm]) -> float | None:
-    """What so many seeds can find of full against base, by the sweep's runs."""
-    values: dict[str, dict[float, dict[int, float]]] = {BASE: {}, FULL: {}}
+def smallest_difference(results: Results, arms: Mapping[str, Arm], left: str, right: str) -> float | None:
+    """What so many seeds can find of one arm against another: by pairs of the sweep near either one's best rate."""
+    values: dict[str, dict[float, dict[int, float]]] = {left: {}, right: {}}
     for planned in sweep(results.setup, arms):
         run = results.read(planned)
         if planned.arm.name in values and run is not None and not run["error"]:
             by_seed = values[planned.arm.name].setdefault(planned.settings.learning_rate, {})
             by_seed[planned.settings.seed] = final(run, *PRIMARY)
+    rates, best = list(results.setup.learning_rates), best_rates(results, arms)
+    near = {place + step for arm in (left, right) for place in (rates.index(best[arm]),) for step in (-1, 0, 1)}
     groups = [
-        [values[FULL][rate][seed] - base[seed] for seed in base if seed in values[FULL].get(rate, {})]
-        for rate, base in values[BASE].items()
+        [value - values[right][rate][seed] for seed, value in by_seed.items() if seed in values[right].get(rate, {})]
+        for rate, by_seed in values[left].items()
+        if rates.index(rate) in near
     ]
     return detectable(groups, len(results.setup.seeds))
 
 
-def _comparison(results: Results, found: Found) -> list[Section]:
+def _comparison(results: Results, arms: Mapping[str, Arm], found: Found) -> list[Section]:
     names = [name for name in ARMS if name in found]
     shown = (PRIMARY, *SECONDARY)
     heads = ["arm", "seeds", "learning rate", "steps", *(_title(*each) for each in shown), "last tenth", "s a step"]
+    goal = statistics.fmean(figure_of(found, *PRIMARY)[BASE].values()) if BASE in found else None
+    heads.append(f"reaches {BASE}'s")
     lines = []
     for name in names:
         runs = list(found[name].values())
         cells = [_mean([final(run, *each) for run in runs]) for each in shown]
         settings = runs[0]["settings"]
         slope = statistics.fmean(map(_last_tenth, runs))
-        steps = statistics.median(run["step_seconds"] for run in runs)
+        steps = statistics.median(run["train_seconds"] / run["settings"]["steps"] for run in runs)
+        reached = None if goal is None else _reached(runs, goal)
         row = [name, len(runs), f"{settings['learning_rate']:g}", settings["steps"], *cells]
-        lines.append([*row, f"{100 * slope:+.1f} %", f"{steps:.2f}"])
+        stays = "never" if reached is None else f"{reached:.0%}"
+        lines.append([*row, f"{100 * slope:+.1f} %", f"{steps:.2f}", stays])
     text = (
-        "Means ± deviations over the seeds at the end; last tenth: what the primary figure changes over the last tenth "
-        "of the steps, of its value."
+        "Means ± deviations over the seeds at the end. Last tenth: what the primary figure changes over the last tenth "
+        "of the steps, of its value; the learning rate falls to 0 there. Reaches: the share of its steps from which on "
+        "the arm's mean curve stays at or below the final figure of the base."
     )
     made = [Section("Arms", (), text, markdown_table(heads, lines))]
     for title, chosen in (("Primary", (PRIMARY,)), ("Secondary", SECONDARY)):
@@ -146,12 +158,13 @@ def _comparison(results: Results, found: Found) -> list[Section]:
         heads = ["figure", "difference", "seeds", "mean [95 % interval]", "verdict"]
         text = "Paired by seed, Student's t. Lower is nearer to the teacher."
         made.append(Section(title, entries, text, markdown_table(heads, table)))
-    sooner = _sooner(found)
-    if sooner is not None:
-        text = (
-            f"The mean curve of {FULL} reaches the final {_title(*PRIMARY)} of {BASE} after {sooner:.0%} of its steps."
-        )
-        made.append(Section("Steps", [entry("steps for the base's final loss", [sooner])], text, [text]))
+    lines = [
+        [f"{left} - {right}", "-" if limit is None else f"{limit:.4f}"]
+        for left, right in JUDGED[:2]
+        for limit in [smallest_difference(results, arms, left, right)]
+    ]
+    text = f"{_title(*PRIMARY)}: what {len(results.setup.seeds)} seeds find four times of five, by the sweep's runs."
+    made.append(Section("Detectable", (), text, markdown_table(["difference", "from"], lines)))
     return made
 
 
@@ -172,18 +185,33 @@ def _rows(rows: Found, compared: Found) -> list[Section]:
         cells = ["-" if each is None or each.left == each.right else each.cell for each in against]
         lines.append([name, len(by_seed), _mean(list(by_seed.values())), *cells])
     heads = ["row", "seeds", _title(*PRIMARY), f"- {BASE}", f"- {FULL}"]
-    judged = []
-    for claim, better, worse in (*CLAIMS, *OWN_ROWS):
-        found = difference(better, worse, values)
-        if found is not None:
-            agrees = {f"{better} is lower": "agrees", "undecided": "undecided"}.get(found.verdict, "disagrees")
-            judged.append([claim, f"{better} - {worse}", len(found.values), found.cell, agrees])
-    claims = markdown_table(["claim", "difference", "seeds", "mean [95 % interval]", "here"], judged)
+    heads_of_claims = ["claim", "difference", "paper, ROUGE-L", "seeds", "mean [95 % interval]", "here"]
+    claims = markdown_table(heads_of_claims, [_judged(*claim, values) for claim in CLAIMS])
+    own = markdown_table(heads_of_claims, [_judged(*claim, values) for claim in OWN_ROWS])
     entries = [entry(f"{name} - {FULL}", list(d.values), "") for name in rows if (d := difference(name, FULL, values))]
     return [
         Section("Rows", entries, "Each row at the full method's learning rate.", markdown_table(heads, lines)),
-        Section("What the paper finds", (), "The last lines are rows of our own.", claims),
+        Section("What the paper finds", (), CLAIMS_TEXT, claims),
+        Section("Rows of our own", (), "", own),
     ]
+
+
+CLAIMS_TEXT = (
+    "Here lower is better, in the paper higher. Rows are at the full method's learning rate, the base at its own. Of "
+    "other numbers of layers than three the paper's figures are not known."
+)
+
+
+def _judged(claim: str, better: str, worse: str, values: Mapping[str, Mapping[int, float]]) -> list[Any]:
+    """A line of the claims: the paper's difference, ours, and whether they agree."""
+    names = {FULL: "full", BASE: "base"}
+    scores = [ABLATION.get(names.get(name, name), {}).get(AVERAGE) for name in (better, worse)]
+    paper = "-" if None in scores else f"{scores[0] - scores[1]:+.2f}"  # type: ignore[operator]  # neither is None
+    found = difference(better, worse, values)
+    if found is None:
+        return [claim, f"{better} - {worse}", paper, 0, "-", "not run"]
+    agrees = {f"{better} is lower": "agrees", "undecided": "undecided"}.get(found.verdict, "disagrees")
+    return [claim, f"{better} - {worse}", paper, len(found.values), found.cell, agrees]
 
 
 def _pictures(results: Results, found: Found) -> dict[str, Any]:
@@ -217,19 +245,29 @@ def _shown(found: Difference) -> pictures.Difference:
     return pictures.Difference(label, found.mean, low, high, len(found.values), found.verdict)
 
 
-def _sooner(found: Found) -> float | None:
-    """The share of its steps after which the mean curve of full is where base's ends."""
-    if BASE not in found or FULL not in found:
-        return None
-    goal = statistics.fmean(final(run, *PRIMARY) for run in found[BASE].values())
-    runs = list(found[FULL].values())
+def _reached(runs: Sequence[Mapping[str, Any]], goal: float) -> float | None:
+    """The share of the steps from which on the mean curve stays at or below a value; None: its end is above."""
     steps = [point["step"] for point in runs[0]["points"]]
     means = [statistics.fmean(run["points"][i][PRIMARY[0]][PRIMARY[1]] for run in runs) for i in range(len(steps))]
-    for i in range(1, len(steps)):
-        if means[i] <= goal < means[i - 1]:
-            part = (means[i - 1] - goal) / (means[i - 1] - means[i])
-            return (steps[i - 1] + part * (steps[i] - steps[i - 1])) / steps[-1]
-    return None
+    above = [i for i, mean in enumerate(means) if mean > goal]
+    if not above:
+        return 0.0
+    i = above[-1]
+    if i == len(means) - 1:
+        return None
+    part = (means[i] - goal) / (means[i] - means[i + 1])
+    return float((steps[i] + part * (steps[i + 1] - steps[i])) / steps[-1])
+
+
+def _unlike(found: Found) -> list[str]:
+    """Seeds whose arms did not start alike, or did not see the same batches in as many steps."""
+    told = []
+    for seed in sorted({seed for runs in found.values() for seed in runs}):
+        runs = [found[arm][seed] for arm in (BASE, FULL, PLACEBO) if seed in found.get(arm, {})]
+        for what in ("start", "batches"):
+            if len({run[what] for run in runs}) > 1:
+                told.append(f"seed {seed}: the arms have different {what}")
+    return told
 
 
 def _last_tenth(run: Mapping[str, Any]) -> float:

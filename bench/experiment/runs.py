@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import statistics
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 
-from bench.experiment.arms import Arm, RunSettings
+from bench.experiment.arms import POINTS, Arm, RunSettings
 from bench.experiment.prepare import Prepared
 from bench.experiment.setups import EVALUATED, HELD_OUT, OUTSIDE, TRAIN
 from mta_fast.distill import MTATrainer, MTATrainingArguments
-from mta_fast.distill.heads import deferring
-from mta_fast.distill.methods.losses import TokenMethod
+from mta_fast.distill.heads import HeadStates, deferring
+from mta_fast.distill.methods.losses import counted_tokens
 from mta_fast.distill.placebo import shuffled, shuffled_positions
 from mta_fast.distill.teacher.live import TeacherOutput
-from mta_fast.distill.training.module import StudentOutput
 from mta_fast.inputs import model_inputs
 from mta_fast.layers import evaluating
+from mta_fast.ops.linear_divergence import divergence
 
-FIGURES = {"kl": "forward_kl", "srkl": "srkl", "nll": "cross_entropy"}
+FIGURES = ("kl", "srkl", "nll")
+ALPHA = 0.1  # of SRKL
 Figures = dict[str, dict[str, float]]  # set -> figure -> value
 
 
@@ -62,55 +61,64 @@ class ExperimentTrainer(MTATrainer):
 
 
 class Watch(TrainerCallback):
-    """Measures the student at the steps it is asked to."""
+    """Measures the student after the steps it is asked to."""
 
-    def __init__(self, prepared: Prepared, steps: Sequence[int]) -> None:
-        self.prepared, self.steps = prepared, set(steps)
+    def __init__(self, prepared: Prepared, trainer: Any, steps: Sequence[int]) -> None:
+        self.prepared, self.trainer, self.steps = prepared, trainer, set(steps)
         self.points: list[dict[str, Any]] = []
-        self.times: list[float] = []
-        self.trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._measure(0)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._begun = time.perf_counter()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.times.append(time.perf_counter() - self._begun)
         self._measure(state.global_step)
 
     def _measure(self, step: int) -> None:
         if step in self.steps:
-            last = step == max(self.steps)
-            sets = EVALUATED if last else (HELD_OUT, OUTSIDE)
+            sets = EVALUATED if step == max(self.steps) else (HELD_OUT, OUTSIDE)
             self.points.append({"step": step, **measured(self.trainer, self.prepared, sets)})
 
 
 @torch.no_grad()
 def measured(trainer: Any, prepared: Prepared, sets: Sequence[str]) -> Figures:
     """KL, SRKL and NLL of the student, means over the counted positions of each set; without the placebo."""
-    module, methods = trainer._module, {name: TokenMethod(loss) for name, loss in FIGURES.items()}
+    module = trainer._module
     made: Figures = {}
     with evaluating(module):
         for part in sets:
-            sums = dict.fromkeys(FIGURES, 0.0)
-            counted = 0
-            for batch in prepared.batches[part]:
-                with deferring(module.head, module.vocabulary) as head:
+            sums, counted = dict.fromkeys(FIGURES, 0.0), 0
+            for batch, teacher in zip(prepared.batches[part], _teacher_states(trainer, prepared, part), strict=True):
+                with deferring(module.head, module.vocabulary) as student:
                     module.student(**model_inputs(module.student, batch), use_cache=False)
-                student = StudentOutput(None, {}, head)
-                teacher = MTATrainer._teach(trainer, batch)
-                for name, method in methods.items():
-                    sums[name] += float(method.sums(student, teacher, batch))
-                counted += int(methods["kl"].counts(batch))
-            made[part] = {name: value / counted for name, value in sums.items()}
+                tokens = counted_tokens(batch["labels"])
+                log_p, log_q = (_log_probabilities(side, tokens) for side in (teacher, student))
+                labels = batch["labels"].flatten()[tokens + 1]
+                values = {
+                    "kl": divergence(log_p, log_q, "forward_kl"),
+                    "srkl": divergence(log_p, log_q, "srkl", ALPHA),
+                    "nll": -log_q.gather(1, labels[:, None]),
+                }
+                sums = {name: total + float(values[name].sum()) for name, total in sums.items()}
+                counted += len(tokens)
+            made[part] = {name: total / counted for name, total in sums.items()}
     return made
+
+
+def _teacher_states(trainer: Any, prepared: Prepared, part: str) -> list[HeadStates]:
+    """What the teacher's head reads of a set's batches: the same for every run of a process, read once."""
+    if part not in prepared.teacher_states:
+        prepared.teacher_states[part] = [MTATrainer._teach(trainer, batch).head for batch in prepared.batches[part]]
+    return prepared.teacher_states[part]
+
+
+def _log_probabilities(side: HeadStates, tokens: Tensor) -> Tensor:
+    logits = side.head.logits(side.at(tokens))[:, : side.vocabulary]
+    return logits.float().log_softmax(-1)
 
 
 def trainer_of(
     prepared: Prepared, arm: Arm, settings: RunSettings, folder: str, *, teacher: Any = None, part: str = TRAIN,
-    callbacks: Sequence[Any] = (), student: nn.Module | None = None,
+    student: nn.Module | None = None,
 ) -> ExperimentTrainer:  # fmt: skip
     """A run's trainer; the teacher's states come from the cache, which ``teacher`` fills where some are missing."""
     arguments = MTATrainingArguments(
@@ -138,24 +146,28 @@ def trainer_of(
         processing_class=prepared.tokenizer,
         teacher_tokenizer=prepared.teacher_tokenizer,
         base_loss="srkl",
+        base_loss_options={"alpha": ALPHA},
         teacher_cache=prepared.cache,
         train_dataset=prepared.rows[part],
-        callbacks=list(callbacks),
     )
 
 
-def run(prepared: Prepared, arm: Arm, settings: RunSettings, keep: Path | None = None) -> dict[str, Any]:
-    """Train, and what was found: points on the held-out sets, times, the digest of the batches.
+def run(
+    prepared: Prepared, arm: Arm, settings: RunSettings, *, points: Sequence[float] = POINTS, keep: Path | None = None
+) -> dict[str, Any]:
+    """Train, and what was found: figures of the held-out sets, times, digests of the start and of the batches.
 
     Args:
+        points: shares of the run after which the student is measured.
         keep: a folder for the trained student; None: it is not kept.
     """
-    watch = Watch(prepared, settings.points)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(prepared, arm, settings, folder, callbacks=[watch])
-        watch.trainer = trainer
+        trainer = trainer_of(prepared, arm, settings, folder)
+        watch = Watch(prepared, trainer, settings.after(points))
+        trainer.add_callback(watch)  # the last one: the trainer's own clock has stopped by then
         trainer.remove_callback(PrinterCallback)
         trainer.begin(settings.seed if arm.placebo else None)
+        start = digest_of_weights(trainer._module.student)
         trainer.train()
         if keep is not None:
             trainer.export_student(keep, overwrite=True)
@@ -163,6 +175,14 @@ def run(prepared: Prepared, arm: Arm, settings: RunSettings, keep: Path | None =
             "points": watch.points,
             "logs": [entry for entry in trainer.state.log_history if "base" in entry],
             "train_seconds": trainer.train_seconds,
-            "step_seconds": statistics.median(watch.times),
+            "start": start,
             "batches": trainer.order.hexdigest(),
         }
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """Of all parameters, in their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()

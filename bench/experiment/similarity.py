@@ -1,4 +1,4 @@
-"""Layer pairs by the similarity of their states: linear CKA (Kornblith et al., arXiv 1905.00414), on held-out rows."""
+"""Layer pairs by the similarity of their states: linear CKA (Kornblith et al., arXiv 1905.00414), unit rows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.experiment.prepare import Prepared
-from bench.experiment.setups import HELD_OUT
+from bench.experiment.setups import SELECT
 from mta_fast.distill.models import load_model
 from mta_fast.distill.teacher.rows import side_of
 from mta_fast.inputs import model_inputs
@@ -22,11 +23,11 @@ def pairs_by_similarity(prepared: Prepared, student: Path) -> tuple[tuple[int, i
     """For each student layer of the full method the teacher layer that is most similar, ascending.
 
     Args:
-        student: the folder of a trained student; compared on a batch of the held-out set.
+        student: the folder of a trained student; compared on a batch of rows that learning rates are chosen by.
     """
     own_layers = prepared.full.student_layers
-    batch = prepared.batches[HELD_OUT][-1]
-    mask = batch["attention_mask"].bool()
+    batch = prepared.batches[SELECT][-1]
+    mask = batch["attention_mask"].cumsum(1) * batch["attention_mask"] > 1  # first tokens' states are like no other's
     own = _states(load_model(str(student)), batch, own_layers, mask)
     teacher_layers = list(range(1, prepared.depths[1] + 1))
     other = _states(prepared.teacher(), batch, teacher_layers, mask, side_of(batch))
@@ -58,4 +59,4 @@ def ascending(table: Tensor) -> list[int]:
 def _states(model: Any, batch: Any, layers: Sequence[int], mask: Tensor, side: str = "") -> dict[int, Tensor]:
     with evaluating(model), capture_layers(model, layers) as hidden:
         model(**model_inputs(model, batch, side), use_cache=False)
-    return {layer: state[mask] for layer, state in hidden.items()}
+    return {layer: F.normalize(state[mask], dim=-1) for layer, state in hidden.items()}  # as Hid compares them
