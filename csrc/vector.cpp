@@ -16,6 +16,12 @@
 #else
 #define MTA_MULTIVERSION
 #endif
+// Products are rounded before they are subtracted: a fused one would make a difference of equal terms not quite 0.
+#if defined(__GNUC__) && !defined(__clang__)
+#define MTA_ROUNDED_PRODUCTS __attribute__((optimize("fp-contract=off")))
+#else
+#define MTA_ROUNDED_PRODUCTS
+#endif
 #define MTA_INLINE [[gnu::always_inline]] inline
 #define MTA_INLINE_LAMBDA __attribute__((always_inline))
 
@@ -354,7 +360,8 @@ MTA_INLINE T squares_by_weight(const T* a, const T* w, int64_t n) {
     for (int64_t i = 0; i < n; ++i) a[i] *= scale * b[i];                                                          \
   }                                                                                                                \
   MTA_MULTIVERSION T softmax_terms(T* a, int64_t n) { return exponentials(a, n); }                                 \
-  MTA_MULTIVERSION void cosine_error(T* a, const T* b, T x, const T* t, const T* c, T y, int64_t n) {              \
+  MTA_ROUNDED_PRODUCTS MTA_MULTIVERSION void cosine_error(T* a, const T* b, T x, const T* t, const T* c, T y,      \
+                                                          int64_t n) {                                             \
     for (int64_t i = 0; i < n; ++i) a[i] = x * b[i] * a[i] - y * c[i] * t[i];                                      \
   }                                                                                                                \
   MTA_MULTIVERSION T weighted_squares(const T* a, const T* w, int64_t n) { return squares_by_weight(a, w, n); }
