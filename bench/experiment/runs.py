@@ -90,6 +90,7 @@ def measured(trainer: Any, prepared: Prepared, sets: Sequence[str]) -> Figures:
             for batch, teacher in zip(prepared.batches[part], _teacher_states(trainer, prepared, part), strict=True):
                 with deferring(module.head, module.vocabulary) as student:
                     module.student(**model_inputs(module.student, batch), use_cache=False)
+                assert student is not None  # its head was taken apart
                 tokens = counted_tokens(batch["labels"])
                 log_p, log_q = (_log_probabilities(side, tokens) for side in (teacher, student))
                 labels = batch["labels"].flatten()[tokens + 1]
@@ -107,7 +108,8 @@ def measured(trainer: Any, prepared: Prepared, sets: Sequence[str]) -> Figures:
 def _teacher_states(trainer: Any, prepared: Prepared, part: str) -> list[HeadStates]:
     """What the teacher's head reads of a set's batches: the same for every run of a process, read once."""
     if part not in prepared.teacher_states:
-        prepared.teacher_states[part] = [MTATrainer._teach(trainer, batch).head for batch in prepared.batches[part]]
+        found = [MTATrainer._teach(trainer, batch).head for batch in prepared.batches[part]]
+        prepared.teacher_states[part] = [states for states in found if states is not None]
     return prepared.teacher_states[part]
 
 
