@@ -20,7 +20,7 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(wildcard csrc/*)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-demo: install  ## a small teacher teaches a student: alone, with MTA, with its placebo (about 3 minutes)
+demo: install  ## a small teacher teaches a student: alone, with MTA, with its placebo (about 4 minutes)
 	$(BIN)/mta-fast demo
 
 test: install  ## the whole suite, a process a core

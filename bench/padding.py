@@ -74,7 +74,7 @@ def _dealt(collate: SpanCollator, rows: Sequence[dict[str, Any]], size: int) -> 
 
 def _trainer(made: Setting, side: str, folder: str) -> Any:
     from mta_fast.distill import MTATrainer, MTATrainingArguments
-    from mta_fast.distill.models import cut_layers
+    from mta_fast.distill.students.cut import cut_layers
 
     student = cut_layers(made.teacher, made.student_layers)
     layers = LayerMap.proportional(made.student_layers, made.teacher.config.num_hidden_layers)

@@ -7,7 +7,6 @@ fresh narrow one.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,8 @@ from bench.step import with_spans
 from mta_fast import LayerMap, MTAConfig, MTALoss, SpanCollator, capture_layers
 from mta_fast.config import default_granularity
 from mta_fast.distill.data import load_rows
-from mta_fast.distill.models import cut_layers
+from mta_fast.distill.students.cut import cut_layers
+from mta_fast.distill.students.fresh import Sizes, fresh_config, fresh_student
 from mta_fast.errors import InputError
 from mta_fast.inputs import model_inputs
 from mta_fast.projections import RidgeFit
@@ -102,13 +102,11 @@ def _students(made: Setting) -> Iterator[tuple[str, Any]]:
     dropped = range(2 * depth // 5, 4 * depth // 5, 2)
     kept = [block for block in range(depth) if block not in dropped]
     yield (f"{len(kept)} of {depth} layers, without {dropped[0]} to {dropped[-1]}", cut_layers(teacher, kept))
-    config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = min(FRESH_LAYERS, depth)
-    config.hidden_size = min(FRESH_WIDTH, teacher.config.hidden_size // 2)
-    config.intermediate_size, config.head_dim = 4 * config.hidden_size, config.hidden_size // 2
-    config.num_attention_heads = config.num_key_value_heads = 2
-    torch.manual_seed(0)
-    yield (f"fresh, {config.num_hidden_layers} layers of width {config.hidden_size}", type(teacher)(config))
+    sizes = Sizes(min(FRESH_LAYERS, depth), min(FRESH_WIDTH, teacher.config.hidden_size // 2))
+    yield (
+        f"fresh, {sizes.layers} layers of width {sizes.width}",
+        fresh_student(fresh_config(teacher.config, sizes), seed=0),
+    )
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ TEXT = "Norm of the difference to the gradient with the teacher itself, over tha
 
 def measure(texts: Path | None = None, quick: bool = False) -> Report:
     """The error of every dtype, for both students, and the size of what is stored."""
-    from mta_fast.distill.models import cut_layers
+    from mta_fast.distill.students.cut import cut_layers
 
     made = small_setting() if quick else setting()
     found_rows = load_rows("sample" if texts is None else texts).rows[: 16 * ROWS]

@@ -225,19 +225,22 @@ def cut(
 ) -> None:
     """Make a student from some of a teacher's blocks: those without which the loss rises most."""
     from mta_fast.distill.data import data_places
-    from mta_fast.distill.models import choose_device, load_model, load_tokenizer, model_depth, model_places
+    from mta_fast.distill.models import choose_device, load_config, load_model, load_tokenizer, model_places
     from mta_fast.distill.students.choice import cut_student, parse_blocks, read_text
     from mta_fast.distill.students.cut import check_layers
     from mta_fast.distill.training.checkpoints import CUT, check_export, export_student
+    from mta_fast.distill.training.fit import check_room
+    from mta_fast.layers import depth_of
 
     wanted = parse_blocks(layers, keep, even=even)
     sources = [*model_places(teacher), *data_places([text] if text else [])]
     check_export(out, kind=CUT, sources=sources, overwrite=overwrite)
-    check_layers(wanted, model_depth(teacher))
-    place, tokenizer = choose_device(device), load_tokenizer(teacher)
-    source = "sample" if text is None and isinstance(wanted, int) and not even else text
+    config, tokenizer, place = load_config(teacher), load_tokenizer(teacher), choose_device(device)
+    check_layers(wanted, depth_of(config))
+    check_room("teacher", config, tokenizer, max_length)
+    source = "sample" if text is None else text
     options = {"split": split, "template": template, "columns": _columns(columns), "skip_bad_rows": skip_bad_rows}
-    found = read_text(source, tokenizer, rows=rows, length=max_length, **options) if source else []
+    found = read_text(source, tokenizer, rows=rows, length=max_length, **options)
     made = cut_student(
         load_model(teacher, dtype=dtype).to(place),
         tokenizer,
@@ -248,10 +251,11 @@ def cut(
         even=even,
         report=lambda block, loss: typer.echo(f"without block {block}: {loss:.3f}", err=True),
     )
-    facts = {"teacher": teacher, **made.facts(), **({"text": source} if source else {})}
+    facts = {"teacher": teacher, **made.facts(), "text": source}
     export_student(made.student, tokenizer, out, kind=CUT, sources=sources, overwrite=overwrite, facts=facts)
-    if source != text:
-        typer.echo("text: the bundled sample; --text FILE takes your own, --even spreads blocks evenly as before")
+    if text is None:
+        by_loss = ", --even spreads blocks evenly as before" if isinstance(wanted, int) and not even else ""
+        typer.echo(f"text: the bundled sample; --text FILE takes your own{by_loss}")
     for line in made.lines():
         typer.echo(line)
     size = sum(parameter.numel() for parameter in made.student.parameters()) / 1e6
@@ -286,43 +290,20 @@ def new(
     overwrite: _Overwrite = False,
 ) -> None:
     """Make a small student of a teacher's architecture with random weights, and its tokenizer with fewer tokens."""
-    from mta_fast.distill.data import data_places, load_rows
-    from mta_fast.distill.models import load_config, load_tokenizer, model_places
-    from mta_fast.distill.students.fresh import Sizes, fresh_config, fresh_student, parameters
-    from mta_fast.distill.students.vocabulary import coverage, numbers_of, trim_tokenizer
+    from mta_fast.distill.data import data_places
+    from mta_fast.distill.models import model_places
+    from mta_fast.distill.students.fresh import Sizes, make_fresh
     from mta_fast.distill.training.checkpoints import NEW, check_export, export_student
 
     data = _sources(vocabulary)
-    if vocabulary_size is not None and not data:
-        raise InputError("vocabulary_size: expected --vocabulary beside it, the data whose tokens are kept; give it")
     sources = [*model_places(teacher), *data_places(data)]
     check_export(out, kind=NEW, sources=sources, overwrite=overwrite)
-    sizes, config = Sizes(layers, width, heads, kv_heads, intermediate), load_config(teacher)
-    fresh_config(config, sizes)  # refuses what can't be
-    tokenizer = whole = load_tokenizer(teacher)
-    texts: list[str] = []
-    for source in data:
-        loaded = load_rows(
-            source, split=split, template=template, tokenizer=whole, columns=_columns(columns),
-            skip_bad_rows=skip_bad_rows,
-        )  # fmt: skip
-        texts += [row["prompt"] + row["output"] for row in loaded.rows]
-    if data:
-        tokenizer = trim_tokenizer(whole, texts, vocabulary_size)
-    student = fresh_student(fresh_config(config, sizes, numbers_of(tokenizer, whole)), seed)
-    export_student(student, tokenizer, out, kind=NEW, sources=sources, overwrite=overwrite)
-    blocks, of_tokens = parameters(student)
-    made = student.config
-    typer.echo(
-        f"{out}: {layers} blocks of width {made.hidden_size} with {made.num_attention_heads} heads, "
-        f"{blocks / 1e6:.2f} million parameters and {of_tokens / 1e6:.2f} million of embeddings"
-    )
-    if data:
-        kept = coverage(whole, tokenizer, texts)
-        typer.echo(
-            f"vocabulary: {len(tokenizer):,} of {len(whole):,} tokens, which are {kept.share:.2%} of the data's; "
-            f"{kept.before:.1f} tokens a row before, {kept.after:.1f} now"
-        )
+    options = {"split": split, "template": template, "columns": _columns(columns), "skip_bad_rows": skip_bad_rows}
+    sizes = Sizes(layers, width, heads, kv_heads, intermediate)
+    made = make_fresh(teacher, sizes, data, vocabulary_size=vocabulary_size, seed=seed, **options)
+    export_student(made.student, made.tokenizer, out, kind=NEW, sources=sources, overwrite=overwrite)
+    for line in made.lines:
+        typer.echo(f"{out}: {line}")
 
 
 @app.command()

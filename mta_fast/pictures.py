@@ -45,9 +45,10 @@ def legend_below(figure: Any, columns: int) -> None:
 
 
 def plain_ticks(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis, at 1, 2 and 5 of each decade where they fit."""
+    """Plain numbers on a logarithmic axis, so many of each decade as fit."""
     from matplotlib.ticker import LogLocator
 
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    subs = (1, 2, 3, 5) if high / low < 20 else (1, 2, 5) if high / low < 300 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter("{x:,g}")

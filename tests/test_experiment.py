@@ -174,6 +174,16 @@ def test_the_report_says_what_was_found(tmp_path):
         assert (tmp_path / f"{ending}.png").stat().st_size > 1000
 
 
+def test_rows_without_a_comparison(tmp_path):
+    results = Results(tmp_path, QUICK)
+    carry_out(results, list(sweep(QUICK, KNOWN)), made_up, None, {})
+    of_rows = list(rows(results, KNOWN, {"+DSA": Arm("+DSA", KNOWN[FULL].mta), "+Hid": Arm("+Hid", KNOWN[FULL].mta)}))
+    carry_out(results, of_rows, made_up, None, {})
+    text = report.make(results, KNOWN, [], of_rows, {}, "bench").markdown()
+    assert "| DSA more than Hid | +DSA - +Hid | +0.37 | 1 | +0.0000 | undecided |" in text
+    assert "| DSA helps | +DSA - base | " in text
+
+
 def test_a_run_that_diverged_is_one_that_failed(tmp_path):
     results, planned = Results(tmp_path, QUICK), list(sweep(QUICK, KNOWN))
 

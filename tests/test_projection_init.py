@@ -426,4 +426,4 @@ def test_starts_that_cannot_be_are_refused(tmp_path: Path) -> None:
             make_trainer(tmp_path, **options)
     trainer = make_trainer(tmp_path, **RIDGE)
     with pytest.raises(InputError, match="projection_init: expected default or identity with FSDP or DeepSpeed"):
-        starting.starts_by_ridge(trainer._module.mta, trainer.args, sharded=True)
+        starting.start_of(trainer._module.mta, trainer.args, sharded=True)

@@ -326,20 +326,26 @@ def test_the_command_chooses_by_the_text(
 
 
 def test_the_command_without_a_text(teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    call = ["cut", str(teacher_folder)]
-    assert main([*call, str(tmp_path / "rule"), "--layers", "4", "--rows", "2", "--max-length", "64"]) == 0
+    call = ["cut", str(teacher_folder), "--rows", "2", "--max-length", "64"]
+    assert main([*call, str(tmp_path / "rule"), "--layers", "4"]) == 0
     assert "the bundled sample; --text FILE takes your own, --even" in capsys.readouterr().out
     assert _record(tmp_path / "rule")["text"] == "sample"
     assert main([*call, str(tmp_path / "even"), "--layers", "3", "--even"]) == 0
     assert main([*call, str(tmp_path / "hand"), "--keep", "0,1,4"]) == 0
     assert main([*call, str(tmp_path / "same"), "--layers", "0,1,4"]) == 0
     printed = capsys.readouterr().out
-    assert "loss" not in printed
+    assert printed.count("loss in nats a token, on rows 3 to 4 of the text (") == 3
+    assert "--even" not in printed
     assert "blocks 0,2,4, chosen evenly" in printed
     assert printed.count("blocks 0,1,4, chosen by hand") == 2
     assert _record(tmp_path / "even")["blocks"] == [0, 2, 4]
-    assert main([*call, str(tmp_path / "one"), "--keep", "2", "--text", "sample", "--max-length", "64"]) == 0
-    assert _record(tmp_path / "one")["loss"]["on"].startswith("rows 9 to 16 of the text (")
+    assert _record(tmp_path / "hand")["text"] == "sample"
+
+
+def test_the_command_with_rows_longer_than_the_model(teacher_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["cut", str(teacher_folder), str(tmp_path / "out"), "--keep", "2", "--max-length", "9999"]) == 1
+    assert "max_length" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

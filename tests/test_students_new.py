@@ -138,7 +138,7 @@ def test_new_train_and_use(
     printed = capsys.readouterr().out
     assert "4 blocks of width 32 with 2 heads, 0.08 million parameters and 0.0" in printed
     whole, trimmed = make_tokenizer(), AutoTokenizer.from_pretrained(fresh)
-    assert f"vocabulary: {len(trimmed)} of 512 tokens, which are 100.00% of the data's" in printed
+    assert f": {len(trimmed)} of 512 tokens, which are 100.00% of the data's" in printed
     assert teacher_ids(trimmed, whole) is not None
     assert len(trimmed) < len(whole)
     assert AutoModelForCausalLM.from_pretrained(fresh).config.vocab_size == len(trimmed)

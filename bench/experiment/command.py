@@ -30,7 +30,7 @@ from bench.experiment.plan import (
 )
 from bench.experiment.prepare import Prepared, Sources
 from bench.experiment.runs import run, trainer_of
-from bench.experiment.setups import SETUPS, Setup
+from bench.experiment.setups import SETUPS, TEACHER, Setup
 from bench.experiment.similarity import pairs_by_similarity
 from bench.report import Report, machine, texts_name
 from mta_fast.choices import check_choice
@@ -137,7 +137,7 @@ class Experiment:
 
 def measure(
     setup: str, dolly: Path, outside: Path, work: Path, out: Path, stages: Sequence[str], minutes: float | None,
-    steps: int | None = None,
+    steps: int | None = None, teacher: str = TEACHER,
 ) -> Report:  # fmt: skip
     """Carry out stages as far as the time goes, and report what there is."""
     check_choice("setup", setup, SETUPS)
@@ -150,7 +150,7 @@ def measure(
     chosen = SETUPS[setup] if steps is None else replace(SETUPS[setup], steps=steps)
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
-        experiment = Experiment(chosen, Sources(dolly, outside, work), out)
+        experiment = Experiment(chosen, Sources(dolly, outside, work, teacher), out)
         experiment.reported(stages)  # refuses runs of other settings before anything is made
         about = machine("transformers", "spacy", code=code_version(), texts=texts_name(dolly))
         experiment.prepare()

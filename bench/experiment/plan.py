@@ -155,11 +155,11 @@ def comparison(results: Results, arms: Mapping[str, Arm]) -> Iterator[Planned]:
 
 
 def rows(results: Results, arms: Mapping[str, Arm], extra: Mapping[str, Arm]) -> Iterator[Planned]:
-    """The paper's rows and our own, at the learning rate of the full method."""
+    """The paper's rows and our own."""
     rates, setup = best_rates(results, arms), results.setup
     for seed in setup.row_seeds:
         for arm in extra.values():
-            yield Planned(ROWS, arm, RunSettings(seed, rates[FULL], setup.steps))
+            yield Planned(ROWS, arm, RunSettings(seed, rates[arm.rate_of], setup.steps))
 
 
 def final(run: Mapping[str, Any], part: str, figure: str) -> float:
@@ -199,7 +199,8 @@ def carry_out(
     Returns:
         Whether all are done.
     """
-    longest = 0.0
+    found_before = [found for each in planned if (found := results.read(each)) is not None]
+    longest = max((found["seconds"] for found in found_before), default=0.0)
     for number, each in enumerate(planned, start=1):
         if results.read(each) is not None:
             continue

@@ -178,7 +178,8 @@ def _rows(rows: Found, compared: Found) -> list[Section]:
     seeds = {seed for by_seed in values.values() for seed in by_seed}
     for name in (BASE, FULL):
         of_arm = figure_of(compared, *PRIMARY).get(name, {})
-        values[name] = {seed: value for seed, value in of_arm.items() if seed in seeds}
+        shared = {seed: value for seed, value in of_arm.items() if seed in seeds}
+        values |= {name: shared} if shared else {}
     lines = []
     for name, by_seed in values.items():
         against = [difference(name, other, values) for other in (BASE, FULL)]

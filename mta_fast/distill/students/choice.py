@@ -27,34 +27,31 @@ class Cut:
         blocks: of the teacher, in the student's order.
         how: who chose them, in words.
         removed: (block, loss on the rows that chose once it had gone), in nats a token and in order.
-        losses: the teacher's and the student's, in nats a token; None without text.
-        judged_on: which rows those are of, in words.
+        losses: the teacher's and the student's, in nats a token; judged_on: which rows those are of, in words.
     """
 
     student: PreTrainedModel
     blocks: list[int]
     how: str
-    removed: Sequence[tuple[int, float]] = ()
-    losses: tuple[float, float] | None = None
-    judged_on: str = ""
+    removed: Sequence[tuple[int, float]]
+    losses: tuple[float, float]
+    judged_on: str
 
     def facts(self) -> dict[str, Any]:
         """What is recorded with the student."""
         made: dict[str, Any] = {"blocks": self.blocks, "chosen": self.how}
         if self.removed:
             made["removed"] = [{"block": block, "loss": round(loss, 4)} for block, loss in self.removed]
-        if self.losses is not None:
-            teacher, student = (round(loss, 4) for loss in self.losses)
-            made["loss"] = {"teacher": teacher, "student": student, "on": self.judged_on}
-        return made
+        teacher, student = (round(loss, 4) for loss in self.losses)
+        return made | {"loss": {"teacher": teacher, "student": student, "on": self.judged_on}}
 
     def lines(self) -> list[str]:
         """The same for a reader."""
-        made = [f"blocks {','.join(map(str, self.blocks))}, chosen {self.how}"]
-        if self.losses is not None:
-            teacher, student = self.losses
-            made.append(f"loss in nats a token, on {self.judged_on}: teacher {teacher:.3f}, student {student:.3f}")
-        return made
+        teacher, student = self.losses
+        return [
+            f"blocks {','.join(map(str, self.blocks))}, chosen {self.how}",
+            f"loss in nats a token, on {self.judged_on}: teacher {teacher:.3f}, student {student:.3f}",
+        ]
 
 
 def parse_blocks(layers: str | None, keep: str | None, *, even: bool = False) -> int | list[int]:
@@ -98,7 +95,7 @@ def cut_student(
     teacher: PreTrainedModel,
     tokenizer: Any,
     layers: int | Sequence[int],
-    text: Sequence[Mapping[str, Any]] = (),
+    text: Sequence[Mapping[str, Any]],
     *,
     rows: int,
     length: int = LENGTH,
@@ -110,7 +107,7 @@ def cut_student(
     Args:
         teacher, tokenizer, report: as ``greedy_layers`` takes them.
         layers: how many blocks, chosen by the loss; or which ones.
-        text: rows that ``read_text`` gives; where the loss doesn't choose there may be none, and no loss is given.
+        text: rows that ``read_text`` gives.
         rows: so many of them choose, and those behind give the loss, if there are any; length: tokens of a row.
         even: of a number of layers, spread them evenly.
 
@@ -132,8 +129,6 @@ def cut_student(
         blocks = check_layers(layers, num_layers(teacher))
         how = "evenly" if even else "by hand"
     student = cut_layers(teacher, blocks)
-    if not text:
-        return Cut(student, blocks, how)
     batch = row_batch(teacher, tokenizer, others or chosen_by, length=length)
     begin, end = (rows, len(text)) if others else (0, len(text))
     judged_on = f"rows {begin + 1} to {end} of the text ({counted(batch)} tokens)"

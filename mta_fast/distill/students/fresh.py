@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mta_fast.distill.models import UNFIT
+from mta_fast.distill.data import load_rows, texts_of
+from mta_fast.distill.models import UNFIT, load_config, load_tokenizer
 from mta_fast.distill.students.cut import cut_config
+from mta_fast.distill.students.vocabulary import coverage, numbers_of, trim_tokenizer
 from mta_fast.errors import InputError
 from mta_fast.layers import depth_of, evaluating
 
@@ -116,6 +118,59 @@ def fresh_student(config: Any, seed: int = 42) -> Any:
     except (*UNFIT, ImportError, AssertionError) as error:
         raise InputError(f"{type(config).__name__}: expected sizes that a model can be made of, got: {error}") from None
     return student
+
+
+@dataclass(frozen=True, eq=False)
+class Fresh:
+    """A fresh student with its tokenizer, and what there is to say of them."""
+
+    student: Any
+    tokenizer: Any
+    lines: Sequence[str]
+
+
+def make_fresh(
+    teacher: str,
+    sizes: Sizes,
+    data: Sequence[str] = (),
+    *,
+    vocabulary_size: int | None = None,
+    seed: int = 42,
+    **reading: Any,
+) -> Fresh:
+    """What ``mta-fast new`` makes.
+
+    Args:
+        teacher: as ``load_model`` takes it; its config and tokenizer are read.
+        data: sources whose tokens are kept; none: the whole vocabulary.
+        vocabulary_size: keep at most so many of them. seed: of the weights.
+        reading: options of ``load_rows``.
+
+    Raises:
+        InputError: as ``fresh_config``, ``trim_tokenizer`` and ``load_rows`` do; a size without data.
+    """
+    if vocabulary_size is not None and not data:
+        raise InputError("vocabulary_size: expected --vocabulary beside it, the data whose tokens are kept; give it")
+    config = load_config(teacher)
+    fresh_config(config, sizes)  # refuses what can't be, before the data is read
+    tokenizer = whole = load_tokenizer(teacher)
+    texts = [text for source in data for text in texts_of(load_rows(source, tokenizer=whole, **reading).rows)]
+    if data:
+        tokenizer = trim_tokenizer(whole, texts, vocabulary_size)
+    student = fresh_student(fresh_config(config, sizes, numbers_of(tokenizer, whole)), seed)
+    blocks, of_tokens = parameters(student)
+    made = student.config
+    lines = [
+        f"{sizes.layers} blocks of width {made.hidden_size} with {made.num_attention_heads} heads, "
+        f"{blocks / 1e6:.2f} million parameters and {of_tokens / 1e6:.2f} million of embeddings"
+    ]
+    if data:
+        kept = coverage(whole, tokenizer, texts)
+        lines.append(
+            f"{len(tokenizer):,} of {len(whole):,} tokens, which are {kept.share:.2%} of the data's; "
+            f"{kept.before:.1f} tokens a row before, {kept.after:.1f} now"
+        )
+    return Fresh(student, tokenizer, lines)
 
 
 def parameters(student: Any) -> tuple[int, int]:

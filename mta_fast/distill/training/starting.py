@@ -21,24 +21,26 @@ Inputs = Callable[[Sequence[Row]], Mapping[str, Any]]
 Reduce = Callable[[Tensor], Tensor]
 
 
-def starts_by_ridge(mta: MTALoss | None, args: MTATrainingArguments, *, sharded: bool) -> bool:
-    """Whether a training begins with ridge; the identity is taken at once. Without Hid there is nothing to start.
+def start_of(mta: MTALoss | None, args: MTATrainingArguments, *, sharded: bool) -> str:
+    """``projection_init``; "default" without Hid, as there is nothing to start.
 
     Raises:
         InputError: ridge, where FSDP or DeepSpeed shard the student that it must run.
     """
-    if mta is None or not len(mta.projections) or args.projection_init == "default":
-        return False
-    if args.projection_init == "identity":
-        for projection in mta.projections:
-            projection.start_at_identity()  # type: ignore[operator]  # ModuleList knows modules alone
-        return False
-    if sharded:
+    if mta is None or not len(mta.projections):
+        return "default"
+    if args.projection_init == "ridge" and sharded:
         raise InputError(
             "projection_init: expected default or identity with FSDP or DeepSpeed, whose student is in no place whole, "
             "got 'ridge'; give MTATrainer an MTALoss whose projections MTALoss.fit_projections has started"
         )
-    return True
+    return args.projection_init
+
+
+def start_at_identity(mta: MTALoss) -> None:
+    """Start every projection there."""
+    for projection in mta.projections:
+        projection.start_at_identity()  # type: ignore[operator]  # ModuleList knows modules alone
 
 
 def start_by_ridge(mta: MTALoss, dataset: Any, args: MTATrainingArguments, inputs: Inputs, reduce: Reduce) -> None:
@@ -112,6 +114,8 @@ def _same_random_numbers(device: torch.device) -> Iterator[None]:
     """Within it random numbers may be drawn; afterwards they are as before."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -40,7 +40,7 @@ from mta_fast.distill.training.joining import (
 from mta_fast.distill.training.log import TERMS, EvaluationSums, StepEnd, TrainingLog
 from mta_fast.distill.training.module import DistillationOutput, StepTotals, teacher_side
 from mta_fast.distill.training.packing import check_joined
-from mta_fast.distill.training.starting import start_by_ridge, starts_by_ridge
+from mta_fast.distill.training.starting import start_at_identity, start_by_ridge, start_of
 from mta_fast.distill.training.teaching import TeacherPass
 from mta_fast.errors import InputError
 from mta_fast.files import user_path
@@ -147,7 +147,10 @@ class MTATrainer(TeacherPass):
                 "log_gradient_norms: expected whole gradients, got sharded ones (FSDP or DeepSpeed); set it to false"
             )
         sharded, evaluates = self.is_fsdp_enabled or self.is_deepspeed_enabled, args.eval_strategy.value != "no"
-        self._starts_by_ridge = starts_by_ridge(mta, args, sharded=sharded)
+        start = start_of(mta, args, sharded=sharded)
+        if start == "identity" and mta is not None:
+            start_at_identity(mta)
+        self._starts_by_ridge = start == "ridge"
         self._batches.check(
             TrainingPlan(student, kinds, self.train_dataset, self.eval_dataset, evaluates=evaluates, sharded=sharded)
         )
