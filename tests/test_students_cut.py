@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import FAMILIES, LAYERS, SCALED, make_model, make_tokenizer
 
 pytest.importorskip("transformers")
@@ -342,9 +343,15 @@ def test_the_command_without_a_text(teacher_folder: Path, tmp_path: Path, capsys
     assert _record(tmp_path / "hand")["text"] == "sample"
 
 
-def test_the_command_with_rows_longer_than_the_model(teacher_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    assert main(["cut", str(teacher_folder), str(tmp_path / "out"), "--keep", "2", "--max-length", "9999"]) == 1
-    assert "max_length" in capsys.readouterr().err
+def test_rows_longer_than_the_model_are_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.GPT2Config(vocab_size=512, n_positions=64, n_layer=3, n_embd=8, n_head=2)
+    for part in (transformers.GPT2LMHeadModel(config), make_tokenizer(512)):
+        part.save_pretrained(tmp_path / "short")
+    monkeypatch.setattr("mta_fast.distill.models.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert main(["cut", str(tmp_path / "short"), str(tmp_path / "out"), "--keep", "2"]) == 2
+    assert "expected positions for max_length = 128 tokens, it has 64; lower max_length" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
