@@ -62,7 +62,8 @@ FRESH = Setup(
     width=160,
     heads=4,
     vocabulary=8192,
-    steps=600,
+    steps=300,
+    tokens=512,
     learning_rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
 )
 CUT = Setup(
