@@ -65,7 +65,7 @@ def layer_loss(
     salience = (membership * weight_t[:, None, :]).sum(2)[filled]
     pair_weights = salience[:, None] * salience
     pair_weights = pair_weights * (span_rows[:, None] == span_rows)
-    pair_weights = pair_weights * ~torch.eye(len(span_rows), dtype=torch.bool)
+    pair_weights = pair_weights * ~torch.eye(len(span_rows), dtype=torch.bool, device=mask.device)
     dsa = (pair_weights * (unit_s @ unit_s.T - unit_t @ unit_t.T) ** 2).sum() / pair_weights.sum().clamp(min=CLAMP)
     if projection is None:
         return dsa, dsa.new_zeros(())
@@ -79,7 +79,7 @@ def layer_loss(
 def _importance(hidden: Tensor, mask: Tensor) -> Tensor:
     z = hidden / (hidden.std(-1, keepdim=True) + 1e-5)
     scores = z @ z.transpose(1, 2) / hidden.shape[-1] ** 0.5
-    hidden_keys = torch.eye(hidden.shape[1], dtype=torch.bool) | (mask == 0)[:, None, :]
+    hidden_keys = torch.eye(hidden.shape[1], dtype=torch.bool, device=mask.device) | (mask == 0)[:, None, :]
     return scores.masked_fill(hidden_keys, -torch.inf).softmax(-1).mean(1) * mask
 
 
@@ -88,6 +88,7 @@ def _membership(char_spans: list[list[tuple[int, int]]], offsets: Tensor, mask: 
     bounds = torch.full((len(char_spans), max(map(len, char_spans)), 2), -1)
     for row, spans in enumerate(char_spans):
         bounds[row, : len(spans)] = torch.tensor(spans).reshape(-1, 2)
+    bounds = bounds.to(offsets.device)
     start, end = offsets[:, None, :, 0], offsets[:, None, :, 1]
     inside = (start + 1 >= bounds[..., :1]) & (end <= bounds[..., 1:]) & (mask != 0)[:, None, :]
     return inside.float()

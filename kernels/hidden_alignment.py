@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mta_fast.contract import checked
 from mta_fast.kernels._device import inverse_norm, load, power_of_two, row_power, squares_fit
+from mta_fast.kernels._gemm import add_product, product
 from mta_fast.kernels._launch import launch, numerics, writable
 from mta_fast.layout import AlignmentGradient, DivergenceGradient, compute_dtype, kept_dtype
 
@@ -159,11 +160,11 @@ def add_gradients(
     bias, rows = gradient.bias, gradient.student[chunk]
     if scales is None:
         if rows.dtype == dp.dtype:
-            torch.mm(dp, matrix, out=rows)
+            product(dp, matrix, rows.dtype, rows)
         else:
-            rows.copy_(torch.mm(dp, matrix))
+            rows.copy_(product(dp, matrix, dp.dtype))
         if len(gradient.weight):
-            gradient.weight.add_(product(dp.T, h, gradient.weight.dtype))
+            add_product(gradient.weight, dp.T, h)
         if bias.numel():
             bias.add_(dp.sum(0, dtype=bias.dtype))
         return
@@ -175,12 +176,3 @@ def add_gradients(
     gradient.weight.addcmul_(product(dp.T, (h * relative).to(h.dtype), gradient.weight.dtype), largest)
     if bias.numel():
         bias.add_((dp * scales[:, None]).sum(0))
-
-
-def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right in ``dtype``: sums of half-precision products are not rounded to half precision."""
-    if left.dtype == dtype:
-        return torch.mm(left, right)
-    if dtype == torch.float32 and left.device.type != "cpu" and not torch.version.hip:
-        return torch.mm(left, right, out_dtype=dtype)
-    return torch.mm(left.to(dtype), right.to(dtype))  # only CUDA multiplies halves into float32

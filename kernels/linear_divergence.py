@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mta_fast.contract import DIVERGENCES, checked
 from mta_fast.kernels._device import load
+from mta_fast.kernels._gemm import ALIGNED, product
 from mta_fast.kernels._launch import launch, numerics, writable
-from mta_fast.kernels.hidden_alignment import add_gradients, product
+from mta_fast.kernels.hidden_alignment import add_gradients
 from mta_fast.layout import DivergenceGradient, Head, compute_dtype, kept_dtype
 from mta_fast.reference import empty_head_gradient
 
@@ -117,6 +118,7 @@ def _diverge(
     values,
     out,  # [chunk, V] the gradient of the products; may be ``student``
     width,
+    stride_m,  # from row to row, of all three
     DIVERGENCE: tl.constexpr,
     DETACH: tl.constexpr,
     BETA: tl.constexpr,
@@ -136,8 +138,8 @@ def _diverge(
     Three passes over the row: both log-sum-exps; the value and sum q g; the gradient.
     """
     i_m = tl.program_id(0).to(tl.int64)
-    p_s = student + i_m * width
-    p_out = out + i_m * width
+    p_s = student + i_m * stride_m
+    p_out = out + i_m * stride_m
     factor = 1.0 if UNIT else tl.load(factors + i_m)
     s_sum = _log_sum(p_s, student_bias, width, S_SCALE, S_SOFTCAP, S_TEMPERATURE, BLOCK_V, ACC)
     if DIVERGENCE == CROSS_ENTROPY:
@@ -154,7 +156,7 @@ def _diverge(
                 tl.store(p_out + o_v, b_gradient.to(out.dtype.element_ty), mask=o_v < width)
     else:
         alpha = tl.load(alphas + i_m)
-        p_t = teacher + i_m * width
+        p_t = teacher + i_m * stride_m
         t_sum = _log_sum(p_t, teacher_bias, width, T_SCALE, T_SOFTCAP, T_TEMPERATURE, BLOCK_V, ACC)
         b_value = tl.zeros((BLOCK_V,), dtype=ACC)
         b_total = tl.zeros((BLOCK_V,), dtype=ACC)
@@ -221,14 +223,19 @@ def linear_divergence(
             *empty_head_gradient(student_weight, student_bias, dtype, with_head),
         )
     step = max(1, CHUNK_LOGITS // vocabulary)
+    stride = -(-vocabulary // ALIGNED) * ALIGNED
+
+    def rows(like: Tensor, dtype: torch.dtype) -> Tensor:
+        return like.new_empty(like.shape[0], stride, dtype=dtype)[:, :vocabulary]
+
     for start in range(0, size, step):
         chunk = slice(start, start + step)
         h = student[chunk].to(matmul_dtype)
-        s = product(h, matrix.T, dtype)
+        s = product(h, matrix.T, dtype, rows(h, dtype))
         t = None
         if teacher is not None and of_teacher is not None:
-            t = product(teacher[chunk].to(teacher_matmul_dtype), of_teacher[0].T, dtype)
-        ds = s if matmul_dtype == dtype else torch.empty_like(s, dtype=writable(matmul_dtype))
+            t = product(teacher[chunk].to(teacher_matmul_dtype), of_teacher[0].T, dtype, rows(h, dtype))
+        ds = s if matmul_dtype == dtype else rows(h, writable(matmul_dtype))
         launch(
             "diverge",
             _diverge,
@@ -244,6 +251,7 @@ def linear_divergence(
             values=values[chunk],
             out=ds,
             width=vocabulary,
+            stride_m=stride,
             DIVERGENCE=DIVERGENCES.index(divergence_name),
             DETACH=detach,
             BETA=beta,

@@ -55,6 +55,11 @@ OPTIONS = [{}, {"causal": True}, {"count_padding": True}, {"causal": True, "coun
 def _importance_case(lengths: list[int], width: int, dtype: torch.dtype, layout: str = "right") -> RaggedBatch:
     batch = make_batch(layout, [(n, []) for n in lengths])
     batch.hidden = batch.lay([row.to(dtype) for row in random_rows(lengths, width)], padding=0.5).to(DEVICE)
+    if DEVICE == "cuda" and batch.mask is not None:
+        # the scores of a constant state are its products over a standard deviation of 0 + 1e-5 or so: what tensor cores
+        # drop of a sum decides there which key is seen
+        padding = ~batch.mask.bool()
+        batch.hidden[padding.to(DEVICE)] = torch.randn(int(padding.sum()), width).to(batch.hidden)
     return batch
 
 
@@ -87,7 +92,7 @@ def test_importance_of_any_width(width: int) -> None:
         long = width < 8192 or name == "float32"
         lengths = [5, 40, 258] if width < 1600 else [3, 258 if long else 40]
         batch = _importance_case(lengths, width, getattr(torch, name))
-        check(*(token_importance(h, batch.mask, backend=b) for h, b in _sides(batch.hidden)))
+        check(*(token_importance(h, batch.mask, backend=b) for h, b in _sides(batch.hidden)), width=width)
 
 
 def _sides(hidden: Tensor) -> Iterator[tuple[Tensor, str]]:
@@ -200,6 +205,7 @@ def test_pool_a_span_of_thousands() -> None:
 
 # none, one (no pair), two, around a tile (32 or 64), more than a tile; 0 spans last
 PAIR_COUNTS = [0, 1, 2, 31, 32, 33, 65, 0]
+PAIRWISE = ["unit_parts", "pair_errors", "pair_gradients"]
 
 
 def _pair_inputs(dtype: torch.dtype, d_s: int = 40, d_t: int = 70) -> tuple[Any, ...]:
@@ -226,7 +232,7 @@ def test_span_pairs(dtype: torch.dtype, method: str) -> None:
     student, teacher, weights, spans = _pair_inputs(dtype)
     with launched() as names:
         ours = _pair_terms(student, teacher, weights, spans, method=method, backend="triton")
-    kernels = {"pairwise": ["pairs"], "gram": ["gram_products", "gram_gradient"]}[method]
+    kernels = {"pairwise": PAIRWISE, "gram": ["gram_products", "gram_gradient"]}[method]
     assert names == [*kernels, "row_totals"]
     eager = _pair_terms(student, teacher, weights, spans, method=method, backend="reference")
     double = student.double(), teacher.double(), weights.double()
@@ -236,6 +242,23 @@ def test_span_pairs(dtype: torch.dtype, method: str) -> None:
     with torch.no_grad():  # without a gradient other tiles are visited
         value, _ = span_pair_terms(student, teacher, weights, spans, reduction="none", method=method, backend="triton")
     check(value, eager[0], exact[0])
+
+
+@pytest.mark.parametrize("scratch", [150_000, 50_000, 1], ids=["groups", "groups and a strip", "strips"])
+def test_span_pairs_with_little_scratch(monkeypatch: pytest.MonkeyPatch, scratch: int) -> None:
+    student, teacher, weights, spans = _pair_inputs(torch.float32)
+    weights = weights - 0.5  # weights of both signs: pairs count as their product does
+    whole = _pair_terms(student, teacher, weights, spans, method="pairwise", backend="triton")
+    monkeypatch.setattr(sys.modules["mta_fast.kernels.span_pairs"], "SCRATCH_BYTES", scratch)
+    with launched() as names:
+        ours = _pair_terms(student, teacher, weights, spans, method="pairwise", backend="triton")
+    assert names.count("pair_errors") > 1
+    double = student.double(), teacher.double(), weights.double()
+    exact = _pair_terms(*double, spans, method="pairwise", backend="reference")
+    eager = _pair_terms(student, teacher, weights, spans, method="pairwise", backend="reference")
+    for x, y, z, w in zip(ours, eager, exact, whole, strict=True):
+        check(x, y, z)
+        check(w, y, z)
 
 
 @pytest.mark.slow
@@ -259,7 +282,7 @@ def test_the_cost_model_picks_per_row() -> None:
     student, teacher, weights, spans = _pair_inputs(torch.float32, 8, 8)
     with launched() as names:
         ours = _pair_terms(student, teacher, weights, spans, backend="triton")
-    assert names == ["pairs", "gram_products", "gram_gradient", "row_totals"]
+    assert names == [*PAIRWISE, "gram_products", "gram_gradient", "row_totals"]
     double = student.double(), teacher.double(), weights.double()
     exact = _pair_terms(*double, spans, backend="reference", method="pairwise")
     for x, y, z in zip(ours, _pair_terms(student, teacher, weights, spans, backend="reference"), exact, strict=True):
@@ -465,7 +488,7 @@ def test_launches_of_a_layer_pair() -> None:
     with launched() as names:
         loss({0: student.requires_grad_()}, {0: teacher}, {"phrase": spans}).loss.backward()
     assert names.count("align") == 1
-    assert len(names) - 1 <= 14, names
+    assert len(names) - 1 <= 16, names
     assert len(set(names)) == len(names) - 1, "only pooling runs twice, once a side"
 
 

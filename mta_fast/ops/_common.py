@@ -18,6 +18,19 @@ from mta_fast.reference import quotient as quotient
 from mta_fast.spans.batch import SpanBatch
 
 REDUCTIONS = ("mean", "sample", "none")
+# Asked once: Dynamo can't trace the question in torch 2.11
+AUTOCAST_DEVICES = frozenset(
+    d for d in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(d)
+)
+
+
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What W h is multiplied in: autocast's dtype where it is on, as in a Linear; else the wider of the two."""
+    promoted = torch.promote_types(hidden.dtype, weight.dtype)
+    device = hidden.device.type
+    if promoted != torch.float64 and device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return promoted
 
 
 def check_float(name: str, tensor: Tensor, ndim: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from mta_fast.ops._common import (
     check_shape,
     check_spans,
     flat,
+    product_dtype,
     quotient,
     register_backward,
     without_scale,
@@ -137,20 +138,11 @@ def hidden_alignment_numerator(
         weights.detach(),
         proj_weight,
         proj_bias,
-        _matmul_dtype(student, proj_weight),
+        product_dtype(student, proj_weight),
         with_gradient,
         backend,
     )
     return numerator
-
-
-def _matmul_dtype(student: Tensor, proj_weight: Tensor) -> torch.dtype:
-    """What P h is multiplied in: autocast's dtype where it is on, as in a Linear; else the wider of the two."""
-    promoted = torch.promote_types(student.dtype, proj_weight.dtype)
-    device = student.device.type
-    if promoted != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return promoted
 
 
 @torch.library.custom_op("mta_fast::hidden_alignment", mutates_args=())

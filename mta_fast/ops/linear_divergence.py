@@ -13,7 +13,7 @@ from mta_fast.choices import check_choice
 from mta_fast.contract import DIVERGENCES
 from mta_fast.errors import InputError
 from mta_fast.layout import DivergenceGradient, Head, compute_dtype, kept_dtype
-from mta_fast.ops._common import check_device, check_float, check_shape, register_backward
+from mta_fast.ops._common import check_device, check_float, check_shape, product_dtype, register_backward
 from mta_fast.reference import divergence as divergence
 from mta_fast.reference import head_logits as head_logits
 from mta_fast.reference import processed as processed
@@ -190,15 +190,6 @@ def _chosen(name: str, ids: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
         raise InputError(f"{name}: expected [V] of int32 or int64, got shape {tuple(ids.shape)} of {ids.dtype}")
     check_device(weight.device, **{name: ids})
     return weight.index_select(0, ids), None if bias is None else bias.index_select(0, ids)
-
-
-def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What W h is multiplied in: autocast's dtype where it is on, as in a Linear; else the wider of the two."""
-    promoted = torch.promote_types(hidden.dtype, weight.dtype)
-    device = hidden.device.type
-    if promoted != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return promoted
 
 
 # --- the ops -----------------------------------------------------------------------------------------------------

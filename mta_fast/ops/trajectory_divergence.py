@@ -11,8 +11,8 @@ from torch import Tensor
 from mta_fast import contract, reference
 from mta_fast.errors import InputError
 from mta_fast.layout import DivergenceGradient, Head, compute_dtype, kept_dtype
-from mta_fast.ops._common import check_device, check_float, check_shape, register_backward
-from mta_fast.ops.linear_divergence import all_ids, product_dtype, softcap_or_zero
+from mta_fast.ops._common import check_device, check_float, check_shape, product_dtype, register_backward
+from mta_fast.ops.linear_divergence import all_ids, softcap_or_zero
 from mta_fast.reference import trajectory as trajectory
 
 
