@@ -174,7 +174,9 @@ def _gram_products(
         p_gram = gram_xx + big_rank * student_width * student_width
         m_tile = (o_left < student_width)[:, None] & (o_right < student_width)[None, :]
         tl.store(p_gram + o_left[:, None] * student_width + o_right[None, :], acc, mask=m_tile)
-        tl.store(p_gram + o_right[None, :] * student_width + o_left[:, None], acc, mask=m_tile)
+        end_mirrored = tl.where(i_left == i_right, 0, student_width)  # a tile on the diagonal is its own mirror image
+        m_mirrored = (o_left < end_mirrored)[:, None] & (o_right < end_mirrored)[None, :]
+        tl.store(p_gram + o_right[None, :] * student_width + o_left[:, None], acc, mask=m_mirrored)
     elif i_program < programs_xx + programs_yx:
         i_left, i_right = (i_program - programs_xx) // tiles_s, (i_program - programs_xx) % tiles_s
         o_left, o_right = i_left * TILE + tl.arange(0, TILE), i_right * TILE + tl.arange(0, TILE)

@@ -134,26 +134,29 @@ def _block(p, mask, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def _split_product(
-    p_left, p_right, left_stride, right_stride, m_left, m_right, acc, acc_small, LEFT_TRANSPOSED: tl.constexpr,
+    p_left, p_right, left_stride, right_stride, m_left, m_right, acc, LEFT_TRANSPOSED: tl.constexpr,
     RIGHT_TRANSPOSED: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """acc + acc_small + left right of blocks that are sums of PARTS, of which the smallest products are left out.
+    """acc + left right of blocks that are sums of PARTS, of which the smallest products are left out.
 
-    Tensor cores cut off what does not fit their sum, at every step: small products have a sum of their own.
+    Tensor cores cut off what does not fit their sum, at every step: a block has a sum of its own, of small products
+    first, and is added by an addition that rounds.
     """
     b_left_0, b_right_0 = _block(p_left, m_left, LEFT_TRANSPOSED), _block(p_right, m_right, RIGHT_TRANSPOSED)
-    if PARTS > 1:
-        b_left_1 = _block(p_left + left_stride, m_left, LEFT_TRANSPOSED)
-        b_right_1 = _block(p_right + right_stride, m_right, RIGHT_TRANSPOSED)
-        if PARTS > 2:
-            b_left_2 = _block(p_left + 2 * left_stride, m_left, LEFT_TRANSPOSED)
-            b_right_2 = _block(p_right + 2 * right_stride, m_right, RIGHT_TRANSPOSED)
-            acc_small = _product(b_left_0, b_right_2, acc_small, ACC)
-            acc_small = _product(b_left_2, b_right_0, acc_small, ACC)
-            acc_small = _product(b_left_1, b_right_1, acc_small, ACC)
-        acc_small = _product(b_left_0, b_right_1, acc_small, ACC)
-        acc_small = _product(b_left_1, b_right_0, acc_small, ACC)
-    return _product(b_left_0, b_right_0, acc, ACC), acc_small
+    if PARTS == 1:
+        return _product(b_left_0, b_right_0, acc, ACC)
+    b_left_1 = _block(p_left + left_stride, m_left, LEFT_TRANSPOSED)
+    b_right_1 = _block(p_right + right_stride, m_right, RIGHT_TRANSPOSED)
+    b_sum = tl.zeros(acc.shape, dtype=ACC)
+    if PARTS > 2:
+        b_left_2 = _block(p_left + 2 * left_stride, m_left, LEFT_TRANSPOSED)
+        b_right_2 = _block(p_right + 2 * right_stride, m_right, RIGHT_TRANSPOSED)
+        b_sum = _product(b_left_0, b_right_2, b_sum, ACC)
+        b_sum = _product(b_left_2, b_right_0, b_sum, ACC)
+        b_sum = _product(b_left_1, b_right_1, b_sum, ACC)
+    b_sum = _product(b_left_0, b_right_1, b_sum, ACC)
+    b_sum = _product(b_left_1, b_right_0, b_sum, ACC)
+    return acc + _product(b_left_0, b_right_0, b_sum, ACC)
 
 
 @triton.jit
@@ -167,12 +170,12 @@ def _cosines(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """x_i . x_j [TILE, TILE] of one side; o_i, o_j: spans within the group."""
-    acc, acc_small = tl.zeros((TILE, TILE), dtype=ACC), tl.zeros((TILE, TILE), dtype=ACC)
+    acc = tl.zeros((TILE, TILE), dtype=ACC)
     p_i = parts + o_i.to(tl.int64)[:, None] * padded + tl.arange(0, BLOCK_D)[None, :]
     p_j = parts + o_j.to(tl.int64)[:, None] * padded + tl.arange(0, BLOCK_D)[None, :]
     stride = part_stride.to(tl.int64)
     for start in range(0, padded, BLOCK_D):
-        acc, acc_small = _split_product(
+        acc = _split_product(
             p_i + start,
             p_j + start,
             stride,
@@ -180,13 +183,12 @@ def _cosines(
             m_i[:, None],
             m_j[:, None],
             acc,
-            acc_small,
             False,
             True,
             PARTS,
             ACC,
         )
-    return acc + acc_small
+    return acc
 
 
 @triton.jit(do_not_specialize=(*LENGTHS, "strip_tiles"))
@@ -301,7 +303,7 @@ def _pair_gradients(
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_row, o_k = tl.arange(0, TILE), tl.arange(0, BLOCK_K)
     stride = part_stride_s.to(tl.int64)
-    acc, acc_small = tl.zeros((TILE, BLOCK_N), dtype=ACC), tl.zeros((TILE, BLOCK_N), dtype=ACC)
+    acc = tl.zeros((TILE, BLOCK_N), dtype=ACC)
     b_along = tl.zeros((TILE,), dtype=ACC)
     before = 0 if STRIP else i  # tiles j < i, of which the transposed one is there
     for start in range(0, before * TILE, BLOCK_K):
@@ -310,9 +312,7 @@ def _pair_gradients(
         o_j = first + start + o_k
         p_unit = student_parts + (o_j - origin).to(tl.int64)[:, None] * student_padded + o_n[None, :]
         m_unit = (o_j < end)[:, None] & (o_n < student_padded)[None, :]
-        acc, acc_small = _split_product(
-            p_error, p_unit, TILE * TILE, stride, None, m_unit, acc, acc_small, True, False, PARTS, ACC
-        )
+        acc = _split_product(p_error, p_unit, TILE * TILE, stride, None, m_unit, acc, True, False, PARTS, ACC)
     for start in range(before * TILE, end - first, BLOCK_K):
         j = start // TILE
         slot = (program * strip_tiles + j if STRIP else pairs + j * (j + 1) // 2 + i).to(tl.int64)
@@ -320,9 +320,7 @@ def _pair_gradients(
         o_j = first + start + o_k
         p_unit = student_parts + (o_j - origin).to(tl.int64)[:, None] * student_padded + o_n[None, :]
         m_unit = (o_j < end)[:, None] & (o_n < student_padded)[None, :]
-        acc, acc_small = _split_product(
-            p_error, p_unit, TILE * TILE, stride, None, m_unit, acc, acc_small, False, False, PARTS, ACC
-        )
+        acc = _split_product(p_error, p_unit, TILE * TILE, stride, None, m_unit, acc, False, False, PARTS, ACC)
     for j in range(tl.cdiv(end - first, TILE)):
         if STRIP:
             slot = program * strip_tiles + j
@@ -334,7 +332,7 @@ def _pair_gradients(
     m_tile = m_i[:, None] & (o_n < student_width)[None, :]
     b_unit = load(student + o_i.to(tl.int64)[:, None] * stride_su + o_n[None, :] * stride_sd, m_tile, ACC, True)
     b_unit = b_unit.to(ACC) * b_power[:, None] * b_inverse[:, None]
-    b_gradient = (acc + acc_small) * tl.sqrt(tl.abs(b_weight))[:, None] - b_along[:, None] * b_unit
+    b_gradient = acc * tl.sqrt(tl.abs(b_weight))[:, None] - b_along[:, None] * b_unit
     b_gradient = b_gradient * 4 * (b_inverse * b_power)[:, None]
     tl.store(gradient + o_i.to(tl.int64)[:, None] * student_width + o_n[None, :], b_gradient, mask=m_tile)
 

@@ -133,6 +133,7 @@ def _run_loss(rows: list[Any], dtype: torch.dtype, method: str, with_gradient: b
 
 LONG = {"statistics", "merge_statistics", "sums"}
 GRAM = {"gram_products", "gram_gradient"}
+PAIRWISE = {"unit_parts", "pair_errors", "pair_gradients"}
 
 
 @interpreted
@@ -140,8 +141,8 @@ GRAM = {"gram_products", "gram_gradient"}
     ("rows", "dtype", "method", "with_gradient", "absent"),
     [
         (ROWS, torch.float32, "pairwise", True, GRAM),
-        (ROWS, torch.bfloat16, "gram", True, {"pairs"}),
-        (ROWS[1:], torch.float32, "pairwise", False, GRAM | LONG | {"pool_gradient"}),
+        (ROWS, torch.bfloat16, "gram", True, PAIRWISE),
+        (ROWS[1:], torch.float32, "pairwise", False, GRAM | LONG | {"pool_gradient", "pair_gradients"}),
     ],
 )
 def test_costs_are_those_of_the_interpreted_kernels(
@@ -156,6 +157,15 @@ def test_costs_are_those_of_the_interpreted_kernels(
         batch = _run_loss(rows, dtype, method, with_gradient)
     _compare(launches, batch)
     assert {made.launch.name for made in launches} == set(COSTS) - absent - {"diverge"}
+
+
+@interpreted
+def test_costs_of_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["mta_fast.kernels.span_pairs"], "SCRATCH_BYTES", 1)
+    with counted(monkeypatch) as launches:
+        batch = _run_loss(ROWS[:2], torch.float32, "pairwise", True)
+    _compare(launches, batch)
+    assert sum(made.launch.name == "pair_errors" for made in launches) == 5  # tiles of 64 spans: 3 and 2
 
 
 @interpreted

@@ -146,8 +146,8 @@ def test_options_are_variants(rows: Rows) -> None:
         made = [row for row in rows if row["target"] == target]
         assert {r["options"] for r in made if (r["kernel"], r["dtype"]) == ("statistics", "bfloat16")} == options
         for kernel, dtype in (
-            ("pairs", "float32 highest"),
-            ("pairs", "bfloat16/float32 highest"),
+            ("pair_errors", "float32 highest"),
+            ("pair_errors", "bfloat16/float32 highest"),
             ("align", "float64"),
         ):
             assert {row["options"] for row in made if (row["kernel"], row["dtype"]) == (kernel, dtype)} >= {

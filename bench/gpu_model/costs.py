@@ -32,7 +32,6 @@ DOUBLE = 8
 SCRATCH = {
     "statistics": ("partial_max", "partial_sums"),
     "sums": ("partial_sums",),
-    "pairs": ("gradient",),
     "span_weights": ("token_weight",),
     "diverge": ("student", "teacher"),
 }
@@ -139,6 +138,9 @@ def cost(launch: Launch, batch: Batch | None) -> Cost:
 
 def precision(launch: Launch) -> str:
     """What its products are multiplied in: "bfloat16" for both half precisions, "tf32x3", "tf32" or "ieee"."""
+    parts = launch.arguments.get("student_parts")
+    if parts is not None:  # of unit spans: bfloat16 wherever they are not float64 (the interpreter keeps them wider)
+        return "ieee" if parts.dtype == torch.float64 else "bfloat16"
     states = launch.arguments.get("hidden", launch.arguments.get("student"))
     return "bfloat16" if is_half(states) else launch.arguments.get("PRECISION", "ieee")
 
@@ -300,29 +302,75 @@ def pool_gradient(a: Arguments, batch: Batch, grid: Grid) -> Cost:
 # --- span pairs --------------------------------------------------------------------------------------------------
 
 
-def pairs(a: Arguments, batch: Batch, grid: Grid) -> Cost:
-    counts = batch.counts[batch.counts < a["gram_from"]]
-    spans, tiles = int(counts.sum()), -(-counts // a["TILE"])
-    width_s, width_t, size = a["student_width"], a["teacher_width"], _size(a, "student_norm")
-    depth = _padded(width_s, a["BLOCK_D"]) + _padded(width_t, a["BLOCK_D"])
-    visited, gradient, scratch = (tiles * (tiles + 1) // 2), 0, 0
+PRODUCTS = {1: 1, 2: 3, 3: 6}  # of factors that are sums of so many parts
+
+
+def unit_parts(a: Arguments, batch: Batch, grid: Grid) -> Cost:
+    span = a["student_width"] * _size(a, "student") + a["teacher_width"] * _size(a, "teacher")
+    span += 2 * _size(a, "student_norm") + _size(a, "weights")
+    return Cost(inputs=grid[0] * span, outputs=grid[0] * _parts(a, "student", "teacher"))
+
+
+def _parts(a: Arguments, *sides: str) -> int:
+    """Bytes of a span's parts."""
+    return a["PARTS"] * sum(a[f"{side}_padded"] for side in sides) * _size(a, "student_parts")
+
+
+def _group(a: Arguments, batch: Batch) -> tuple[np.ndarray, int]:
+    """Spans of each of a group's rows, and the bytes of its row table."""
+    rows = batch.counts[a["first_row"] :][: a["num_rows"]]
+    return rows, INDEX * (2 if a["STRIP"] else len(rows) + 1)
+
+
+def pair_errors(a: Arguments, batch: Batch, grid: Grid) -> Cost:
+    counts, table = _group(a, batch)
+    terms, tile = grid[0], a["TILE"]
+    if a["STRIP"]:  # a term for every j >= i
+        i = a["first_tile"] + np.arange(grid[0] // a["strip_tiles"])
+        terms = int((a["strip_tiles"] - i).sum())
+    written = 0
     if a["WITH_GRADIENT"]:
-        visited, depth = tiles**2, depth + _padded(width_s, a["BLOCK_G"])
-        gradient = spans * width_s * size
-        scratch = 2 * int((counts * tiles).sum()) * width_s * size  # a load and a store for each tile but the first
-    states = width_s * _size(a, "student") + width_t * _size(a, "teacher")
+        along = (1 if a["STRIP"] else 2) * tile * _size(a, "along")
+        written = grid[0] * (a["PARTS"] * tile**2 * _size(a, "errors") + along)
+    spans = int(counts.sum())
     return Cost(
-        flops=int(visited.sum()) * 2 * a["TILE"] ** 2 * depth,
-        inputs=INDEX * (len(batch.counts) + 1) + spans * (states + 3 * size),
-        outputs=spans * DOUBLE + gradient,
-        scratch=scratch,
+        flops=grid[0] * 2 * tile**2 * (a["student_padded"] + a["teacher_padded"]) * PRODUCTS[a["PARTS"]],
+        inputs=table + spans * (_parts(a, "student", "teacher") + _size(a, "weights")),
+        outputs=terms * DOUBLE + written,
+    )
+
+
+def pair_gradients(a: Arguments, batch: Batch, grid: Grid) -> Cost:
+    counts, table = _group(a, batch)
+    tile, width, size = a["TILE"], a["student_width"], _size(a, "gradient")
+    steps = read = along = spans = 0
+    for count in map(int, counts):
+        tiles, depth = -(-count // tile), _padded(count, a["BLOCK_K"])
+        if a["STRIP"]:
+            tiles = grid[0]
+            steps, read, along = tiles * depth, tiles * tile * depth, tiles * a["strip_tiles"] * tile
+            spans += min(count - a["first_tile"] * tile, tiles * tile)
+        else:
+            last = depth - (tiles - 1) * tile  # features of the last diagonal tile that are read
+            steps += tiles * depth
+            read += tiles * (tiles + 1) // 2 * tile**2 - (tile - last) * tile if tiles else 0
+            along += tiles**2 * tile
+            spans += count
+    features = min(a["student_padded"], grid[1] * a["BLOCK_N"])
+    parts = a["PARTS"] * features * _size(a, "student_parts") * int(counts.sum())
+    own = width * _size(a, "student") + _size(a, "student_norm") + _size(a, "weights")
+    return Cost(
+        flops=grid[1] * steps * 2 * tile * a["BLOCK_N"] * PRODUCTS[a["PARTS"]],
+        inputs=table + a["PARTS"] * read * _size(a, "errors") + along * _size(a, "along") + parts + spans * own,
+        outputs=spans * width * size,
     )
 
 
 def row_totals(a: Arguments, batch: Batch, grid: Grid) -> Cost:
-    rows, terms = len(batch.counts), len(_gram_rows(a, batch)) * a["num_tiles"]
-    spans = batch.spans * (DOUBLE + _size(a, "weights"))
-    return Cost(inputs=INDEX * (rows + 1) + spans + terms * DOUBLE, outputs=2 * rows * _size(a, "numerators"))
+    rows, gram = len(batch.counts), _gram_rows(a, batch)
+    terms = a["tile_terms"].numel() + len(gram) * a["num_tiles"] + int(gram.sum())
+    read = INDEX * (rows + 1) + batch.spans * _size(a, "weights") + terms * DOUBLE
+    return Cost(inputs=read, outputs=2 * rows * _size(a, "numerators"))
 
 
 def _gram_rows(a: Arguments, batch: Batch) -> np.ndarray:
@@ -395,7 +443,7 @@ def diverge(a: Arguments, batch: Batch | None, grid: Grid) -> Cost:
 _KERNELS = (
     token_scale, strips, statistics, merge_statistics, sums, merge_sums,
     span_weights, pool, pool_gradient,
-    pairs, row_totals, gram_products, gram_gradient,
+    unit_parts, pair_errors, pair_gradients, row_totals, gram_products, gram_gradient,
     align,
     diverge,
 )  # fmt: skip

@@ -54,7 +54,7 @@ class Recorder(TorchDispatchMode):
     def launched(self, launch: Launch) -> None:
         """Observer of the package's own launches."""
         tensors = [a for a in launch.arguments.values() if isinstance(a, Tensor)]
-        batch = next(self.batches[storage_key(t)] for t in tensors if storage_key(t) in self.batches)
+        batch = next((self.batches[storage_key(t)] for t in tensors if storage_key(t) in self.batches), None)
         self.works.append(Work(launch.name, precision(launch), cost(launch, batch)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

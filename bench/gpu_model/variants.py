@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 VOCABULARY = 49152
 LENGTHS = (256, 4096)  # tokens of a row that takes one pass, and of one that takes two
 SPANS = (1000, 5000)  # of a row in pairwise form, and of one in Gram form
+LONG_ROW = (20_000, 1)  # of a row that is done in strips where the pairwise form is asked for
 WIDTHS, ODD_WIDTHS = (768, 1600), (577, 1601)  # student and teacher; the odd ones allow no 16-byte loads
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
@@ -83,7 +84,7 @@ def _variant(launch: Launch, target: str) -> Variant:
     odd = any(name.endswith("width") and not attributes.get((i,)) for i, name in enumerate(signature))
     given = (kernel.cache_key, target, signature, constants, attributes, sorted(launch.options.items()))
     words = {"CAUSAL": "causal", "COUNT_PADDING": "count_padding", "WITH_GRADIENT": "gradient"}
-    words |= {"S_SOFTCAP": "softcap"}
+    words |= {"S_SOFTCAP": "softcap", "STRIP": "strip"}
     options = [word for name, word in words.items() if launch.arguments.get(name)]
     if "DIVERGENCE" in launch.arguments:
         options.insert(0, DIVERGENCES[launch.arguments["DIVERGENCE"]])
@@ -130,6 +131,7 @@ def _calls() -> Iterator[tuple[str, str, Callable[[], None]]]:
     yield "bfloat16/float32", "highest", partial(_alignment, half, single)
     for with_gradient in (False, True):
         yield "float32", "highest", partial(_pairs, single, single, with_gradient, ODD_WIDTHS)
+        yield "float32", "highest", partial(_pairs, single, single, with_gradient, spans=LONG_ROW)
         yield "bfloat16/float32", "highest", partial(_pairs, half, single, with_gradient)
 
 
@@ -137,10 +139,10 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _spans() -> Spans:
+def _spans(counts: tuple[int, int] = SPANS) -> Spans:
     """Spans of two rows: one in pairwise form, one in Gram form."""
-    count, covered = sum(SPANS), 3000
-    host = torch.tensor([[0, 0], [SPANS[0], SPANS[0]], [count, count]], dtype=torch.int32)
+    count, covered = sum(counts), 3000
+    host = torch.tensor([[0, 0], [counts[0], counts[0]], [count, count]], dtype=torch.int32)
     return Spans(
         ranges=_empty(count, 2), span_rows=_empty(count), span_splits=_empty(3), covered=_empty(covered),
         covered_rows=_empty(covered), covered_splits=_empty(3), cover_splits=_empty(covered + 1),
@@ -167,15 +169,20 @@ def _pooling(dtype: torch.dtype, width: int = WIDTHS[0]) -> None:
 
 
 def _pairs(
-    student_dtype: torch.dtype, teacher_dtype: torch.dtype, gradient: bool, widths: tuple[int, int] = WIDTHS
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    gradient: bool,
+    widths: tuple[int, int] = WIDTHS,
+    spans: tuple[int, int] = SPANS,
 ) -> None:
     from mta_fast.kernels import span_pairs
 
-    spans, count = _spans(), sum(SPANS)
+    made, count = _spans(spans), sum(spans)
     student, teacher = _empty(count, widths[0], dtype=student_dtype), _empty(count, widths[1], dtype=teacher_dtype)
     weights = _empty(count, dtype=compute_dtype(student, teacher))
-    method = "pairwise" if student.element_size() == 2 else "auto"  # the Gram form turns halves to float32 beforehand
-    span_pairs(student, teacher, weights, weights, weights, spans.span_splits, spans.host, method, gradient)
+    # the Gram form turns halves to float32 beforehand
+    method = "pairwise" if student.element_size() == 2 or spans == LONG_ROW else "auto"
+    span_pairs(student, teacher, weights, weights, weights, made.span_splits, made.host, method, gradient)
 
 
 def _alignment(student_dtype: torch.dtype, teacher_dtype: torch.dtype, widths: tuple[int, int] = WIDTHS) -> None:
