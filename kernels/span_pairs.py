@@ -212,7 +212,7 @@ def _pair_errors(
     first_tile,  # of a strip
     strip_tiles,  # tiles of the strip's row; 0: whole rows
     WITH_GRADIENT: tl.constexpr,
-    STRIP: tl.constexpr,
+    IN_STRIPS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
@@ -221,15 +221,13 @@ def _pair_errors(
     """Tile (i, j) of s e s, its sum of squares, and in a strip of every j, else of j >= i alone."""
     program = tl.program_id(0)
     row, slot = first_row, program
-    if STRIP:
+    if IN_STRIPS:
         i, j = first_tile + program // strip_tiles, program % strip_tiles
         term = first_pair + j * (j + 1) // 2 + i
-        factor = tl.where(j > i, 2.0, tl.where(j == i, 1.0, 0.0))
     else:
         row, local, _ = _find_tile(span_splits, first_row, num_rows, program, gram_from, TILE, True)
         i, j = triangle(local)
         term = first_pair + program
-        factor = tl.where(j > i, 2.0, 1.0)
     first, end = tl.load(span_splits + row), tl.load(span_splits + row + 1)
     o_i, o_j = first + i * TILE + tl.arange(0, TILE), first + j * TILE + tl.arange(0, TILE)
     m_i, m_j = o_i < end, o_j < end
@@ -245,13 +243,13 @@ def _pair_errors(
     b_sign_i = tl.where(tl.load(weights + o_i, mask=m_i, other=0.0) < 0, -1.0, 1.0).to(ACC)
     b_sign_j = tl.where(tl.load(weights + o_j, mask=m_j, other=0.0) < 0, -1.0, 1.0).to(ACC)
     b_signed = b_error * (b_sign_i[:, None] * b_sign_j[None, :])
-    value = tl.sum(tl.sum(b_signed * b_error, 1).to(tl.float64), 0) * factor
-    tl.store(tile_terms + term, value, mask=factor > 0)
+    value = tl.sum(tl.sum(b_signed * b_error, 1).to(tl.float64), 0)
+    tl.store(tile_terms + term, tl.where(j > i, 2 * value, value), mask=j >= i)
     if WITH_GRADIENT:
         b_along = b_signed * b_cosine
         p_along = along + slot.to(tl.int64) * (2 * TILE) + tl.arange(0, TILE)
         tl.store(p_along, tl.sum(b_along, 1))
-        if not STRIP:
+        if not IN_STRIPS:
             tl.store(p_along + TILE, tl.sum(b_along, 0))
         o_row, o_column = tl.arange(0, TILE)[:, None] * TILE, tl.arange(0, TILE)[None, :]
         p_error = errors + slot.to(tl.int64) * (PARTS * TILE * TILE) + o_row + o_column
@@ -284,7 +282,7 @@ def _pair_gradients(
     origin,
     first_tile,
     strip_tiles,
-    STRIP: tl.constexpr,
+    IN_STRIPS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -295,7 +293,7 @@ def _pair_gradients(
     program = tl.program_id(0)
     row, pairs = first_row, 0
     i = first_tile + program
-    if not STRIP:
+    if not IN_STRIPS:
         row, i, pairs = _find_tile(span_splits, first_row, num_rows, program, gram_from, TILE, False)
     first, end = tl.load(span_splits + row), tl.load(span_splits + row + 1)
     o_i = first + i * TILE + tl.arange(0, TILE)
@@ -305,7 +303,7 @@ def _pair_gradients(
     stride = part_stride_s.to(tl.int64)
     acc = tl.zeros((TILE, BLOCK_N), dtype=ACC)
     b_along = tl.zeros((TILE,), dtype=ACC)
-    before = 0 if STRIP else i  # tiles j < i, of which the transposed one is there
+    before = 0 if IN_STRIPS else i  # tiles j < i, of which the transposed one is there
     for start in range(0, before * TILE, BLOCK_K):
         slot = (pairs + i * (i + 1) // 2 + start // TILE).to(tl.int64)
         p_error = errors + slot * (PARTS * TILE * TILE) + (start % TILE + o_k)[:, None] * TILE + o_row[None, :]
@@ -315,18 +313,18 @@ def _pair_gradients(
         acc = _split_product(p_error, p_unit, TILE * TILE, stride, None, m_unit, acc, True, False, PARTS, ACC)
     for start in range(before * TILE, end - first, BLOCK_K):
         j = start // TILE
-        slot = (program * strip_tiles + j if STRIP else pairs + j * (j + 1) // 2 + i).to(tl.int64)
+        slot = (program * strip_tiles + j if IN_STRIPS else pairs + j * (j + 1) // 2 + i).to(tl.int64)
         p_error = errors + slot * (PARTS * TILE * TILE) + o_row[:, None] * TILE + (start % TILE + o_k)[None, :]
         o_j = first + start + o_k
         p_unit = student_parts + (o_j - origin).to(tl.int64)[:, None] * student_padded + o_n[None, :]
         m_unit = (o_j < end)[:, None] & (o_n < student_padded)[None, :]
         acc = _split_product(p_error, p_unit, TILE * TILE, stride, None, m_unit, acc, False, False, PARTS, ACC)
     for j in range(tl.cdiv(end - first, TILE)):
-        if STRIP:
+        if IN_STRIPS:
             slot = program * strip_tiles + j
         else:
             slot = pairs + tl.where(j < i, i * (i + 1) // 2 + j, j * (j + 1) // 2 + i)
-        b_along += tl.load(along + (2 * slot.to(tl.int64) + (0 if STRIP else (j < i).to(tl.int32))) * TILE + o_row)
+        b_along += tl.load(along + (2 * slot.to(tl.int64) + (0 if IN_STRIPS else (j < i).to(tl.int32))) * TILE + o_row)
     b_weight = tl.load(weights + o_i, mask=m_i, other=0.0)
     b_power, b_inverse = unit_factors(tl.load(student_norm + o_i, mask=m_i, other=0.0))
     m_tile = m_i[:, None] & (o_n < student_width)[None, :]
@@ -554,7 +552,7 @@ def _pairwise(
             place = {
                 "span_splits": span_splits, "first_row": group.first_row, "num_rows": group.num_rows,
                 "gram_from": gram_from, "first_tile": first_tile, "strip_tiles": group.tiles if group.strip else 0,
-                "STRIP": bool(group.strip), "errors": errors, "along": along,
+                "IN_STRIPS": bool(group.strip), "errors": errors, "along": along,
             }  # fmt: skip
             launch(
                 "pair_errors", _pair_errors, (tiles * group.tiles if group.strip else group.pairs,), num,

@@ -319,18 +319,18 @@ def _parts(a: Arguments, *sides: str) -> int:
 def _group(a: Arguments, batch: Batch) -> tuple[np.ndarray, int]:
     """Spans of each of a group's rows, and the bytes of its row table."""
     rows = batch.counts[a["first_row"] :][: a["num_rows"]]
-    return rows, INDEX * (2 if a["STRIP"] else len(rows) + 1)
+    return rows, INDEX * (2 if a["IN_STRIPS"] else len(rows) + 1)
 
 
 def pair_errors(a: Arguments, batch: Batch, grid: Grid) -> Cost:
     counts, table = _group(a, batch)
     terms, tile = grid[0], a["TILE"]
-    if a["STRIP"]:  # a term for every j >= i
+    if a["IN_STRIPS"]:  # a term for every j >= i
         i = a["first_tile"] + np.arange(grid[0] // a["strip_tiles"])
         terms = int((a["strip_tiles"] - i).sum())
     written = 0
     if a["WITH_GRADIENT"]:
-        along = (1 if a["STRIP"] else 2) * tile * _size(a, "along")
+        along = (1 if a["IN_STRIPS"] else 2) * tile * _size(a, "along")
         written = grid[0] * (a["PARTS"] * tile**2 * _size(a, "errors") + along)
     spans = int(counts.sum())
     return Cost(
@@ -346,7 +346,7 @@ def pair_gradients(a: Arguments, batch: Batch, grid: Grid) -> Cost:
     steps = read = along = spans = 0
     for count in map(int, counts):
         tiles, depth = -(-count // tile), _padded(count, a["BLOCK_K"])
-        if a["STRIP"]:
+        if a["IN_STRIPS"]:
             tiles = grid[0]
             steps, read, along = tiles * depth, tiles * tile * depth, tiles * a["strip_tiles"] * tile
             spans += min(count - a["first_tile"] * tile, tiles * tile)

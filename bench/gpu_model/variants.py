@@ -84,7 +84,7 @@ def _variant(launch: Launch, target: str) -> Variant:
     odd = any(name.endswith("width") and not attributes.get((i,)) for i, name in enumerate(signature))
     given = (kernel.cache_key, target, signature, constants, attributes, sorted(launch.options.items()))
     words = {"CAUSAL": "causal", "COUNT_PADDING": "count_padding", "WITH_GRADIENT": "gradient"}
-    words |= {"S_SOFTCAP": "softcap", "STRIP": "strip"}
+    words |= {"S_SOFTCAP": "softcap", "IN_STRIPS": "strip"}
     options = [word for name, word in words.items() if launch.arguments.get(name)]
     if "DIVERGENCE" in launch.arguments:
         options.insert(0, DIVERGENCES[launch.arguments["DIVERGENCE"]])
