@@ -148,6 +148,7 @@ def experiment(
     stage: Annotated[list[str] | None, typer.Option(help="sweep, comparison or rows; else all three.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Begin no run that would not end in so many.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of training, in place of the set-up's: a pilot.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each with its share of the processors.")] = 1,
 ) -> None:  # fmt: skip
     """Does MTA help? Students with MTA, without it and with a placebo; goes on where it was stopped."""
     from bench.experiment.command import measure
@@ -156,7 +157,8 @@ def experiment(
     report = user_path(out) / "report"
     check_report(report)
     stages = STAGES if stage is None else stage
-    made = measure(setup, user_path(dolly), user_path(outside), user_path(work), user_path(out), stages, minutes, steps)
+    files = user_path(dolly), user_path(outside), user_path(work), user_path(out)
+    made = measure(setup, *files, stages, minutes, steps, jobs=jobs)
     raise typer.Exit(publish(made, report))
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ import torch
 from bench.experiment import plan, report
 from bench.experiment.arms import ARMS, BASE, FULL, LONGER, PLACEBO, SWEPT, Arm, RunSettings, arms
 from bench.experiment.differences import detectable, difference
-from bench.experiment.plan import Results, best_rates, carry_out, comparison, rows, slower, sweep
+from bench.experiment.plan import Results, at_once, attempted, best_rates, carry_out, comparison, rows, slower, sweep
 from bench.experiment.setups import CUT, FRESH, QUICK
 from bench.experiment.similarity import ascending, linear_cka
 from mta_fast import MTAConfig
@@ -40,9 +43,8 @@ def made_up(planned: plan.Planned) -> dict[str, Any]:
 
 def all_done(results: Results) -> None:
     for make in (sweep, comparison):
-        assert carry_out(
-            results, list(make(results, KNOWN) if make is comparison else make(QUICK, KNOWN)), made_up, None, {}
-        )
+        planned = list(make(results, KNOWN) if make is comparison else make(QUICK, KNOWN))
+        assert carry_out(results, planned, at_once(made_up), None, {})
 
 
 def test_the_runs_of_a_set_up(tmp_path):
@@ -56,7 +58,7 @@ def test_the_runs_of_a_set_up(tmp_path):
 
 def test_each_arm_takes_its_own_learning_rate_and_the_longer_base_more_steps(tmp_path):
     results = Results(tmp_path, QUICK)
-    assert carry_out(results, list(sweep(QUICK, KNOWN)), made_up, None, {})
+    assert carry_out(results, list(sweep(QUICK, KNOWN)), at_once(made_up), None, {})
     assert best_rates(results, KNOWN) == {BASE: 1e-3, FULL: RATE_OF_FULL, PLACEBO: RATE_OF_FULL}
     assert slower(results, KNOWN) == pytest.approx(1.2)
     planned = list(comparison(results, KNOWN))
@@ -70,7 +72,7 @@ def test_each_arm_takes_its_own_learning_rate_and_the_longer_base_more_steps(tmp
 
 def test_a_comparison_waits_for_the_whole_sweep(tmp_path):
     results = Results(tmp_path, QUICK)
-    carry_out(results, list(sweep(QUICK, KNOWN))[:-1], made_up, None, {})
+    carry_out(results, list(sweep(QUICK, KNOWN))[:-1], at_once(made_up), None, {})
     with pytest.raises(InputError, match="finished sweep"):
         list(comparison(results, KNOWN))
 
@@ -85,8 +87,8 @@ def test_runs_are_made_once_and_a_failed_one_stays_a_row(tmp_path):
             raise RuntimeError("broken")
         return made_up(each)
 
-    assert carry_out(results, planned, run, None, {"code": "abc"})
-    assert carry_out(results, planned, run, None, {"code": "abc"})
+    assert carry_out(results, planned, at_once(run), None, {"code": "abc"})
+    assert carry_out(results, planned, at_once(run), None, {"code": "abc"})
     assert made == [each.name for each in planned]
     failed = results.read(planned[1])
     assert failed["error"] == "RuntimeError: broken"
@@ -100,14 +102,14 @@ def test_runs_are_made_once_and_a_failed_one_stays_a_row(tmp_path):
 
 def test_a_failed_run_of_the_comparison_is_listed(tmp_path):
     results = Results(tmp_path, QUICK)
-    carry_out(results, list(sweep(QUICK, KNOWN)), made_up, None, {})
+    carry_out(results, list(sweep(QUICK, KNOWN)), at_once(made_up), None, {})
 
     def fail(each: plan.Planned) -> dict[str, Any]:
         raise RuntimeError("no room")
 
     planned = list(comparison(results, KNOWN))
-    carry_out(results, planned[:1], fail, None, {})
-    carry_out(results, planned, made_up, None, {})
+    carry_out(results, planned[:1], at_once(fail), None, {})
+    carry_out(results, planned, at_once(made_up), None, {})
     text = report.make(results, KNOWN, planned, [], {}, "bench").markdown()
     assert f"{planned[0].name}: RuntimeError: no room" in text
 
@@ -115,16 +117,32 @@ def test_a_failed_run_of_the_comparison_is_listed(tmp_path):
 def test_a_run_of_other_settings_is_not_taken(tmp_path):
     results = Results(tmp_path, QUICK)
     planned = list(sweep(QUICK, KNOWN))
-    carry_out(results, planned[:1], made_up, None, {})
+    carry_out(results, planned[:1], at_once(made_up), None, {})
     other = Results(tmp_path, replace(QUICK, tokens=8))
     with pytest.raises(InputError, match="one of others"):
         other.read(planned[0])
     assert Results(tmp_path, replace(QUICK, seeds=(1, 2, 3))).read(planned[0]) is not None
 
 
+def test_runs_go_side_by_side(tmp_path):
+    results = Results(tmp_path, QUICK)
+    planned = list(sweep(QUICK, KNOWN))
+    meeting = threading.Barrier(2)  # of the first two: neither ends before the other has begun
+
+    def run(each: plan.Planned) -> dict[str, Any]:
+        if each in planned[:2]:
+            meeting.wait()
+        return made_up(each)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert carry_out(results, planned, partial(pool.submit, attempted, run), None, {"code": "abc"}, jobs=2)
+    assert all(results.read(each)["about"] == {"code": "abc"} for each in planned)
+    assert all(results.read(each)["seconds"] >= 0 for each in planned)
+
+
 def test_nothing_begins_after_the_deadline(tmp_path):
     planned = list(sweep(QUICK, KNOWN))
-    assert not carry_out(Results(tmp_path, QUICK), planned, made_up, -math.inf, {})
+    assert not carry_out(Results(tmp_path, QUICK), planned, at_once(made_up), -math.inf, {})
     assert not (tmp_path / "runs").exists()
 
 
@@ -154,7 +172,7 @@ def test_the_report_says_what_was_found(tmp_path):
     planned = list(comparison(results, KNOWN))
     extra = {"+DSA": Arm("+DSA", KNOWN[FULL].mta), "+Hid": Arm("+Hid", KNOWN[FULL].mta)}
     of_rows = list(rows(results, KNOWN, extra))
-    carry_out(results, of_rows, made_up, None, {})
+    carry_out(results, of_rows, at_once(made_up), None, {})
     made = report.make(results, KNOWN, planned, of_rows, {}, "bench")
     text = made.markdown()
     assert (
@@ -176,9 +194,9 @@ def test_the_report_says_what_was_found(tmp_path):
 
 def test_rows_without_a_comparison(tmp_path):
     results = Results(tmp_path, QUICK)
-    carry_out(results, list(sweep(QUICK, KNOWN)), made_up, None, {})
+    carry_out(results, list(sweep(QUICK, KNOWN)), at_once(made_up), None, {})
     of_rows = list(rows(results, KNOWN, {"+DSA": Arm("+DSA", KNOWN[FULL].mta), "+Hid": Arm("+Hid", KNOWN[FULL].mta)}))
-    carry_out(results, of_rows, made_up, None, {})
+    carry_out(results, of_rows, at_once(made_up), None, {})
     text = report.make(results, KNOWN, [], of_rows, {}, "bench").markdown()
     assert "| DSA more than Hid | +DSA - +Hid | +0.37 | 1 | +0.0000 | undecided |" in text
     assert "| DSA helps | +DSA - base | " in text
@@ -192,7 +210,7 @@ def test_a_run_that_diverged_is_one_that_failed(tmp_path):
         found["points"][2]["held"] = {**found["points"][2]["held"], "nll": math.nan}
         return found
 
-    carry_out(results, planned[:1], diverge, None, {})
+    carry_out(results, planned[:1], at_once(diverge), None, {})
     assert "step 2: expected finite figures" in results.read(planned[0])["error"]
 
 
@@ -211,13 +229,13 @@ def test_a_curve_that_rises_again_has_not_reached_its_goal():
 
 def test_arms_of_other_batches_are_pointed_out(tmp_path):
     results = Results(tmp_path, QUICK)
-    carry_out(results, list(sweep(QUICK, KNOWN)), made_up, None, {})
+    carry_out(results, list(sweep(QUICK, KNOWN)), at_once(made_up), None, {})
     planned = list(comparison(results, KNOWN))
 
     def other(each: plan.Planned) -> dict[str, Any]:
         return made_up(each) | ({"batches": "others"} if each.name == "comparison-base-MTA-seed-2" else {})
 
-    carry_out(results, planned, other, None, {})
+    carry_out(results, planned, at_once(other), None, {})
     text = report.make(results, KNOWN, planned, [], {}, "bench").markdown()
     assert "seed 2: the arms have different batches" in text
     assert "seed 1" not in text

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench.experiment import report
 from bench.experiment.arms import BASE, BY_SIMILARITY, ENDS, POINTS, RIDGE, Arm, RunSettings, ablations, arms
@@ -22,6 +28,9 @@ from bench.experiment.plan import (
     SWEEP,
     Planned,
     Results,
+    Submit,
+    at_once,
+    attempted,
     best_rates,
     carry_out,
     comparison,
@@ -137,9 +146,12 @@ class Experiment:
 
 def measure(
     setup: str, dolly: Path, outside: Path, work: Path, out: Path, stages: Sequence[str], minutes: float | None,
-    steps: int | None = None, teacher: str = TEACHER,
+    steps: int | None = None, teacher: str = TEACHER, jobs: int = 1,
 ) -> Report:  # fmt: skip
-    """Carry out stages as far as the time goes, and report what there is."""
+    """Carry out stages as far as the time goes, and report what there is.
+
+    With several jobs each is a process with its share of the processors: small models gain little from more than one.
+    """
     check_choice("setup", setup, SETUPS)
     for stage in stages:
         check_choice("stage", stage, STAGES)
@@ -154,13 +166,38 @@ def measure(
         experiment.reported(stages)  # refuses runs of other settings before anything is made
         about = machine("transformers", "spacy", code=code_version(), texts=texts_name(dolly))
         experiment.prepare()
-        for stage in stages:
-            if not carry_out(experiment.results, experiment.plan(stage), experiment.do, deadline, about):
-                print("time is up; the same command goes on", flush=True)
-                break
+        with _submitting(experiment, jobs) as submit:
+            for stage in stages:
+                if not carry_out(experiment.results, experiment.plan(stage), submit, deadline, about, jobs):
+                    print("time is up; the same command goes on", flush=True)
+                    break
         planned = experiment.reported(stages)
         command = f"python -m bench experiment {setup}"
         return report.make(experiment.results, experiment.arms, planned[COMPARISON], planned[ROWS], about, command)
+
+
+@contextmanager
+def _submitting(experiment: Experiment, jobs: int) -> Iterator[Submit]:
+    """How runs are begun: here, or each in one of several processes."""
+    if jobs == 1:
+        yield at_once(experiment.do)
+        return
+    own = experiment.setup, experiment.sources, experiment.results.folder, max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
+    with ProcessPoolExecutor(jobs, context, _begin_worker, own) as pool:
+        yield lambda planned: pool.submit(_work, planned)
+
+
+_worker: list[Experiment] = []  # of this process, where it is one of several
+
+
+def _begin_worker(setup: Setup, sources: Sources, out: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _worker.append(Experiment(setup, sources, out))
+
+
+def _work(planned: Planned) -> dict[str, Any]:
+    return attempted(_worker[0].do, planned)
 
 
 def code_version() -> str:

@@ -12,6 +12,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -180,19 +181,45 @@ def check_finite(points: Sequence[Mapping[str, Any]]) -> None:
                 raise InputError(f"step {point['step']}: expected finite figures, got {figures} of {part}: it diverged")
 
 
+Submit = Callable[[Planned], "Future[dict[str, Any]]"]
+
 # --- doing them --------------------------------------------------------------------------------------------------
+
+
+def attempted(run: Callable[[Planned], dict[str, Any]], planned: Planned) -> dict[str, Any]:
+    """What a run finds and how long it took; one that fails or diverges is kept as one that failed."""
+    begun = time.monotonic()
+    try:
+        found = {"error": None, **run(planned)}
+        check_finite(found["points"])
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    return found | {"seconds": time.monotonic() - begun}
+
+
+def at_once(run: Callable[[Planned], dict[str, Any]]) -> Submit:
+    """Runs one after the other, in this process."""
+
+    def submit(planned: Planned) -> Future[dict[str, Any]]:
+        made: Future[dict[str, Any]] = Future()
+        made.set_result(attempted(run, planned))
+        return made
+
+    return submit
 
 
 def carry_out(
     results: Results,
     planned: Sequence[Planned],
-    run: Callable[[Planned], dict[str, Any]],
+    submit: Submit,
     deadline: float | None,
     about: Mapping[str, Any],
+    jobs: int = 1,
 ) -> bool:
-    """Make the runs that are missing; a run that fails or diverges is kept as one that failed.
+    """Make the runs that are missing, ``jobs`` at a time.
 
     Args:
+        submit: begins a run, whose result is that of ``attempted``.
         deadline: of ``time.monotonic``; no run begins after it, or that would not end before it. None: none.
         about: code and machine, written into each run.
 
@@ -201,20 +228,20 @@ def carry_out(
     """
     found_before = [found for each in planned if (found := results.read(each)) is not None]
     longest = max((found["seconds"] for found in found_before), default=0.0)
-    for number, each in enumerate(planned, start=1):
-        if results.read(each) is not None:
-            continue
-        begun = time.monotonic()
-        if deadline is not None and begun + longest > deadline:
+    missing = [(number, each) for number, each in enumerate(planned, start=1) if results.read(each) is None]
+    going: dict[Future[dict[str, Any]], tuple[int, Planned]] = {}
+    while missing or going:
+        while missing and len(going) < jobs and (deadline is None or time.monotonic() + longest <= deadline):
+            number, each = missing.pop(0)
+            print(f"[{number}/{len(planned)}] {each.name} begins", flush=True)
+            going[submit(each)] = number, each
+        if not going:
             return False
-        print(f"[{number}/{len(planned)}] {each.name}: ", end="", flush=True)
-        try:
-            found = {"error": None, **run(each)}
-            check_finite(found["points"])
-        except Exception as error:
-            found = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        took = time.monotonic() - begun
-        longest = max(longest, took)
-        results.write(each, found | {"seconds": took, "about": dict(about)})
-        print(found["error"] or f"KL outside {final(found, 'outside', 'kl'):.4f}", f"({took:.0f} s)", flush=True)
+        for done in wait(going, return_when=FIRST_COMPLETED).done:
+            number, each = going.pop(done)
+            found = done.result()
+            longest = max(longest, found["seconds"])
+            results.write(each, found | {"about": dict(about)})
+            outcome = found["error"] or f"KL outside {final(found, 'outside', 'kl'):.4f}"
+            print(f"[{number}/{len(planned)}] {each.name}: {outcome} ({found['seconds']:.0f} s)", flush=True)
     return True

@@ -62,7 +62,7 @@ FRESH = Setup(
     width=160,
     heads=4,
     vocabulary=8192,
-    steps=300,
+    steps=600,
     tokens=512,
     learning_rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
 )
