@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from batches import make_batch, random_rows
@@ -19,10 +22,14 @@ from mta_fast import hidden_alignment_loss, pool_spans, span_pair_loss
 from mta_fast.errors import InputError
 from mta_fast.ops.pooling import normalize_weights
 
-pytest.importorskip("triton", reason="the triton backend needs the package triton")
-from mta_fast import kernels
-from mta_fast.contract import DIVERGENCES
-from mta_fast.layout import Head, Spans
+triton = pytest.importorskip("triton", reason="the triton backend needs the package triton")
+tl = triton.language
+from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
+
+from mta_fast import kernels  # noqa: E402
+from mta_fast.contract import DIVERGENCES  # noqa: E402
+from mta_fast.kernels._launch import observe  # noqa: E402
+from mta_fast.layout import Head, Spans  # noqa: E402
 
 if torch.cuda.is_available():
     pytest.skip("guard pages are for the interpreter: on a GPU use compute-sanitizer", allow_module_level=True)
@@ -91,6 +98,83 @@ def test_nothing_is_read_outside_and_everything_is_written(end: bool) -> None:
     made = in_a_process(code)
     assert made.returncode == 0, made.stderr[-2000:]
     assert made.stdout == "0 done\n"
+
+
+@contextmanager
+def single_stores() -> Iterator[set[str]]:
+    """Refuse launches in which an address is stored to by two programs, or twice by one with no barrier between.
+
+    Which value stays is then up to the order of threads. Yields the names of the kernels that were watched.
+    """
+    owners: dict[int, tuple[int, ...]] = {}  # address -> the program that stored there
+    fresh: set[int] = set()  # addresses since the program's last barrier
+    seen: set[str] = set()
+    current: list[Any] = ["", None]  # kernel, program
+    store, barrier = InterpreterBuilder.create_masked_store, InterpreterBuilder.create_barrier
+
+    def launched(launch: Any) -> None:
+        owners.clear()
+        current[:] = launch.name, None
+        seen.add(launch.name)
+
+    def storing(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        program = tuple(builder.grid_idx)
+        if program != current[1]:
+            current[1] = program
+            fresh.clear()
+        made = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].reshape(-1).tolist()
+        assert len(set(made)) == len(made), f"{current[0]}: one store writes an address twice"
+        assert fresh.isdisjoint(made), f"{current[0]}: two stores of a program write an address, no barrier between"
+        assert all(owners.setdefault(address, program) == program for address in made), f"{current[0]}: two programs"
+        fresh.update(made)
+        return store(builder, pointers, value, mask, *rest)
+
+    def waiting(builder: Any) -> Any:
+        fresh.clear()
+        return barrier(builder)
+
+    InterpreterBuilder.create_masked_store, InterpreterBuilder.create_barrier = storing, waiting
+    try:
+        with observe(launched):
+            yield seen
+    finally:
+        InterpreterBuilder.create_masked_store, InterpreterBuilder.create_barrier = store, barrier
+
+
+STORES = """
+import test_kernels_memory as t
+from mta_fast.kernels._table import TABLE
+with t.single_stores() as seen:
+    for _ in t.run_all(True):
+        pass
+print({name for name, _ in TABLE} - seen)
+"""
+
+
+def test_no_address_is_stored_to_twice() -> None:
+    made = in_a_process(STORES)
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert made.stdout == "set()\n"  # every kernel was watched
+
+
+@pytest.mark.parametrize("name", ["twice", "both"])
+def test_a_planted_race_is_seen(name: str) -> None:
+    code = f"import test_kernels_memory as t\nwith t.single_stores():\n    t.planted_{name}[(2,)](t.torch.empty(64))"
+    made = in_a_process(code)
+    assert made.returncode == 1
+    assert {"twice": "no barrier between", "both": "two programs"}[name] in made.stderr
+
+
+@triton.jit
+def planted_twice(out):
+    p = out + tl.program_id(0) * 32 + tl.arange(0, 32)
+    tl.store(p, 1.0)
+    tl.store(p, 2.0)
+
+
+@triton.jit
+def planted_both(out):
+    tl.store(out + tl.arange(0, 32), tl.program_id(0) * 1.0)
 
 
 PLANTED = """
