@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.metadata
+import shutil
 import subprocess
 from dataclasses import replace
 from typing import Any
@@ -44,9 +45,12 @@ def device_facts() -> dict[str, Any]:
     found = {"gpu": torch.cuda.get_device_name(), "triton": importlib.metadata.version("triton")}
     if torch.version.hip:
         return found | {"rocm": torch.version.hip}
+    found |= {"cuda": torch.version.cuda}
+    if shutil.which("nvidia-smi") is None:
+        return found
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    return found | {"cuda": torch.version.cuda, "driver": driver}
+    return found | {"driver": driver}
 
 
 def of_loss(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[Entry]:

@@ -265,6 +265,20 @@ def test_the_report_shows_what_failed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "3.00 ms" in text
 
 
+def test_a_card_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("PATH", str(tmp_path))  # without nvidia-smi
+    given = []
+    monkeypatch.setattr(command, "run_day", lambda *rest: given.append(rest))
+    made = command.measure(tmp_path, ["times"], 9, False)
+    assert {"gpu": "a card", "card": "a card", "cuda": "13.0"}.items() <= made.about.items()
+    ((_, parts, key, fields, minutes),) = given
+    assert ([part.name for part in parts], key["card"], minutes) == (["times"], "a card", 9)
+    assert fields == {"device": "cuda", "quick": False, "warm": False}
+
+
 def test_a_part_survives_its_sides() -> None:
     def broken(error: BaseException) -> Iterator[Any]:
         yield entry("before", [1.0])

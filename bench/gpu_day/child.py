@@ -44,7 +44,10 @@ def run(job: dict[str, Any]) -> None:
     function = getattr(importlib.import_module(module), name)
     from bench.gpu_day.day import Day
 
-    for made in function(Day(**job["day"])):
+    day = Day(**job["day"])
+    if day.warm:
+        day.share()
+    for made in function(day):
         if isinstance(made, dict):
             samples |= made
         else:

@@ -38,8 +38,8 @@ def measure(folder: Path, parts: Sequence[str] | None, minutes: float, quick: bo
         return nothing(COMMAND, "no CUDA or ROCm device answers; --quick tries every part at tiny sizes without one")
     check_folder(folder, PARTS)
     day, made_of = Day(device, quick), key(quick)
+    about = machine(**{**made_of, **(device_facts() if device == "cuda" else {})})
     run_day(folder, [part for part in PARTS if parts is None or part.name in parts], made_of, asdict(day), minutes)
-    about = machine(**made_of, **(device_facts() if device == "cuda" else {}))
     return report(folder, PARTS, made_of, about)
 
 

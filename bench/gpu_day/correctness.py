@@ -169,7 +169,7 @@ def _span_pairs(ways: Ways, each: Batch, widths: Sequence[int], dtype: torch.dty
             given = (leaf, cast(teacher), weights.double() if of_exact else weights)
             numerator, denominator = span_pair_terms(*given, each.spans, reduction="none", **options)
             made.append([numerator.detach(), denominator, *torch.autograd.grad(numerator, leaf)])
-        yield from ratios(made)
+        yield from ratios(made, width=widths[1])
 
 
 def _hidden_alignment(ways: Ways, each: Batch, widths: Sequence[int], dtype: torch.dtype) -> Iterator[float]:
@@ -185,7 +185,7 @@ def _hidden_alignment(ways: Ways, each: Batch, widths: Sequence[int], dtype: tor
         learnt = [cast(x).requires_grad_() for x in (student, matrix, bias)]
         value = function(learnt[0], cast(teacher), tokens, weights, *learnt[1:])
         made.append([value.detach(), *torch.autograd.grad(value, learnt)])
-    yield from ratios(made)
+    yield from ratios(made, width=widths[1])
 
 
 def eager_numerator(
@@ -219,7 +219,7 @@ def _linear_divergence(ways: Ways, day: Day, widths: Sequence[int], dtype: torch
                 settings: dict[str, Any] = {"divergence": name, "student_bias": learnt[2], **options, **more}
                 value = linear_divergence_loss(*given, **settings, backend=backend)
                 made.append([value.detach(), *torch.autograd.grad(value, learnt)])
-            yield from ratios(made, terms=1.0)
+            yield from ratios(made, terms=1.0, width=widths[1])
 
 
 def _loss(ways: Ways, batches: Sequence[Batch], widths: Sequence[int], dtype: torch.dtype) -> Iterator[float]:
@@ -241,4 +241,4 @@ def _loss(ways: Ways, batches: Sequence[Batch], widths: Sequence[int], dtype: to
                 learnt = [*(h.requires_grad_() for h in student.values()), *loss.parameters()]
                 output = loss(student, teacher, spans)
                 made.append([output.dsa.detach(), output.hid.detach(), *torch.autograd.grad(output.loss, learnt)])
-            yield from ratios(made)
+            yield from ratios(made, width=widths[1])

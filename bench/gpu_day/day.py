@@ -19,6 +19,7 @@ from bench.workload import Workload, standard_workload
 
 Made = Entry | Mapping[str, Any]  # a row, or samples for the JSON file
 QUICK_SHAPES = (Shape("tiny", 2, 6, 8, 16, 1), Shape("tiny, second", 1, 9, 16, 32, 2))
+SHARE = 0.15  # of five processes that warm up; the rest is for the part that is measured beside them
 DRY = "a dry run has no device memory"
 
 
@@ -51,6 +52,11 @@ class Day:
         dims = shape.student_dim, shape.teacher_dim
         made = standard_workload(shape.batch, shape.seq_len, dims, shape.pairs, device=self.device)
         return made.to(self.device, torch.bfloat16).with_backend(backend or self.backend)
+
+    def share(self) -> None:
+        """Take no more of the device's memory than leaves some to the others that run at the same time."""
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(SHARE)
 
     def rounds(self, once: float, most: int = 20) -> int:
         """As many as fit into a second, at least 3."""

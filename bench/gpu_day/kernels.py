@@ -60,6 +60,8 @@ def _of_shape(day: Day, shape: Shape, flops: float, bandwidth: float) -> Iterato
     call = partial(loss_and_gradients, workload, workload.loss)
     found = launches(call)
     measured = by_kernel(dry_events(found) if day.device == "cpu" else events(call), dict(found))
+    for name in sorted({name for _, name in found} - set(measured)):
+        yield failed(f"{shape.name}: {name}", "launched, but the profiler shows no kernel of this name")
     samples = {}
     for name, (count, seconds) in measured.items():
         cost = counted.get(name)

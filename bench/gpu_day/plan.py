@@ -23,7 +23,7 @@ from mta_fast.files import Kind, check_target, marked
 
 MINUTES = 9.0
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "flash-colreduce")  # whose versions a part depends on
-LEAST = 5.0  # seconds: with fewer left, a part is not begun
+LEAST = 20.0  # seconds: with fewer left, a part is not begun
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,17 @@ def is_done(found: Mapping[str, Any] | None, key: Mapping[str, Any]) -> bool:
     return found is not None and found["state"] == DONE and found["key"] == key
 
 
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
 def run_day(
     folder: Path,
     parts: Sequence[Part],
     key: Mapping[str, Any],
     day: Mapping[str, Any],
     minutes: float = MINUTES,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _say,
 ) -> None:
     """Run every part that isn't there, one after the other; beside the first, what others compile.
 
