@@ -42,7 +42,7 @@ def measure() -> Report:
 
 def device_facts() -> dict[str, Any]:
     """Device, driver and versions."""
-    found = {"gpu": torch.cuda.get_device_name(), "triton": importlib.metadata.version("triton")}
+    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "triton": importlib.metadata.version("triton")}
     if torch.version.hip:
         return found | {"rocm": torch.version.hip}
     found |= {"cuda": torch.version.cuda}

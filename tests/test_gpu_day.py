@@ -69,13 +69,17 @@ def test_correctness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(correctness, "token_importance", lambda *a, **b: exact(*a, **b) * next(calls))
     row = next(each for each in correctness.measure(DRY) if isinstance(each, Entry))
     assert row.reached is False
+    assert row.what == "importance, float32: largest of 6 (right, tensor 0)"
 
 
 def test_ratios_are_those_of_the_contract() -> None:
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
     eager, ours = (exact + 1e-3).float(), (exact + 4e-3).float()
-    ((ratio,), (infinite,)) = (list(correctness.ratios([[x], [eager], [exact]])) for x in (ours, ours * torch.nan))
+    (ratio, place), (infinite, _) = (
+        next(correctness.ratios([[x], [eager], [exact]], "left")) for x in (ours, ours * torch.nan)
+    )
     assert ratio == pytest.approx(2, rel=1e-3)
+    assert place == "left, tensor 0"
     assert infinite == float("inf")
     error, bound = accuracy.error_and_bound(ours, eager, exact)
     assert ratio == error / bound
@@ -136,7 +140,7 @@ def test_the_sanitizer_sees_every_kernel() -> None:
 
 
 def test_a_profile_is_told_by_kernel() -> None:
-    found = 3 * [("_pool", 1.0), ("_pool", 2.0), ("nvjet_hsh_gemm", 4.0), ("elementwise", 0.5)]
+    found = 3 * [("_pool", 1.0), ("_pool", 2.0), ("nvjet_tst_128x64", 4.0), ("elementwise", 0.5)]
     made = kernels.by_kernel(found, {"_pool": "pool"})
     assert made == {"pool": (2, 3.0), kernels.GEMM: (1, 4.0), kernels.OTHER: (1, 0.5)}
 

@@ -34,6 +34,7 @@ WIDTHS, QUICK_WIDTHS = (768, 1600), (16, 24)
 HEAD, QUICK_HEAD = (300, 5000), (6, 37)  # positions and ids
 NO_SPANS = 5  # a row of so many tokens has none
 Results = Sequence[Tensor]
+Ratio = tuple[float, str]  # and the place
 Ways = Sequence[tuple[str, Callable[[Tensor], Tensor]]]  # ours, eager, exact: backend, and how its inputs are cast
 
 
@@ -102,7 +103,7 @@ def measure(day: Day) -> Iterator[Made]:
     batches = [batch(layout, lengths, day.device) for layout in LAYOUTS]
     words = batch("packed", lengths, day.device, words=True)
     for dtype in DTYPES:
-        cases: dict[str, Callable[[], Iterator[float]]] = {
+        cases: dict[str, Callable[[], Iterator[Ratio]]] = {
             "importance": partial(_importance, ways, batches, widths[1], dtype),
             "pooling": partial(_pooling, ways, batches, widths[0], dtype),
             "span pairs": partial(_span_pairs, ways, words, widths, dtype),
@@ -115,47 +116,47 @@ def measure(day: Day) -> Iterator[Made]:
             yield from attempt(what, partial(_row, what, ratios))
 
 
-def _row(what: str, ratios: Callable[[], Iterator[float]]) -> Iterator[Made]:
+def _row(what: str, ratios: Callable[[], Iterator[Ratio]]) -> Iterator[Made]:
     found = list(ratios())
-    yield entry(f"{what}: largest of {len(found)}", [max(found)], target="<= 1")
+    largest, place = max(found)
+    yield entry(f"{what}: largest of {len(found)} ({place})", [largest], target="<= 1")
 
 
-def ratios(made: Sequence[Results], terms: float = 0.0, width: int = 0) -> Iterator[float]:
-    """Of every result: error / bound, NaN and infinite results counting as infinite."""
-    for ours, eager, exact in zip(*made, strict=True):
+def ratios(made: Sequence[Results], place: str, terms: float = 0.0, width: int = 0) -> Iterator[Ratio]:
+    """Of every result: error / bound and where it is; NaN counts as infinite."""
+    for k, (ours, eager, exact) in enumerate(zip(*made, strict=True)):
         error, bound = error_and_bound(ours, eager, exact, terms, width)
-        if error == 0:
-            yield 0.0
-        else:
-            yield error / bound if bound > 0 and error == error else float("inf")
+        ratio = 0.0 if error == 0 else error / bound if bound > 0 and error == error else float("inf")
+        yield ratio, f"{place}, tensor {k}"
 
 
-def _importance(ways: Ways, batches: Sequence[Batch], width: int, dtype: torch.dtype) -> Iterator[float]:
+def _importance(ways: Ways, batches: Sequence[Batch], width: int, dtype: torch.dtype) -> Iterator[Ratio]:
     for each in batches:
         states = each.lay(width, dtype)
         for causal in (False, True):
             options: dict[str, Any] = {"cu_seqlens": each.cu_seqlens, "causal": causal}
             made = [[token_importance(cast(states), each.mask, backend=b, **options)] for b, cast in ways]
-            yield from ratios(made, width=width)
+            yield from ratios(made, each.layout + (", causal" if causal else ""), width=width)
 
 
-def _pooling(ways: Ways, batches: Sequence[Batch], width: int, dtype: torch.dtype) -> Iterator[float]:
+def _pooling(ways: Ways, batches: Sequence[Batch], width: int, dtype: torch.dtype) -> Iterator[Ratio]:
     for each in batches:
         states = each.lay(width, dtype)
         values = each.lay(1, dtype, padding=0.0, seed=1)[..., 0].abs()
         weights = values.float().reshape(-1)
         arriving = torch.randn(each.spans.num_spans, width, dtype=torch.float64, device=each.device)
-        yield from ratios([list(normalize_weights(cast(values), each.spans, backend=b)) for b, cast in ways])
+        made = [list(normalize_weights(cast(values), each.spans, backend=b)) for b, cast in ways]
+        yield from ratios(made, f"{each.layout}, weights")
         made = []
         for backend, cast in ways:
             leaf = cast(states).requires_grad_()
             pooled = pooled_spans(leaf.reshape(-1, width), weights, each.spans, backend=backend)
             (gradient,) = torch.autograd.grad(pooled.states, leaf, arriving.to(pooled.states.dtype))
             made.append([*(x.detach() for x in pooled), gradient])
-        yield from ratios(made)
+        yield from ratios(made, each.layout)
 
 
-def _span_pairs(ways: Ways, each: Batch, widths: Sequence[int], dtype: torch.dtype) -> Iterator[float]:
+def _span_pairs(ways: Ways, each: Batch, widths: Sequence[int], dtype: torch.dtype) -> Iterator[Ratio]:
     count = each.spans.num_spans
     common = torch.randn(count, 1, device=each.device)  # a shared direction, as the spans of real models have
     student, teacher = ((torch.randn(count, d, device=each.device) + common).to(dtype) for d in widths)
@@ -169,10 +170,10 @@ def _span_pairs(ways: Ways, each: Batch, widths: Sequence[int], dtype: torch.dty
             given = (leaf, cast(teacher), weights.double() if of_exact else weights)
             numerator, denominator = span_pair_terms(*given, each.spans, reduction="none", **options)
             made.append([numerator.detach(), denominator, *torch.autograd.grad(numerator, leaf)])
-        yield from ratios(made, width=widths[1])
+        yield from ratios(made, method, width=widths[1])
 
 
-def _hidden_alignment(ways: Ways, each: Batch, widths: Sequence[int], dtype: torch.dtype) -> Iterator[float]:
+def _hidden_alignment(ways: Ways, each: Batch, widths: Sequence[int], dtype: torch.dtype) -> Iterator[Ratio]:
     student, teacher = (each.lay(d, dtype, seed=k).flatten(0, 1) for k, d in enumerate(widths))
     tokens = each.spans.covered
     weights = torch.rand(len(tokens), device=each.device)
@@ -185,7 +186,7 @@ def _hidden_alignment(ways: Ways, each: Batch, widths: Sequence[int], dtype: tor
         learnt = [cast(x).requires_grad_() for x in (student, matrix, bias)]
         value = function(learnt[0], cast(teacher), tokens, weights, *learnt[1:])
         made.append([value.detach(), *torch.autograd.grad(value, learnt)])
-    yield from ratios(made, width=widths[1])
+    yield from ratios(made, each.layout, width=widths[1])
 
 
 def eager_numerator(
@@ -198,7 +199,7 @@ def eager_numerator(
     return (weights.to(compute) * (1 - cosine)).sum()
 
 
-def _linear_divergence(ways: Ways, day: Day, widths: Sequence[int], dtype: torch.dtype) -> Iterator[float]:
+def _linear_divergence(ways: Ways, day: Day, widths: Sequence[int], dtype: torch.dtype) -> Iterator[Ratio]:
     positions, ids = QUICK_HEAD if day.quick else HEAD
     scale = 3 / widths[0] ** 0.5
     hidden, head, other, other_head, bias = (
@@ -219,10 +220,10 @@ def _linear_divergence(ways: Ways, day: Day, widths: Sequence[int], dtype: torch
                 settings: dict[str, Any] = {"divergence": name, "student_bias": learnt[2], **options, **more}
                 value = linear_divergence_loss(*given, **settings, backend=backend)
                 made.append([value.detach(), *torch.autograd.grad(value, learnt)])
-            yield from ratios(made, terms=1.0, width=widths[1])
+            yield from ratios(made, name + (", capped" if more else ""), terms=1.0, width=widths[1])
 
 
-def _loss(ways: Ways, batches: Sequence[Batch], widths: Sequence[int], dtype: torch.dtype) -> Iterator[float]:
+def _loss(ways: Ways, batches: Sequence[Batch], widths: Sequence[int], dtype: torch.dtype) -> Iterator[Ratio]:
     public = {"student_pooling": "own", "count_padding": True}
     for each in batches:
         for changes in ({},) if each.layout == "packed" else ({}, public):
@@ -241,4 +242,4 @@ def _loss(ways: Ways, batches: Sequence[Batch], widths: Sequence[int], dtype: to
                 learnt = [*(h.requires_grad_() for h in student.values()), *loss.parameters()]
                 output = loss(student, teacher, spans)
                 made.append([output.dsa.detach(), output.hid.detach(), *torch.autograd.grad(output.loss, learnt)])
-            yield from ratios(made, width=widths[1])
+            yield from ratios(made, each.layout + (", public" if changes else ""), width=widths[1])
