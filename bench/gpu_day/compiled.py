@@ -40,5 +40,5 @@ def _of_mode(day: Day, mode: str, call: Callable[[], Sequence[Tensor]], eager: C
         return
     check_parity(f"compiled, {mode}", made, eager(), PARITY)
     yield day.time(f"{mode}: forward + backward", call)
-    yield day.ratio(f"{mode}: eager / compiled", eager, call)
+    yield day.ratio(f"{mode}: eager / compiled", eager, call, target="")
     check_parity(f"compiled, {mode}, later calls", [tensor.clone() for tensor in call()], eager(), PARITY)

@@ -73,13 +73,13 @@ class Day:
         """A row of it."""
         return milliseconds(what, self.times(call, clock_of))
 
-    def ratio(self, what: str, other: Call, ours: Call) -> Entry:
-        """other / ours, the two in turn within each round."""
+    def ratio(self, what: str, other: Call, ours: Call, target: str = ">= 1") -> Entry:
+        """other / ours, the two in turn within each round; tiny sizes are not judged."""
         for call in (other, ours):
             call()
         rounds = self.rounds(clock.device_seconds(other, self.device))
         pairs = [[clock.device_seconds(call, self.device) for call in (other, ours)] for _ in range(rounds)]
-        return entry(what, [theirs / mine for theirs, mine in pairs], target="" if self.quick else ">= 1")
+        return entry(what, [theirs / mine for theirs, mine in pairs], target="" if self.quick else target)
 
     def peak(self, what: str, call: Callable[[], Sequence[Tensor]]) -> Entry:
         """Peak memory above inputs and results."""
