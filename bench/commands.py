@@ -120,7 +120,7 @@ def gpu(
         bool, typer.Option("--all", help="A whole GPU day into the folder OUT; what is there is not run again.")
     ] = False,
     part: Annotated[list[str] | None, typer.Option(help="With --all: one to run; may be repeated.")] = None,
-    minutes: Annotated[float | None, typer.Option(min=0, help="With --all: end the last part after so many (8.75).")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="With --all: of all parts (8.75).")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="With --all: tiny sizes, without a GPU too.")] = False,
 ) -> None:
     """Times on the GPU that is here, against the reference, compiled and not, and the public algorithm; or all."""
