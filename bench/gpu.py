@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.metadata
-import importlib.util
+import shutil
 import subprocess
 from dataclasses import replace
 from typing import Any
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu_day.clock import device_seconds
 from bench.gpu_model.model import SHAPES, Shape
-from bench.harness import Call, check_parity, seconds
+from bench.harness import Call, check_parity
 from bench.report import Entry, Report, Section, entry, machine, milliseconds, nothing
 from bench.workload import Workload, loss_and_gradients, public_loss_and_gradients, standard_workload
 
@@ -36,17 +37,20 @@ def measure() -> Report:
     if not torch.cuda.is_available():
         return nothing(command, "no CUDA or ROCm device answers; bench static and bench model need none")
     made = [each for shape in SHAPES for each in of_loss(shape, "cuda", torch.bfloat16, ROUNDS)]
-    return Report(command, machine(**_device()), [Section("Times and ratios", made)])
+    return Report(command, machine(**device_facts()), [Section("Times and ratios", made)])
 
 
-def _device() -> dict[str, Any]:
+def device_facts() -> dict[str, Any]:
     """Device, driver and versions."""
-    found = {"gpu": torch.cuda.get_device_name(), "triton": importlib.metadata.version("triton")}
+    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "triton": importlib.metadata.version("triton")}
     if torch.version.hip:
         return found | {"rocm": torch.version.hip}
+    found |= {"cuda": torch.version.cuda}
+    if shutil.which("nvidia-smi") is None:
+        return found
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    return found | {"cuda": torch.version.cuda, "driver": driver}
+    return found | {"driver": driver}
 
 
 def of_loss(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[Entry]:
@@ -66,7 +70,7 @@ def of_loss(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[
     for name, (step, loss) in others.items():
         check_parity(f"{what}: {name}", loss_and_gradients(ours, loss), step(), PARITY)
     if not others:
-        first, expected = _first_pair(workload)
+        first, expected = first_pair(workload)
         check_parity(f"{what}: reference, one layer pair", first, expected, PARITY)
     made = [_own_time(f"{what}: triton, forward + backward", ours.loss, ours, rounds, device)]
     for name, (step, loss) in others.items():
@@ -75,7 +79,7 @@ def of_loss(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[
     return made
 
 
-def _first_pair(workload: Workload) -> list[tuple[Tensor, ...]]:
+def first_pair(workload: Workload) -> list[tuple[Tensor, ...]]:
     """Loss and gradients of the first layer pair by the kernels and by the reference, where that is all it can do."""
     config = workload.loss.config
     first = replace(config, layer_pairs=config.layer_pairs[:1], granularity=config.granularity[:1])
@@ -91,24 +95,12 @@ def _first_pair(workload: Workload) -> list[tuple[Tensor, ...]]:
 
 def _own_time(what: str, loss: Any, workload: Workload, rounds: int, device: str) -> Entry:
     mine = functools.partial(loss_and_gradients, workload, loss)
-    times = [_time(mine, device) for _ in range(WARM_UP + rounds)]
+    times = [device_seconds(mine, device) for _ in range(WARM_UP + rounds)]
     first = workload.attention_mask.shape == (SHAPES[0].batch, SHAPES[0].seq_len)
     judged = device == "cuda" and first and "H100" in torch.cuda.get_device_name()
     return milliseconds(what, times[WARM_UP:], MODELLED_MS if judged else "")
 
 
 def _ratio(what: str, other: Call, ours: Call, rounds: int, device: str) -> Entry:
-    ratios = [_time(other, device) / _time(ours, device) for _ in range(WARM_UP + rounds)]
+    ratios = [device_seconds(other, device) / device_seconds(ours, device) for _ in range(WARM_UP + rounds)]
     return entry(what, ratios[WARM_UP:], target=">= 1")
-
-
-def _time(step: Call, device: str) -> float:
-    """Seconds of one call, on the device's own clock where there is one."""
-    if device == "cpu":
-        return seconds(step)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3

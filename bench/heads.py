@@ -114,13 +114,17 @@ def _counted(inputs: Inputs, kind: str = "srkl") -> Tensors:
     return results(divergence(log_p, log_q, kind).mean(), [inputs.student, inputs.student_head])
 
 
-def _liger(inputs: Inputs) -> Tensors:
+def liger_jsd(student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, labels: Tensor) -> Tensor:
+    """Liger's fused loss of counted positions, [M, d], [V, d] of each side, and labels [M] that it wants beside."""
     fused = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss
-    student, student_head, teacher, teacher_head = inputs.sides()
-    labels = inputs.labels[1:][inputs.counted]
     made = fused(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False)
-    loss = made(student, student_head, teacher, teacher_head, labels)
-    return results(loss, [inputs.student, inputs.student_head])
+    loss: Tensor = made(student, student_head, teacher, teacher_head, labels)
+    return loss
+
+
+def _liger(inputs: Inputs) -> Tensors:
+    labels = inputs.labels[1:][inputs.counted]
+    return results(liger_jsd(*inputs.sides(), labels), [inputs.student, inputs.student_head])
 
 
 def sides_of(inputs: Inputs, names: Sequence[str]) -> dict[str, Call]:

@@ -58,7 +58,8 @@ def layer_loss(
 
     def pool(hidden: Tensor, weights: Tensor) -> Tensor:
         weighted = membership * weights[:, None, :]
-        return ((weighted @ hidden) / weighted.sum(2, keepdim=True).clamp(min=CLAMP))[filled]
+        sums = weighted.to(hidden.dtype) @ hidden
+        return (sums / weighted.sum(2, keepdim=True).clamp(min=CLAMP))[filled]
 
     unit_s = F.normalize(pool(student, weight_s), dim=-1)
     unit_t = F.normalize(pool(teacher, weight_t), dim=-1)

@@ -116,10 +116,19 @@ def standard_spans(batch: int, seq_len: int) -> StandardSpans:
 
 
 def standard_workload(
-    batch: int, seq_len: int, dims: tuple[int, int] = (STUDENT_DIM, TEACHER_DIM), pairs: int = 3, hid: bool = True
+    batch: int,
+    seq_len: int,
+    dims: tuple[int, int] = (STUDENT_DIM, TEACHER_DIM),
+    pairs: int = 3,
+    hid: bool = True,
+    device: str = "cpu",
 ) -> Workload:
-    """Make the inputs: random hidden states, float32, on the CPU; without ``hid`` both losses leave Hid out."""
-    generator = torch.Generator().manual_seed(0)
+    """Make the inputs: random hidden states, float32, on the CPU; without ``hid`` both losses leave Hid out.
+
+    Args:
+        device: where the states are drawn: a CPU takes half a minute for the largest of a GPU's.
+    """
+    generator = torch.Generator(device).manual_seed(0)
     settings: dict[str, Any] = {
         "layer_pairs": [(i, i) for i in range(pairs)],
         "granularity": ["word", *["phrase"] * (pairs - 1)],
@@ -129,7 +138,8 @@ def standard_workload(
     loss, public_loss = (MTALoss(make(**settings), *dims) for make in (MTAConfig.paper, MTAConfig.public))
     public_loss.projections = loss.projections
     student, teacher = (
-        {layer: torch.randn(batch, seq_len, dim, generator=generator) for layer in range(pairs)} for dim in dims
+        {layer: torch.randn(batch, seq_len, dim, generator=generator, device=device) for layer in range(pairs)}
+        for dim in dims
     )
     for hidden in student.values():
         hidden.requires_grad_()

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-# What rounding alone may cost where the eager result happens to be exact
-FLOOR = {torch.float64: 1e-15, torch.float32: 3e-7}
-
-
-# A tensor core cuts off what does not fit a sum of 16 products, always towards 0: the error grows with the width
-CUT_OFF = 2.0**-30
+from bench.accuracy import error_and_bound
 
 
 def check(ours: Tensor, eager: Tensor, exact: Tensor, terms: float = 0.0, width: int = 0) -> None:
@@ -21,9 +15,5 @@ def check(ours: Tensor, eager: Tensor, exact: Tensor, terms: float = 0.0, width:
         width: of the products that tensor cores sum, where they are what the result depends on.
     """
     assert ours.shape == exact.shape
-    compute = torch.float64 if ours.dtype == torch.float64 else torch.float32
-    rounding = FLOOR[compute] if ours.dtype == compute else torch.finfo(ours.dtype).eps
-    if ours.is_cuda and compute == torch.float32:
-        rounding = max(rounding, CUT_OFF * width)
-    error, allowed = ((x.double() - exact.double()).norm() for x in (ours, eager))
-    assert error <= 2 * allowed + rounding * (exact.double().norm() + terms), f"{error:.2e} against {allowed:.2e}"
+    error, bound = error_and_bound(ours, eager, exact, terms, width)
+    assert error <= bound, f"{error:.2e} against {bound:.2e}"

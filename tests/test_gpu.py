@@ -114,7 +114,7 @@ def test_the_harness_compares_and_times(monkeypatch: pytest.MonkeyPatch) -> None
 def test_nothing_is_timed_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     public = workload_module.public_loss
     monkeypatch.setattr(workload_module, "public_loss", lambda *args: 1.1 * public(*args))
-    monkeypatch.setattr(gpu, "_time", lambda *args: pytest.fail("timed before the check"))
+    monkeypatch.setattr(gpu, "device_seconds", lambda *args: pytest.fail("timed before the check"))
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     with pytest.raises(SystemExit, match="public algorithm: expected parity below"):
         gpu.of_loss(TINY, "cpu", torch.float32, 1)
@@ -122,6 +122,6 @@ def test_nothing_is_timed_without_parity(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_longest_shape_is_checked_by_one_layer_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = standard_workload(2, 12, (8, 16), 2).with_backend("triton")
-    ours, expected = gpu._first_pair(workload)
+    ours, expected = gpu.first_pair(workload)
     check_parity("one pair", ours, expected, gpu.PARITY)
     assert len(ours) == 4  # loss, states, projection and bias
