@@ -1,9 +1,9 @@
 """Launch parameters. No autotuning: lengths change every step, and every choice would be timed again.
 
-Each row was chosen from what the compilers report (``mta-fast bench static``, bench/results/static.md): of the
-blocks that were tried, large ones that spill no register and fit the shared memory of sm_80, sm_90, sm_100 and gfx942. Those
-of ``pair_errors`` and ``pair_gradients`` on sm_90 are the fastest of a dozen measured on an H200: programs so small that
-several share a multiprocessor.
+Each row was chosen from what the compilers report (``mta-fast bench static``, bench/results/static.md): of the blocks
+that were tried, large ones that spill no register and fit the shared memory of sm_80, sm_90, sm_100 and gfx942. Those
+of ``pair_errors`` and ``pair_gradients`` on sm_90 are the fastest of a dozen measured on an H200: programs so small
+that several share a multiprocessor.
 """
 
 from __future__ import annotations
