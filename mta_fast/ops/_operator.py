@@ -1,0 +1,105 @@
+"""How the package's ops are known to torch: opaque under torch.compile, and with little between a call and its kernel.
+
+``torch.library.custom_op`` registers the same, but its way through pytrees, dataclasses and filled-in schemas takes
+several times as long on the host, which is what a step of a small batch on a GPU waits for.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from mta_fast.errors import DoubleBackwardError
+
+LIBRARY = torch.library.Library("mta_fast", "FRAGMENT")
+FUNCTIONS: dict[str, Callable[..., Any]] = {}  # what runs an op, by its name
+
+
+def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], OpOverload]:
+    """Make ``mta_fast::name`` of a function that changes none of its arguments.
+
+    Args:
+        schema: "(arguments) -> results"; None: read from the function's annotations.
+    """
+
+    def define(function: Callable[..., Any]) -> OpOverload:
+        made = torch.library.infer_schema(function, mutates_args=()) if schema is None else schema
+        LIBRARY.define(name + made, tags=(torch.Tag.pt2_compliant_tag,))
+        op: OpOverload = getattr(torch.ops.mta_fast, name).default
+        FUNCTIONS[name] = function
+        untraced: Callable[..., Any] | None = None
+
+        def run(*args: Any) -> Any:
+            nonlocal untraced
+            if untraced is None:  # not when it is defined: Dynamo takes long to import
+                untraced = torch.compiler.disable(function)
+            return untraced(*args)
+
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        return op
+
+    return define
+
+
+def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what ``op`` returns where tensors have no data."""
+    return torch.library.register_fake(op, lib=LIBRARY)  # type: ignore[no-any-return]
+
+
+def register_backward(
+    op: OpOverload,
+    function: str,
+    save: Callable[[Any, Any, Any], None],
+    backward: Callable[[Any, Tensor], Mapping[str, Tensor | None]],
+) -> None:
+    """Autograd of an op by the names of its arguments, whose order stands in its signature alone.
+
+    Only tensors that are arguments by themselves can have gradients, those in lists have none. Of several results only
+    the first is differentiable.
+
+    Args:
+        function: what is called to run the op, for the message of a second derivative.
+        save: (ctx, inputs, outputs) keeps what the backward needs; the arguments are attributes of ``inputs``.
+        backward: (ctx, gradient of the first output) -> {argument: gradient}; the other arguments receive none.
+    """
+    names = [argument.name for argument in op._schema.arguments]
+    inputs: Any = namedtuple("inputs", names)  # type: ignore[misc]  # noqa: PYI024  # of an op's own arguments
+    place = {name: i for i, name in enumerate(names)}
+    below = torch._C._after_autograd_keyset
+
+    def forward(ctx: Any, *given: Any) -> Any:
+        *args, keyset = given  # last: ``ctx.needs_input_grad`` is in the order of the arguments
+        ctx.set_materialize_grads(False)  # outputs without a gradient cost no tensor of zeros
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = op.redispatch(keyset & below, *args)
+        save(ctx, inputs(*args), outputs)
+        if isinstance(outputs, tuple):
+            ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    def run(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # the backward is itself differentiated: it would give zeros silently
+            raise DoubleBackwardError(
+                f"{function}: expected a first derivative, got create_graph=True; it has no second one"
+            )
+        made: list[Tensor | None] = [None] * (1 + len(names))
+        if grad is not None:
+            for name, gradient in backward(ctx, grad).items():
+                made[place[name]] = gradient
+        return tuple(made)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(run)}
+    differentiable: Any = type(f"{op._schema.name}_backward", (torch.autograd.Function,), members)
+
+    def dispatch(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return differentiable.apply(*args, keyset)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & below, *args)
+
+    LIBRARY.impl(op._schema.name.split("::")[1], dispatch, "Autograd", with_keyset=True)
