@@ -48,10 +48,16 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def check_given(op: str, arguments: Sequence[Any]) -> None:
     """No tensor is None, which an op's schema lets through, but for those that need not be there."""
-    if any(value is None for value in arguments):
-        for parameter, value in zip(inspect.signature(CHECKS[op]).parameters.values(), arguments, strict=False):
-            if value is None and "None" not in parameter.annotation:
-                raise InputError(f"{parameter.name}: expected a tensor, got None")
+    for name, value in zip(_needed(op), arguments, strict=False):
+        if value is None and name is not None:
+            raise InputError(f"{name}: expected a tensor, got None")
+
+
+@functools.cache
+def _needed(op: str) -> list[str | None]:
+    """The names of an op's arguments; None in place of those that need not be there."""
+    parameters = inspect.signature(CHECKS[op]).parameters.values()
+    return [None if "None" in parameter.annotation else parameter.name for parameter in parameters]
 
 
 def as_spans(tensors: Sequence[Tensor]) -> Spans:
@@ -362,7 +368,7 @@ def _described(tensor: Tensor) -> str:
 
 def _floating(name: str, tensor: Tensor, shape: tuple[int | None, ...], beside: Tensor | None = None) -> None:
     """A dense floating tensor of this shape (None: any size), on the device of ``beside``."""
-    if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+    if tensor.dtype not in FLOATS or tensor.layout is not torch.strided:
         raise InputError(
             f"{name}: expected a dense tensor of float64, float32, bfloat16 or float16, got {tensor.dtype}"
         )
@@ -373,7 +379,7 @@ def _floating(name: str, tensor: Tensor, shape: tuple[int | None, ...], beside: 
 
 def _index(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
     """An int32 tensor of this shape on ``device``."""
-    if tensor.dtype != torch.int32 or tensor.layout != torch.strided:
+    if tensor.dtype is not torch.int32 or tensor.layout is not torch.strided:
         raise InputError(f"{name}: expected a dense tensor of int32, got {tensor.dtype}; use .int()")
     _shape(name, tensor, shape)
     if tensor.device != device:
@@ -382,15 +388,21 @@ def _index(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: tor
 
 def _shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     got = tensor.shape
-    if len(got) != len(shape) or any(n is not None and n != m for n, m in zip(shape, got, strict=True)):
+    fits = len(got) == len(shape)
+    if fits:
+        for n, m in zip(shape, got, strict=True):  # no generator: every tensor of every op comes by here
+            if n is not None and n != m:
+                fits = False
+    if not fits:
         expected = ", ".join("any" if n is None else str(n) for n in shape)
         raise InputError(f"{name}: expected shape [{expected}], got {list(got)}")
     _sizes(name, tensor)
 
 
 def _sizes(name: str, tensor: Tensor) -> None:
-    if any(n > MOST for n in tensor.shape):
-        raise InputError(f"{name}: expected sizes below 2^31, got {list(tensor.shape)}")
+    shape = tensor.shape
+    if shape and max(shape) > MOST:
+        raise InputError(f"{name}: expected sizes below 2^31, got {list(shape)}")
 
 
 def _same_size(name: str, tensor: Tensor, size: int, what: str) -> None:
@@ -488,13 +500,15 @@ def _spans(spans: Spans, tokens: Tensor) -> None:
     """The index tensors of spans over ``tokens`` [T, ...]."""
     device, size = tokens.device, tokens.shape[0]
     _index("spans.ranges", spans.ranges, (None, 2), device)
-    for name in ("span_splits", "covered", "cover_spans"):
-        _index(f"spans.{name}", getattr(spans, name), (None,), device)
-    n, rows, covered = len(spans.ranges), len(spans.span_splits), len(spans.covered)
-    shapes = {"span_rows": n, "covered_rows": covered, "covered_splits": rows}
-    shapes |= {"cover_splits": covered + 1, "token_splits": size + 1}
-    for name, length in shapes.items():
-        _index(f"spans.{name}", getattr(spans, name), (length,), device)
+    _index("spans.span_splits", spans.span_splits, (None,), device)
+    _index("spans.covered", spans.covered, (None,), device)
+    _index("spans.cover_spans", spans.cover_spans, (None,), device)
+    n, rows, covered = spans.ranges.shape[0], spans.span_splits.shape[0], spans.covered.shape[0]
+    _index("spans.span_rows", spans.span_rows, (n,), device)
+    _index("spans.covered_rows", spans.covered_rows, (covered,), device)
+    _index("spans.covered_splits", spans.covered_splits, (rows,), device)
+    _index("spans.cover_splits", spans.cover_splits, (covered + 1,), device)
+    _index("spans.token_splits", spans.token_splits, (size + 1,), device)
     _splits_of_host(spans.span_splits, spans.host, n, "spans.")
     if not _readable(spans.ranges):
         return

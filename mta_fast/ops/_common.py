@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mta_fast.backends import AUTOCAST_DEVICES
 from mta_fast.contract import FLOATS
 from mta_fast.errors import InputError
 from mta_fast.layout import Rows, as_tensor, compute_dtype
@@ -17,10 +18,6 @@ from mta_fast.reference import quotient as quotient
 from mta_fast.spans.batch import SpanBatch
 
 REDUCTIONS = ("mean", "sample", "none")
-# Asked once: Dynamo can't trace the question in torch 2.11
-AUTOCAST_DEVICES = frozenset(
-    d for d in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(d)
-)
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

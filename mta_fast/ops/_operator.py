@@ -68,7 +68,7 @@ def register_backward(
         backward: (ctx, gradient of the first output) -> {argument: gradient}; the other arguments receive none.
     """
     names = [argument.name for argument in op._schema.arguments]
-    inputs: Any = namedtuple("inputs", names)  # type: ignore[misc]  # noqa: PYI024  # of an op's own arguments
+    inputs: Any = namedtuple("inputs", names)  # type: ignore[misc]  # of an op's own arguments
     place = {name: i for i, name in enumerate(names)}
     below = torch._C._after_autograd_keyset
 
