@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -223,15 +223,27 @@ def run(op: str, backend: str, tensors: Sequence[Tensor], /, *args: Any, **optio
     function = getattr(_module(chosen.module), op)
     if not chosen.checks_arguments:
         contract.CHECKS[op](*args, **options)
-    device = tensors[0].device
+    with ready(tensors[0].device):
+        return function(*args, **options)
+
+
+def unchecked(op: str, backend: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """The chosen backend's function, for a caller that has checked what it gives, and calls it within ``ready``."""
+    function = getattr(_module(BACKENDS[choose(op, tensors, backend).name].module), op)
+    return getattr(function, "unchecked", function)
+
+
+def ready(device: torch.device) -> AbstractContextManager[Any]:
+    """No gradients, no autocast, and launches on ``device``."""
     kind = device.type
     in_autocast = kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
     elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()
-    with torch.no_grad():
-        if not in_autocast and not elsewhere:
-            return function(*args, **options)
-        with (
-            torch.autocast(kind, enabled=False) if in_autocast else nullcontext(),
-            torch.cuda.device(device) if elsewhere else nullcontext(),  # where Triton launches
-        ):
-            return function(*args, **options)
+    if not in_autocast and not elsewhere:
+        return torch.no_grad()
+    stack = ExitStack()
+    stack.enter_context(torch.no_grad())
+    if in_autocast:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    if elsewhere:
+        stack.enter_context(torch.cuda.device(device))  # where Triton launches
+    return stack

@@ -43,6 +43,7 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
         check(*args, **options)
         return function(*args, **options)
 
+    call.unchecked = function  # type: ignore[attr-defined]
     return call
 
 
@@ -87,16 +88,8 @@ def token_importance(
         raise InputError(f"hidden: expected a width of at least 2, got {hidden.shape[1]}")
     _count("seq_len", seq_len)
     _rows(rows, rows_host, hidden)
-    if count_padding and _readable(rows_host):
-        first = np.arange(len(rows_host), dtype=np.int64) * seq_len
-        start, length = _values(rows_host).T
-        wrong = (start < first) | (start + length > first + seq_len) | (first + seq_len > hidden.shape[0])
-        if wrong.any():
-            b = int(wrong.argmax())
-            raise InputError(
-                f"rows_host, seq_len: expected row {b} within its {seq_len} positions of {hidden.shape[0]}, got "
-                f"{int(length[b])} tokens from {int(start[b])}"
-            )
+    if count_padding:
+        _padded_rows(rows_host, seq_len, hidden.shape[0])
 
 
 def span_weights(values: Tensor, spans: Spans) -> None:
@@ -143,6 +136,108 @@ def span_pairs(
     check_choice("method", method, METHODS)
     _index("span_splits", span_splits, (None,), student.device)
     _splits_of_host(span_splits, host, size)
+
+
+def kinds(given: int, each: int, kind_of: Sequence[int]) -> None:
+    """kind_of: of which of the ``given / each`` kinds of spans a layer pair is."""
+    if not given or given % each or not kind_of or not all(0 <= kind < given // each for kind in kind_of):
+        raise InputError(
+            f"index, kind_of: expected {each} tensors a kind, and the kind of each layer pair, got {given} tensors and "
+            f"{list(kind_of)}"
+        )
+
+
+def layer_weights(
+    hidden: Sequence[Tensor],
+    hidden_of: Sequence[int],
+    kinds: Sequence[tuple[Spans, Tensor, Tensor]],
+    seq_len: int,
+    count_padding: bool,
+) -> None:
+    """hidden: [T, d >= 2] of each layer; hidden_of: which of them a layer pair has; spans and rows of each pair."""
+    _lists({"hidden": hidden}, len(hidden) or 1)
+    if len(hidden_of) != len(kinds) or sorted(set(hidden_of)) != list(range(len(hidden))):
+        raise InputError(
+            f"hidden_of: expected one of {len(hidden)} layers for each of {len(kinds)} layer pairs, and each layer at "
+            f"least once, got {list(hidden_of)}"
+        )
+    for states in hidden:
+        _floating("hidden", states, (hidden[0].shape[0], None), hidden[0])
+        if states.shape[1] < 2:
+            raise InputError(f"hidden: expected a width of at least 2, got {states.shape[1]}")
+    _count("seq_len", seq_len)
+    _kinds(kinds, hidden[0])
+    if count_padding:
+        for _, _, rows_host in {id(kind): kind for kind in kinds}.values():
+            _padded_rows(rows_host, seq_len, hidden[0].shape[0])
+
+
+def layer_pairs(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    student_weights: Sequence[Tensor],
+    teacher_weights: Sequence[Tensor],
+    span_weights: Sequence[Tensor],
+    kinds: Sequence[tuple[Spans, Tensor, Tensor]],
+    method: str,
+) -> None:
+    """Of each layer pair: student [T, d_S], teacher [T, d_T], both's weights [T], span_weights [N], spans and rows."""
+    lists = {"students": students, "teachers": teachers, "student_weights": student_weights}
+    lists |= {"teacher_weights": teacher_weights, "span_weights": span_weights}
+    _lists(lists, len(kinds))
+    _floating("students", students[0], (None, None))
+    check_choice("method", method, METHODS)
+    tokens, own = students[0].shape[0], students[0]
+    for student, teacher, first, second, weights, (spans, *_) in zip(*lists.values(), kinds, strict=True):
+        _floating("students", student, (tokens, None), own)
+        _floating("teachers", teacher, (tokens, None), own)
+        _floating("student_weights", first, (tokens,), own)
+        _floating("teacher_weights", second, (tokens,), own)
+        _floating("span_weights", weights, (spans.ranges.shape[0],), own)
+        if student.dtype is not own.dtype:
+            raise InputError(f"students: expected one dtype, got {own.dtype} and {student.dtype}")
+    if len({torch.float64 in (s.dtype, t.dtype) for s, t in zip(students, teachers, strict=True)}) > 1:
+        raise InputError("teachers: expected float64 states in all layer pairs or in none, got both")
+    _kinds(kinds, own)
+
+
+def layer_pairs_gradient(
+    gradients: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    grad: Tensor,
+    kinds: Sequence[tuple[Spans, Tensor, Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """Of each layer pair: gradients [N, d_S], sums [N], weights [T]; grad [L, B]."""
+    _lists({"gradients": gradients, "sums": sums, "weights": weights}, len(kinds))
+    _floating("weights", weights[0], (None,))
+    own = weights[0]
+    for gradient, total, other, (spans, *_) in zip(gradients, sums, weights, kinds, strict=True):
+        _floating("gradients", gradient, (spans.ranges.shape[0], None), own)
+        if not gradient.shape[1]:
+            raise InputError("gradients: expected a width of at least 1, got 0")
+        _floating("sums", total, (spans.ranges.shape[0],), own)
+        _floating("weights", other, own.shape, own)
+    _floating("grad", grad, (len(kinds), kinds[0][0].span_splits.shape[0] - 1), own)
+    _kinds(kinds, own)
+    _dtype("dtype", dtype)
+
+
+def _lists(lists: dict[str, Sequence[Tensor]], size: int) -> None:
+    for name, tensors in lists.items():
+        if len(tensors) != size or any(tensor is None for tensor in tensors):
+            raise InputError(f"{name}: expected {size} tensors, one a layer pair, got {len(tensors)} or a None")
+
+
+def _kinds(kinds: Sequence[tuple[Spans, Tensor, Tensor]], tokens: Tensor) -> None:
+    """Spans and rows of all layer pairs, each kind looked at once; as many rows in all."""
+    count = kinds[0][0].span_splits.shape[0] - 1
+    for spans, rows, rows_host in {id(kind): kind for kind in kinds}.values():
+        _spans(spans, tokens)
+        _rows(rows, rows_host, tokens)
+        _same_size("rows", rows, spans.span_splits.shape[0] - 1, "rows, as in spans.span_splits")
+        _same_size("rows", rows, count, "rows, as in the first kind of spans")
 
 
 def span_pairs_gradient(gradient: Tensor, grad: Tensor, span_rows: Tensor, dtype: torch.dtype) -> None:
@@ -483,6 +578,21 @@ def _rows(rows: Tensor, rows_host: Tensor, hidden: Tensor) -> None:
         raise InputError(f"rows_host: expected rows within the {hidden.shape[0]} tokens, got {_some(values)}")
     if _readable(rows) and not torch.equal(rows, rows_host):
         raise InputError(f"rows: expected what rows_host holds, {_some(values)}, got {_some(_values(rows))}")
+
+
+def _padded_rows(rows_host: Tensor, seq_len: int, tokens: int) -> None:
+    """Each row within its own ``seq_len`` positions."""
+    if not _readable(rows_host):
+        return
+    first = np.arange(len(rows_host), dtype=np.int64) * seq_len
+    start, length = _values(rows_host).T
+    wrong = (start < first) | (start + length > first + seq_len) | (first + seq_len > tokens)
+    if wrong.any():
+        b = int(wrong.argmax())
+        raise InputError(
+            f"rows_host, seq_len: expected row {b} within its {seq_len} positions of {tokens}, got "
+            f"{int(length[b])} tokens from {int(start[b])}"
+        )
 
 
 def _splits_of_host(span_splits: Tensor, host: Tensor, size: int, prefix: str = "") -> None:

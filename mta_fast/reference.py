@@ -759,15 +759,15 @@ class _Factors:
 
 
 def reduce_rows(numerators: Tensor, denominators: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """Row numerators and denominators [B] to the two scalars whose quotient is the loss.
+    """Row numerators and denominators [..., B] to the two [...] whose quotient is the loss.
 
     "sample": (sum of num_b / den_b, rows with den_b > 0); otherwise the two sums. A NaN stays a NaN.
     """
     if reduction != "sample":
-        return numerators.sum(), denominators.sum()
+        return numerators.sum(-1), denominators.sum(-1)
     empty = denominators <= 0
     quotient = torch.where(empty, numerators * 0, numerators / torch.where(empty, 1.0, denominators))
-    return quotient.sum(), (~empty).sum().to(denominators.dtype)
+    return quotient.sum(-1), (~empty).sum(-1).to(denominators.dtype)
 
 
 def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:

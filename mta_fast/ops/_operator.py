@@ -7,7 +7,7 @@ several times as long on the host, which is what a step of a small batch on a GP
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,23 +83,77 @@ def register_backward(
         return outputs
 
     def run(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # the backward is itself differentiated: it would give zeros silently
-            raise DoubleBackwardError(
-                f"{function}: expected a first derivative, got create_graph=True; it has no second one"
-            )
+        _refuse_second(function)
         made: list[Tensor | None] = [None] * (1 + len(names))
         if grad is not None:
             for name, gradient in backward(ctx, grad).items():
                 made[place[name]] = gradient
         return tuple(made)
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(run)}
-    differentiable: Any = type(f"{op._schema.name}_backward", (torch.autograd.Function,), members)
+    differentiable = _function(op, forward, run)
 
     def dispatch(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return differentiable.apply(*args, keyset)
+        if torch.is_grad_enabled():
+            for arg in args:
+                if isinstance(arg, Tensor) and arg.requires_grad:
+                    return differentiable.apply(*args, keyset)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & below, *args)
 
+    _impl(op, dispatch)
+
+
+def register_list_backward(
+    op: OpOverload,
+    function: str,
+    save: Callable[[Any, Any, Any], None],
+    backward: Callable[[Any, Tensor], Sequence[Tensor]],
+) -> None:
+    """Autograd of an op in the tensors of its first argument, a list; of its results, a list too, only the first is
+    differentiable. The arguments are as in ``register_backward``, but ``backward`` returns the list's gradients."""
+    names = [argument.name for argument in op._schema.arguments]
+    inputs: Any = namedtuple("inputs", names)  # type: ignore[misc]  # of an op's own arguments
+    below = torch._C._after_autograd_keyset
+
+    def forward(ctx: Any, *given: Any) -> Any:
+        *tensors, others, keyset = given
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = op.redispatch(keyset & below, tensors, *others)
+        save(ctx, inputs(tensors, *others), outputs)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
+
+    def run(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Any, ...]:
+        _refuse_second(function)
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return (*backward(ctx, grad), None, None)
+
+    differentiable = _function(op, forward, run)
+
+    def dispatch(keyset: Any, first: Any, *others: Any) -> Any:
+        if torch.is_grad_enabled():
+            for tensor in first:
+                if tensor is not None and tensor.requires_grad:
+                    return list(differentiable.apply(*first, others, keyset))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & below, first, *others)
+
+    _impl(op, dispatch)
+
+
+def _refuse_second(function: str) -> None:
+    if torch.is_grad_enabled():  # the backward is itself differentiated: it would give zeros silently
+        raise DoubleBackwardError(
+            f"{function}: expected a first derivative, got create_graph=True; it has no second one"
+        )
+
+
+def _function(op: OpOverload, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{op._schema.name}_backward", (torch.autograd.Function,), members)
+
+
+def _impl(op: OpOverload, dispatch: Callable[..., Any]) -> None:
     LIBRARY.impl(op._schema.name.split("::")[1], dispatch, "Autograd", with_keyset=True)
