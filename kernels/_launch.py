@@ -14,15 +14,14 @@ from torch import Tensor
 from triton import knobs
 
 from mta_fast.errors import InputError
-from mta_fast.kernels._table import DOUBLE, HALF, SINGLE, Row, table_row
+from mta_fast.kernels._table import DOUBLE, HALF, SINGLE, Row, find_row, table_row
 
 INTERPRETED: bool = knobs.runtime.interpret  # decided when the kernels were decorated
 # enable_fp_fusion is set because its default differs between versions of Triton; fused sums round once, not twice
 FP_FUSION = True
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One launch, as observers see it."""
 
     name: str  # row name in the table
@@ -94,13 +93,14 @@ class Numerics:
 
     def row(self, name: str) -> Row:
         """The table's row for a kernel."""
-        return table_row(name, self.kind, self.architecture, self.aligned)[1]
+        return find_row(name, self.kind, self.architecture, self.aligned)
 
     def plan(self, name: str, kernel: Any) -> _Plan:
         """What a kernel is launched with beside its arguments; made again where the table's row is another."""
-        place, row = table_row(name, self.kind, self.architecture, self.aligned)
+        row = self.row(name)
         plan = self._plans.get(name)
         if plan is None or plan.row is not row or plan.kernel is not kernel:
+            place, _ = table_row(name, self.kind, self.architecture, self.aligned)
             constants = {key: value for key, value in (row.blocks | self.constants).items() if key in kernel.arg_names}
             options = {"num_warps": row.num_warps, "num_stages": row.num_stages, "enable_fp_fusion": FP_FUSION}
             plan = self._plans[name] = _Plan(kernel, row, place, constants, options)
@@ -138,7 +138,7 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], num: Numerics, **argum
     if 0 in grid:
         return
     for key, value in arguments.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not value.is_contiguous():  # as results are, which stay themselves
             arguments[key] = _readable(key, value)
     plan = num.plan(name, kernel)
     arguments |= plan.constants
@@ -188,8 +188,6 @@ def writable(dtype: torch.dtype) -> torch.dtype:
 
 def _readable(name: str, value: Tensor) -> Tensor:
     """A tensor as the kernels address it: vectors and index tensors contiguous, features within 2^31 elements."""
-    if value.is_contiguous():
-        return value  # as results are, which stay themselves
     if value.ndim == 1 or not value.is_floating_point():
         return value.contiguous()
     if value.ndim == 2 and (value.shape[1] - 1) * value.stride(1) >= 2**31:

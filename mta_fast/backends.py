@@ -171,16 +171,22 @@ def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> Choice:
         InputError: no backend has that name.
         BackendUnavailableError: the named backend, or every backend, refuses; the message holds all reasons.
     """
+    name, refused = _choose(op, tensors, backend)
+    return Choice(name, refused)
+
+
+def _choose(op: str, tensors: Sequence[Tensor], backend: str) -> tuple[str, dict[str, list[str]]]:
     check_name(backend)
     refused: dict[str, list[str]] = {}
     for name in BACKENDS if backend == "auto" else (backend,):
-        reasons = BACKENDS[name].reasons_against(op, tensors) or _reasons_in_module(op, BACKENDS[name].module)
+        own = BACKENDS[name]
+        reasons = own.reasons_against(op, tensors) or _reasons_in_module(op, own.module)
         if reasons and backend == "auto" and tensors[0].device.type == "cuda":
             _warn_of_slower(name, reasons[0])
         if not reasons and backend == "auto":
-            reasons = BACKENDS[name].reasons_to_avoid(op, tensors)
+            reasons = own.reasons_to_avoid(op, tensors)
         if not reasons:
-            return Choice(name, refused)
+            return name, refused
         refused[name] = reasons
     inputs = ", ".join(f"{t.dtype}{list(t.shape)} on {t.device}" for t in tensors)
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
@@ -219,7 +225,7 @@ def run(op: str, backend: str, tensors: Sequence[Tensor], /, *args: Any, **optio
         InputError: an argument is not what the op takes.
     """
     contract.check_given(op, args)
-    chosen = BACKENDS[choose(op, tensors, backend).name]
+    chosen = BACKENDS[_choose(op, tensors, backend)[0]]
     function = getattr(_module(chosen.module), op)
     if not chosen.checks_arguments:
         contract.CHECKS[op](*args, **options)
@@ -229,7 +235,7 @@ def run(op: str, backend: str, tensors: Sequence[Tensor], /, *args: Any, **optio
 
 def unchecked(op: str, backend: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
     """The chosen backend's function, for a caller that has checked what it gives, and calls it within ``ready``."""
-    function = getattr(_module(BACKENDS[choose(op, tensors, backend).name].module), op)
+    function = getattr(_module(BACKENDS[_choose(op, tensors, backend)[0]].module), op)
     return getattr(function, "unchecked", function)
 
 

@@ -474,6 +474,9 @@ def _floating(name: str, tensor: Tensor, shape: tuple[int | None, ...], beside: 
 
 def _index(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
     """An int32 tensor of this shape on ``device``."""
+    if tensor.shape == shape and tensor.dtype is torch.int32 and tensor.layout is torch.strided:
+        if tensor.device == device and max(shape) <= MOST:  # a shape without None
+            return
     if tensor.dtype is not torch.int32 or tensor.layout is not torch.strided:
         raise InputError(f"{name}: expected a dense tensor of int32, got {tensor.dtype}; use .int()")
     _shape(name, tensor, shape)

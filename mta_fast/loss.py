@@ -266,7 +266,8 @@ class MTALoss(nn.Module):
             own = _span_batch("spans", spans, kind)
             other = own if teacher_spans is None else _span_batch("teacher_spans", teacher_spans, kind)
             _check_paired(own, other)
-            hidden = _hidden_state(teacher_hidden, layer, "teacher", self.teacher_dims[i], other).detach()
+            hidden = _hidden_state(teacher_hidden, layer, "teacher", self.teacher_dims[i], other)
+            hidden = hidden.detach() if hidden.requires_grad else hidden
             check_spans(other, hidden.shape[:-1], hidden.device, "teacher_hidden")
             read.append((hidden, own, other))
         pairs = []
@@ -446,12 +447,11 @@ class _LayerPair(NamedTuple):
             return 1 / spans_in_row if per_row else torch.ones_like(spans_in_row)
         if self.two_tokenizers:
             return self.weights.span
-        counts = self.spans.cover_splits.diff().to(dtype)
-        return (
-            counts
-            if uniform and not per_row
-            else counts * self.weights.token.reshape(-1).index_select(0, self.spans.covered)
-        )
+        counts = self.spans.cover_splits.diff()
+        if uniform and not per_row:
+            return counts.to(dtype)
+        token = self.token_weights if config.weighting == "importance" else self.weights.token.reshape(-1)
+        return token.index_select(0, self.spans.covered) * counts
 
     def hid_denominator(self, config: MTAConfig, weights: Tensor) -> Tensor:
         """The sum of ``hid_weights``; for "sample" the number of rows whose weights don't sum to 0."""

@@ -48,7 +48,7 @@ def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., An
 
 def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register what ``op`` returns where tensors have no data."""
-    return torch.library.register_fake(op, lib=LIBRARY)  # type: ignore[no-any-return]
+    return torch.library.register_fake(op, lib=LIBRARY)
 
 
 def register_backward(
@@ -68,7 +68,7 @@ def register_backward(
         backward: (ctx, gradient of the first output) -> {argument: gradient}; the other arguments receive none.
     """
     names = [argument.name for argument in op._schema.arguments]
-    inputs: Any = namedtuple("inputs", names)  # type: ignore[misc]  # of an op's own arguments
+    inputs = _named(names)
     place = {name: i for i, name in enumerate(names)}
     below = torch._C._after_autograd_keyset
 
@@ -112,7 +112,7 @@ def register_list_backward(
     """Autograd of an op in the tensors of its first argument, a list; of its results, a list too, only the first is
     differentiable. The arguments are as in ``register_backward``, but ``backward`` returns the list's gradients."""
     names = [argument.name for argument in op._schema.arguments]
-    inputs: Any = namedtuple("inputs", names)  # type: ignore[misc]  # of an op's own arguments
+    inputs = _named(names)
     below = torch._C._after_autograd_keyset
 
     def forward(ctx: Any, *given: Any) -> Any:
@@ -141,6 +141,11 @@ def register_list_backward(
             return op.redispatch(keyset & below, first, *others)
 
     _impl(op, dispatch)
+
+
+def _named(names: list[str]) -> Any:
+    """A type whose attributes are an op's arguments."""
+    return namedtuple("inputs", names)  # of names that are not known before
 
 
 def _refuse_second(function: str) -> None:

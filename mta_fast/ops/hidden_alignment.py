@@ -133,9 +133,9 @@ def hidden_alignment_numerator(
     with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in learnt)
     numerator, *_ = _hidden_alignment(
         student,
-        teacher.detach(),
+        teacher.detach() if teacher.requires_grad else teacher,
         tokens,
-        weights.detach(),
+        weights.detach() if weights.requires_grad else weights,
         proj_weight,
         proj_bias,
         product_dtype(student, proj_weight),
