@@ -142,7 +142,7 @@ def kinds(given: int, each: int, kind_of: Sequence[int]) -> None:
     """kind_of: of which of the ``given / each`` kinds of spans a layer pair is."""
     if not given or given % each or not kind_of or not all(0 <= kind < given // each for kind in kind_of):
         raise InputError(
-            f"index, kind_of: expected {each} tensors a kind, and the kind of each layer pair, got {given} tensors and "
+            f"kinds, kind_of: expected {each} tensors a kind, and the kind of each layer pair, got {given} tensors and "
             f"{list(kind_of)}"
         )
 
@@ -161,6 +161,7 @@ def layer_weights(
             f"hidden_of: expected one of {len(hidden)} layers for each of {len(kinds)} layer pairs, and each layer at "
             f"least once, got {list(hidden_of)}"
         )
+    _floating("hidden", hidden[0], (None, None))
     for states in hidden:
         _floating("hidden", states, (hidden[0].shape[0], None), hidden[0])
         if states.shape[1] < 2:
@@ -188,6 +189,7 @@ def layer_pairs(
     _floating("students", students[0], (None, None))
     check_choice("method", method, METHODS)
     tokens, own = students[0].shape[0], students[0]
+    _kinds(kinds, own)
     for student, teacher, first, second, weights, (spans, *_) in zip(*lists.values(), kinds, strict=True):
         _floating("students", student, (tokens, None), own)
         _floating("teachers", teacher, (tokens, None), own)
@@ -198,7 +200,6 @@ def layer_pairs(
             raise InputError(f"students: expected one dtype, got {own.dtype} and {student.dtype}")
     if len({torch.float64 in (s.dtype, t.dtype) for s, t in zip(students, teachers, strict=True)}) > 1:
         raise InputError("teachers: expected float64 states in all layer pairs or in none, got both")
-    _kinds(kinds, own)
 
 
 def layer_pairs_gradient(
@@ -213,6 +214,7 @@ def layer_pairs_gradient(
     _lists({"gradients": gradients, "sums": sums, "weights": weights}, len(kinds))
     _floating("weights", weights[0], (None,))
     own = weights[0]
+    _kinds(kinds, own)
     for gradient, total, other, (spans, *_) in zip(gradients, sums, weights, kinds, strict=True):
         _floating("gradients", gradient, (spans.ranges.shape[0], None), own)
         if not gradient.shape[1]:
@@ -220,7 +222,6 @@ def layer_pairs_gradient(
         _floating("sums", total, (spans.ranges.shape[0],), own)
         _floating("weights", other, own.shape, own)
     _floating("grad", grad, (len(kinds), kinds[0][0].span_splits.shape[0] - 1), own)
-    _kinds(kinds, own)
     _dtype("dtype", dtype)
 
 
@@ -232,12 +233,11 @@ def _lists(lists: dict[str, Sequence[Tensor]], size: int) -> None:
 
 def _kinds(kinds: Sequence[tuple[Spans, Tensor, Tensor]], tokens: Tensor) -> None:
     """Spans and rows of all layer pairs, each kind looked at once; as many rows in all."""
-    count = kinds[0][0].span_splits.shape[0] - 1
     for spans, rows, rows_host in {id(kind): kind for kind in kinds}.values():
         _spans(spans, tokens)
         _rows(rows, rows_host, tokens)
         _same_size("rows", rows, spans.span_splits.shape[0] - 1, "rows, as in spans.span_splits")
-        _same_size("rows", rows, count, "rows, as in the first kind of spans")
+        _same_size("rows", rows, kinds[0][1].shape[0], "rows, as in the first kind of spans")
 
 
 def span_pairs_gradient(gradient: Tensor, grad: Tensor, span_rows: Tensor, dtype: torch.dtype) -> None:

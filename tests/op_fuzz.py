@@ -39,6 +39,7 @@ ELEMENTS = (-(2**31), -(2**31) + 1, -2, -1, 0, 1, 2, 3, 5, 17, 2**31 - 2, 2**31 
 LISTS: dict[str, tuple[str, ...]] = {
     "gradient": ("rows", "student", "weight", "bias"),
     "index": ("span_rows", "span_splits", "host"),
+    "kinds": ("spans", "rows", "rows_host"),
     "norms": ("student_norm", "teacher_norm"),
     "rows": ("rows_host",),
     "spans": Spans._fields,
@@ -105,7 +106,7 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
     flags = {**flag, "with_head": rng.random() < 0.7}
     ops_own = {"divergence": kind, **diverging}
     cpps_own = {"kind": DIVERGENCES.index(kind), **diverging}
-    kinds = {"index": [*index, *table] * 2, "kind_of": [0, 1, 0]}
+    kinds = {"kinds": [*index, *table] * 2, "kind_of": [0, 1, 0]}
     of_layers = {"hidden": [teacher, student.float()], "hidden_of": [0, 1, 1], **kinds, **counts}
     of_pairs = {"students": [student] * 3, "teachers": [teacher] * 3, **kinds, **method, **flag}
     of_pairs |= {"student_weights": [values] * 3, "teacher_weights": [values] * 3, "span_weights": [salience] * 3}

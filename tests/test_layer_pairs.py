@@ -65,7 +65,7 @@ def _arguments() -> dict[str, Any]:
         "student_weights": [torch.rand(tokens) for _ in sizes],
         "teacher_weights": [torch.rand(tokens) for _ in sizes],
         "span_weights": [torch.rand(n) for n in sizes],
-        "index": index,
+        "kinds": index,
         "kind_of": kind_of,
     }
 
@@ -74,12 +74,12 @@ def test_opcheck() -> None:
     given = _arguments()
     torch.library.opcheck(_layer_pairs, (*given.values(), "auto", True, "reference"))
     torch.library.opcheck(
-        _layer_weights, (given["teachers"], [0, 1, 2], given["index"], given["kind_of"], 0, False, False, "reference")
+        _layer_weights, (given["teachers"], [0, 1, 2], given["kinds"], given["kind_of"], 0, False, False, "reference")
     )
     _, _, *left = _layer_pairs(*given.values(), "auto", True, "reference")
     parts = [x.detach() for x in left[:3]], [x.detach() for x in left[3:]], given["student_weights"]
     grad = torch.rand(3, len(EDGE_ROWS))
-    inputs = (*parts, grad, given["index"], given["kind_of"], torch.bfloat16, "reference")
+    inputs = (*parts, grad, given["kinds"], given["kind_of"], torch.bfloat16, "reference")
     torch.library.opcheck(_layer_pairs_gradient, inputs)
 
 
@@ -98,11 +98,11 @@ def test_only_the_first_result_has_a_gradient_and_that_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind_of": [0, 2, 0]}, "index, kind_of: expected 12 tensors a kind"),
-        ({"index": []}, "index, kind_of: expected 12 tensors a kind"),
+        ({"kind_of": [0, 2, 0]}, "kinds, kind_of: expected 12 tensors a kind"),
+        ({"kinds": []}, "kinds, kind_of: expected 12 tensors a kind"),
         ({"teachers": [torch.rand(2, 5)] * 2}, "teachers: expected 3 tensors, one a layer pair, got 2"),
         ({"span_weights": [torch.rand(3)] * 3}, r"span_weights: expected shape \["),
-        ({"students": [torch.rand(9, 4)] * 3}, r"expected shape \[9"),
+        ({"students": [torch.rand(9, 4)] * 3}, r"spans.token_splits: expected shape \[10\]"),
     ],
 )
 def test_wrong_lists_are_refused(changes: dict[str, Any], message: str) -> None:

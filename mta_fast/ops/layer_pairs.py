@@ -88,13 +88,13 @@ def _index(spans: Sequence[SpanBatch]) -> tuple[list[Tensor], list[int]]:
     return index, [next(i for i, kind in enumerate(kinds) if kind is own) for own in spans]
 
 
-def _kinds(index: Sequence[Tensor], kind_of: Sequence[int]) -> list[tuple[Spans, Tensor, Tensor]]:
+def _kinds(kinds: Sequence[Tensor], kind_of: Sequence[int]) -> list[tuple[Spans, Tensor, Tensor]]:
     """Spans, rows and rows_host of each layer pair."""
-    contract.kinds(len(index), len(_PER_KIND), kind_of)
+    contract.kinds(len(kinds), len(_PER_KIND), kind_of)
     size = len(_PER_KIND)
     made = []
-    for first in range(0, len(index), size):
-        *spans, rows, rows_host = contract.unpacked("index", index[first : first + size], _PER_KIND)
+    for first in range(0, len(kinds), size):
+        *spans, rows, rows_host = contract.unpacked("kinds", kinds[first : first + size], _PER_KIND)
         made.append((Spans(*spans), rows, rows_host))
     return [made[kind] for kind in kind_of]
 
@@ -103,7 +103,7 @@ def _kinds(index: Sequence[Tensor], kind_of: Sequence[int]) -> list[tuple[Spans,
 def _layer_weights(
     hidden: Sequence[Tensor],
     hidden_of: Sequence[int],
-    index: Sequence[Tensor],
+    kinds: Sequence[Tensor],
     kind_of: Sequence[int],
     seq_len: int,
     causal: bool,
@@ -111,12 +111,12 @@ def _layer_weights(
     backend: str,
 ) -> list[Tensor]:
     """The importances [T] of ``hidden``, then of each layer pair the three results of ``span_weights``."""
-    kinds = _kinds(index, kind_of)
-    contract.layer_weights(hidden, hidden_of, kinds, seq_len, count_padding)
+    of_pairs = _kinds(kinds, kind_of)
+    contract.layer_weights(hidden, hidden_of, of_pairs, seq_len, count_padding)
     importances: dict[int, Tensor] = {}
     weights: list[Tensor] = []
     with backends.ready(hidden[0].device):
-        for i, (spans, rows, rows_host) in zip(hidden_of, kinds, strict=True):
+        for i, (spans, rows, rows_host) in zip(hidden_of, of_pairs, strict=True):
             if i not in importances:
                 states = hidden[i]
                 function = backends.unchecked("token_importance", backend, [states])
@@ -130,7 +130,7 @@ def _layer_weights(
 def _(
     hidden: Sequence[Tensor],
     hidden_of: Sequence[int],
-    index: Sequence[Tensor],
+    kinds: Sequence[Tensor],
     kind_of: Sequence[int],
     seq_len: int,
     causal: bool,
@@ -139,7 +139,7 @@ def _(
 ) -> list[Tensor]:
     importances = [states.new_empty(states.shape[0], dtype=compute_dtype(states)) for states in hidden]
     weights = []
-    for i, (spans, *_) in zip(hidden_of, _kinds(index, kind_of), strict=True):
+    for i, (spans, *_) in zip(hidden_of, _kinds(kinds, kind_of), strict=True):
         sizes = (hidden[i].shape[0], spans.ranges.shape[0], spans.span_splits.shape[0] - 1)
         weights += [hidden[i].new_empty(size, dtype=importances[i].dtype) for size in sizes]
     return [*importances, *weights]
@@ -152,7 +152,7 @@ def _layer_pairs(
     student_weights: Sequence[Tensor],
     teacher_weights: Sequence[Tensor],
     span_weights: Sequence[Tensor],
-    index: Sequence[Tensor],
+    kinds: Sequence[Tensor],
     kind_of: Sequence[int],
     method: str,
     with_gradient: bool,
@@ -160,12 +160,12 @@ def _layer_pairs(
 ) -> list[Tensor]:
     """num and den [L, B]; of each pair the gradient of the summed num in the student's pooled spans ([0, d_S] without),
     then of each the sums of its student's weights over the spans [N] float64."""
-    kinds = _kinds(index, kind_of)
+    of_pairs = _kinds(kinds, kind_of)
     sides = (students, teachers, student_weights, teacher_weights, span_weights)
-    contract.layer_pairs(*sides, kinds, method)
+    contract.layer_pairs(*sides, of_pairs, method)
     terms, gradients, sums = [], [], []
     with backends.ready(students[0].device):
-        for student, teacher, *weights, (spans, rows, rows_host) in zip(*sides, kinds, strict=True):
+        for student, teacher, *weights, (spans, rows, rows_host) in zip(*sides, of_pairs, strict=True):
             pool = [
                 backends.unchecked("pool_spans", backend, [states, own])(states, own, spans, rows, rows_host)
                 for states, own in ((student, weights[0]), (teacher, weights[1]))
@@ -187,16 +187,18 @@ def _(
     student_weights: Sequence[Tensor],
     teacher_weights: Sequence[Tensor],
     span_weights: Sequence[Tensor],
-    index: Sequence[Tensor],
+    kinds: Sequence[Tensor],
     kind_of: Sequence[int],
     method: str,
     with_gradient: bool,
     backend: str,
 ) -> list[Tensor]:
-    kinds = _kinds(index, kind_of)
+    of_pairs = _kinds(kinds, kind_of)
     dtype = compute_dtype(students[0], teachers[0])
-    terms = [students[0].new_empty(len(students), kinds[0][0].span_splits.shape[0] - 1, dtype=dtype) for _ in range(2)]
-    sizes = [spans.ranges.shape[0] for spans, *_ in kinds]
+    terms = [
+        students[0].new_empty(len(students), of_pairs[0][0].span_splits.shape[0] - 1, dtype=dtype) for _ in range(2)
+    ]
+    sizes = [spans.ranges.shape[0] for spans, *_ in of_pairs]
     gradients = [
         student.new_empty(size if with_gradient else 0, student.shape[1], dtype=compute_dtype(student, teacher))
         for student, teacher, size in zip(students, teachers, sizes, strict=True)
@@ -210,18 +212,18 @@ def _layer_pairs_gradient(
     sums: Sequence[Tensor],
     weights: Sequence[Tensor],
     grad: Tensor,
-    index: Sequence[Tensor],
+    kinds: Sequence[Tensor],
     kind_of: Sequence[int],
     dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
     """What ``_layer_pairs`` left, times ``grad`` [L, B] -> the students' gradients [T, d_S]."""
-    kinds = _kinds(index, kind_of)
-    contract.layer_pairs_gradient(gradients, sums, weights, grad, kinds, dtype)
+    of_pairs = _kinds(kinds, kind_of)
+    contract.layer_pairs_gradient(gradients, sums, weights, grad, of_pairs, dtype)
     made = []
     with backends.ready(grad.device):
         for gradient, total, own, factors, (spans, *_) in zip(
-            gradients, sums, weights, grad.unbind(), kinds, strict=True
+            gradients, sums, weights, grad.unbind(), of_pairs, strict=True
         ):
             scale = backends.unchecked("span_pairs_gradient", backend, [gradient])
             scaled = scale(gradient, factors, spans.span_rows, gradient.dtype)
@@ -236,7 +238,7 @@ def _(
     sums: Sequence[Tensor],
     weights: Sequence[Tensor],
     grad: Tensor,
-    index: Sequence[Tensor],
+    kinds: Sequence[Tensor],
     kind_of: Sequence[int],
     dtype: torch.dtype,
     backend: str,
@@ -250,7 +252,7 @@ def _(
 def _save(ctx: Any, inputs: Any, outputs: Sequence[Tensor]) -> None:
     ctx.given = inputs.kind_of, inputs.students[0].dtype, inputs.backend
     ctx.with_gradient, ctx.count = inputs.with_gradient, len(inputs.students)
-    ctx.save_for_backward(*outputs[2:], *inputs.student_weights, *inputs.index)
+    ctx.save_for_backward(*outputs[2:], *inputs.student_weights, *inputs.kinds)
 
 
 def _backward(ctx: Any, grad: Tensor) -> list[Tensor]:
