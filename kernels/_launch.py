@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,15 +14,14 @@ from torch import Tensor
 from triton import knobs
 
 from mta_fast.errors import InputError
-from mta_fast.kernels._table import DOUBLE, HALF, SINGLE, Row, table_row
+from mta_fast.kernels._table import DOUBLE, HALF, SINGLE, Row, find_row, table_row
 
 INTERPRETED: bool = knobs.runtime.interpret  # decided when the kernels were decorated
 # enable_fp_fusion is set because its default differs between versions of Triton; fused sums round once, not twice
 FP_FUSION = True
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One launch, as observers see it."""
 
     name: str  # row name in the table
@@ -65,6 +64,14 @@ def dry_run() -> bool:
     return any(not watch.execute for watch in _watches)
 
 
+class _Plan(NamedTuple):
+    kernel: Any
+    row: Row
+    place: str
+    constants: dict[str, Any]  # blocks, and those of ``Numerics``, that the kernel takes
+    options: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Numerics:
     """Row of the table and compile-time constants of a kernel that reads tensors of one dtype.
@@ -82,10 +89,22 @@ class Numerics:
     aligned: bool
     dtype: torch.dtype
     constants: dict[str, Any]
+    _plans: dict[str, _Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def row(self, name: str) -> Row:
         """The table's row for a kernel."""
-        return table_row(name, self.kind, self.architecture, self.aligned)[1]
+        return find_row(name, self.kind, self.architecture, self.aligned)
+
+    def plan(self, name: str, kernel: Any) -> _Plan:
+        """What a kernel is launched with beside its arguments; made again where the table's row is another."""
+        row = self.row(name)
+        plan = self._plans.get(name)
+        if plan is None or plan.row is not row or plan.kernel is not kernel:
+            place, _ = table_row(name, self.kind, self.architecture, self.aligned)
+            constants = {key: value for key, value in (row.blocks | self.constants).items() if key in kernel.arg_names}
+            options = {"num_warps": row.num_warps, "num_stages": row.num_stages, "enable_fp_fusion": FP_FUSION}
+            plan = self._plans[name] = _Plan(kernel, row, place, constants, options)
+        return plan
 
 
 def numerics(*tensors: Tensor, exact: bool = False) -> Numerics:
@@ -93,17 +112,24 @@ def numerics(*tensors: Tensor, exact: bool = False) -> Numerics:
 
     float32 products follow torch's float32 matmul precision, and with ``exact`` are those of "highest" whatever it is.
     """
-    dtypes = {tensor.dtype for tensor in tensors}
+    dtypes = frozenset([tensor.dtype for tensor in tensors])
+    exact = exact or torch.backends.cuda.matmul.fp32_precision != "tf32"  # says what either of torch's settings is
+    aligned = True
+    for tensor in tensors:
+        if tensor.ndim == 2 and tensor.shape[1] % 16:
+            aligned = False
+    return _numerics(dtypes, _architecture(tensors[0].device), aligned, exact)
+
+
+@cache
+def _numerics(dtypes: frozenset[torch.dtype], architecture: str, aligned: bool, exact: bool) -> Numerics:
     half = dtypes <= {torch.bfloat16, torch.float16}
     kind = DOUBLE if torch.float64 in dtypes else HALF if half and len(dtypes) == 1 else SINGLE
-    architecture = _architecture(tensors[0].device)
-    exact = exact or torch.backends.cuda.matmul.fp32_precision != "tf32"  # says what either of torch's settings is
     constants = {
         "ACC": tl.float64 if kind == DOUBLE else tl.float32,
         "PRECISION": "ieee" if kind == DOUBLE else float32_precision(architecture, exact),
         "UPCAST": len(dtypes) > 1 or (INTERPRETED and half),
     }
-    aligned = all(tensor.shape[-1] % 16 == 0 for tensor in tensors if tensor.ndim == 2)
     return Numerics(kind, architecture, aligned, torch.float64 if kind == DOUBLE else torch.float32, constants)
 
 
@@ -111,15 +137,18 @@ def launch(name: str, kernel: Any, grid: tuple[int, ...], num: Numerics, **argum
     """Launch ``kernel`` with its row of the table and the constants it takes; nothing happens for an empty grid."""
     if 0 in grid:
         return
-    arguments = {key: _readable(key, value) for key, value in arguments.items()}
-    place, row = table_row(name, num.kind, num.architecture, num.aligned)
-    options = {"num_warps": row.num_warps, "num_stages": row.num_stages, "enable_fp_fusion": FP_FUSION}
-    arguments |= {key: value for key, value in (row.blocks | num.constants).items() if key in kernel.arg_names}
-    made = Launch(name, kernel, grid, arguments, options, place, row)
-    for watch in _watches:
-        watch.observer(made)
-    if not dry_run():
-        kernel[grid](**arguments, **options)
+    for key, value in arguments.items():
+        if isinstance(value, Tensor) and not value.is_contiguous():  # as results are, which stay themselves
+            arguments[key] = _readable(key, value)
+    plan = num.plan(name, kernel)
+    arguments |= plan.constants
+    if _watches:
+        made = Launch(name, kernel, grid, arguments, plan.options, plan.place, plan.row)
+        for watch in _watches:
+            watch.observer(made)
+        if dry_run():
+            return
+    kernel[grid](**arguments, **plan.options)
 
 
 def float32_precision(architecture: str, exact: bool) -> str:
@@ -157,12 +186,10 @@ def writable(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
-def _readable(name: str, value: Any) -> Any:
-    """An argument as the kernels address it: vectors and index tensors contiguous, features within 2^31 elements."""
-    if not isinstance(value, Tensor):
-        return value
+def _readable(name: str, value: Tensor) -> Tensor:
+    """A tensor as the kernels address it: vectors and index tensors contiguous, features within 2^31 elements."""
     if value.ndim == 1 or not value.is_floating_point():
-        return value.contiguous()  # results, which are made contiguous, stay themselves
+        return value.contiguous()
     if value.ndim == 2 and (value.shape[1] - 1) * value.stride(1) >= 2**31:
         raise InputError(
             f"{name}: expected fewer than 2^31 elements from a row's first feature to its last, got a stride of "

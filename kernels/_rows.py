@@ -120,9 +120,11 @@ def super_sides(queries: np.ndarray) -> np.ndarray:
 
 def programs(queries: np.ndarray, strip: int) -> dict[str, int]:
     """How many programs and partials ``find_row`` deals out for rows with these numbers of queries."""
+    strips = -(-queries // strip)
+    if queries.max(initial=0) <= SHORT_ROW.value:
+        return {"strips": int(strips.sum()), "super": 0, "partials": int((queries * strips).sum())}
     short = queries <= SHORT_ROW.value
     side = -(-queries // super_sides(queries))
-    strips = -(-queries // strip)
     return {
         "strips": int(strips[short].sum()),
         "super": int((side * (side + 1) // 2)[~short].sum()),

@@ -111,8 +111,15 @@ def table_row(name: str, kind: str, architecture: str, aligned: bool) -> tuple[s
     Args:
         kind: of number; architecture: such as "sm_90"; aligned: whether all widths are multiples of 16.
     """
-    if not aligned and (name, kind) in UNALIGNED:
-        return f"UNALIGNED[{name}, {kind}]", UNALIGNED[name, kind]
-    if (name, kind, architecture) in OVERRIDES:
-        return f"OVERRIDES[{name}, {kind}, {architecture}]", OVERRIDES[name, kind, architecture]
-    return f"TABLE[{name}, {kind}]", TABLE[name, kind]
+    row = find_row(name, kind, architecture, aligned)
+    if not aligned and row is UNALIGNED.get((name, kind)):
+        return f"UNALIGNED[{name}, {kind}]", row
+    if row is OVERRIDES.get((name, kind, architecture)):
+        return f"OVERRIDES[{name}, {kind}, {architecture}]", row
+    return f"TABLE[{name}, {kind}]", row
+
+
+def find_row(name: str, kind: str, architecture: str, aligned: bool) -> Row:
+    """The row alone, which every launch looks up."""
+    row = None if aligned else UNALIGNED.get((name, kind))
+    return row or OVERRIDES.get((name, kind, architecture)) or TABLE[name, kind]

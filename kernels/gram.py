@@ -7,6 +7,7 @@ cancel, and single TF32 products leave nothing of a small loss.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -269,8 +270,7 @@ def _gram_gradient(
 
 
 def add_rows(
-    counts: list[int],
-    host: Tensor,
+    splits: list[int],
     with_gradient: bool,
     *,
     student: Tensor,
@@ -290,8 +290,9 @@ def add_rows(
     Returns:
         [rows in Gram form, tiles] float64: further terms of each row's num.
     """
-    starts = host[:, 0].tolist()
-    rows = [slice(starts[b], starts[b + 1]) for b, count in enumerate(counts) if count >= gram_from]
+    rows = [slice(first, end) for first, end in pairwise(splits) if end - first >= gram_from]
+    if not rows:
+        return student.new_empty(0, 0, dtype=torch.float64)
     student, teacher = student.to(weights.dtype), teacher.to(weights.dtype)
     num = numerics(student, teacher, exact=True)
     d_s, d_t = student.shape[1], teacher.shape[1]
@@ -299,8 +300,6 @@ def add_rows(
     tiles_s, tiles_t = -(-d_s // tile), -(-d_t // tile)
     num_tiles = tiles_s * (tiles_s + 1) // 2 + tiles_t * tiles_s + tiles_t * (tiles_t + 1) // 2
     gram_terms = student.new_empty(len(rows), num_tiles, dtype=torch.float64)
-    if not rows:
-        return gram_terms
     omegas = torch.stack([weights[row].double().sum() for row in rows])
     inverse_s, inverse_t = reference.inverse_norms(student_norm), reference.inverse_norms(teacher_norm)
     scale = torch.where(omegas == 0, 1.0, omegas).to(num.dtype)[:, None]

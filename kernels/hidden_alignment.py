@@ -118,6 +118,7 @@ def hidden_alignment(
             student.new_zeros(proj_weight.shape, dtype=dtype),
             matrix.new_zeros(0, dtype=dtype) if bias is None else student.new_zeros(bias.shape, dtype=dtype),
         )
+    weights = weights.to(dtype)
     for start in range(0, tokens.shape[0], TOKEN_CHUNK):
         chunk = slice(start, start + TOKEN_CHUNK)
         h = student.index_select(0, tokens[chunk]).to(matmul_dtype)
@@ -131,7 +132,7 @@ def hidden_alignment(
             projected=p,
             teacher=teacher,
             tokens=tokens[chunk],
-            weights=weights[chunk].to(dtype),
+            weights=weights[chunk],
             distances=distances[chunk],
             scales=scales[chunk],
             stride_t=teacher.stride(0),
@@ -142,7 +143,7 @@ def hidden_alignment(
         )
         if gradient is not None:
             add_gradients(gradient, chunk, p.to(matmul_dtype), h, matrix, scales[chunk] if unit else None)
-    return distances.double().sum().to(dtype), gradient
+    return distances.sum(dtype=torch.float64).to(dtype), gradient
 
 
 def add_gradients(

@@ -13,6 +13,7 @@ for that, strips. Rows with many spans take the Gram form (``gram``).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -463,7 +464,8 @@ def span_pairs(
     num = numerics(student, teacher)
     widths = student.shape[1], teacher.shape[1]
     gram_from = {"pairwise": NEVER, "gram": 0, "auto": contract.gram_from(*widths)}[method]
-    counts = host[:, 0].diff().tolist()
+    splits = host[:, 0].tolist()
+    counts = [end - first for first, end in pairwise(splits)]
     spans, rows = student.shape[0], len(counts)
     gradient = student.new_empty(spans if with_gradient else 0, widths[0], dtype=num.dtype)
     shared: dict[str, Any] = {
@@ -481,7 +483,7 @@ def span_pairs(
     }
     tile_terms = _pairwise(num, counts, with_gradient, **sides, **shared)
     terms = student.new_empty(spans, dtype=torch.float64)
-    gram_terms = gram.add_rows(counts, host, with_gradient, terms=terms, **sides, **shared)
+    gram_terms = gram.add_rows(splits, with_gradient, terms=terms, **sides, **shared)
     numerators, denominators = (student.new_empty(rows, dtype=num.dtype) for _ in range(2))
     launch(
         "row_totals",

@@ -13,9 +13,10 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ OLDEST_TRITON = (3, 6)
 OLDEST_CUDA = (8, 0)  # compute capability: bfloat16 and TF32 tensor cores
 AMD = ("gfx90a", "gfx942", "gfx950")  # matrix instructions of float32, waves of 64
 Reasons = Callable[[str, Sequence[Tensor]], list[str]]
+# Asked once: Dynamo can't trace the question in torch 2.11
+AUTOCAST_DEVICES = frozenset(
+    d for d in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(d)
+)
 
 _LAUNCH = "mta_fast.kernels._launch"  # not imported here: it needs Triton
 
@@ -67,13 +72,14 @@ class Backend:
 
 def _reasons_against_triton(op: str, tensors: Sequence[Tensor]) -> list[str]:
     device = tensors[0].device
-    if device.type == "cpu" and not _interpreted():
+    kind = device.type
+    if kind == "cpu" and not _interpreted():
         return ["CPU tensors need Triton's interpreter (TRITON_INTERPRET=1 before the first call; slow, for tests)"]
-    if device.type == "cuda" and _interpreted():
+    if kind == "cuda" and _interpreted():
         return ["TRITON_INTERPRET=1 is set, which interprets the kernels on the CPU; unset it and start again"]
-    if device.type not in ("cpu", "cuda") and not (device.type == "meta" and _dry_run()):
-        return [f"expected CUDA or ROCm tensors, got {device.type}"]
-    reason = _triton_is_missing() or (_device_is_unfit(device) if device.type == "cuda" else None)
+    if kind not in ("cpu", "cuda") and not (kind == "meta" and _dry_run()):
+        return [f"expected CUDA or ROCm tensors, got {kind}"]
+    reason = _triton_is_missing() or (_device_is_unfit(device) if kind == "cuda" else None)
     return [] if reason is None else [reason]
 
 
@@ -110,7 +116,7 @@ def _reasons_against_cpp(op: str, tensors: Sequence[Tensor]) -> list[str]:
 def _reasons_to_avoid_triton(op: str, tensors: Sequence[Tensor]) -> list[str]:
     if tensors[0].device.type != "cuda":
         return ["the interpreter is for tests"]
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
+    if torch.float64 in [tensor.dtype for tensor in tensors]:
         return ["its float64 products use no tensor cores"]
     return []
 
@@ -154,7 +160,8 @@ class Choice:
 def check_name(backend: str) -> None:
     """Raise InputError unless ``backend`` is "auto" or the name of a backend of this installation."""
     hint = "`mta-fast doctor` lists the backends of this installation"
-    check_choice("backend", backend, ("auto", *BACKENDS), hint=hint)
+    if backend != "auto" and backend not in BACKENDS:
+        check_choice("backend", backend, ("auto", *BACKENDS), hint=hint)
 
 
 def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> Choice:
@@ -164,16 +171,22 @@ def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> Choice:
         InputError: no backend has that name.
         BackendUnavailableError: the named backend, or every backend, refuses; the message holds all reasons.
     """
+    name, refused = _choose(op, tensors, backend)
+    return Choice(name, refused)
+
+
+def _choose(op: str, tensors: Sequence[Tensor], backend: str) -> tuple[str, dict[str, list[str]]]:
     check_name(backend)
     refused: dict[str, list[str]] = {}
     for name in BACKENDS if backend == "auto" else (backend,):
-        reasons = BACKENDS[name].reasons_against(op, tensors) or _reasons_in_module(op, BACKENDS[name].module)
+        own = BACKENDS[name]
+        reasons = own.reasons_against(op, tensors) or _reasons_in_module(op, own.module)
         if reasons and backend == "auto" and tensors[0].device.type == "cuda":
             _warn_of_slower(name, reasons[0])
         if not reasons and backend == "auto":
-            reasons = BACKENDS[name].reasons_to_avoid(op, tensors)
+            reasons = own.reasons_to_avoid(op, tensors)
         if not reasons:
-            return Choice(name, refused)
+            return name, refused
         refused[name] = reasons
     inputs = ", ".join(f"{t.dtype}{list(t.shape)} on {t.device}" for t in tensors)
     why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refused.items())
@@ -184,10 +197,15 @@ def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> Choice:
 def _reasons_in_module(op: str, module: str) -> list[str]:
     """Why a backend's module can't give the op: it can't be imported, or has no such function."""
     try:
-        found = importlib.import_module(module)
+        found = _module(module)
     except ImportError as error:
         return [f"its module {module} can't be imported ({error})"]
     return [] if callable(getattr(found, op, None)) else [f"its module {module} has no function {op}"]
+
+
+def _module(name: str) -> ModuleType:
+    """Imported on first use, and looked up by every call."""
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 @cache
@@ -207,15 +225,31 @@ def run(op: str, backend: str, tensors: Sequence[Tensor], /, *args: Any, **optio
         InputError: an argument is not what the op takes.
     """
     contract.check_given(op, args)
-    chosen = BACKENDS[choose(op, tensors, backend).name]
-    function = getattr(importlib.import_module(chosen.module), op)
+    chosen = BACKENDS[_choose(op, tensors, backend)[0]]
+    function = getattr(_module(chosen.module), op)
     if not chosen.checks_arguments:
         contract.CHECKS[op](*args, **options)
-    device = tensors[0].device
-    in_autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    with (
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False) if in_autocast else nullcontext(),
-        torch.cuda.device(device) if device.type == "cuda" else nullcontext(),  # where Triton launches
-    ):
+    with ready(tensors[0].device):
         return function(*args, **options)
+
+
+def unchecked(op: str, backend: str, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """The chosen backend's function, for a caller that has checked what it gives, and calls it within ``ready``."""
+    function = getattr(_module(BACKENDS[_choose(op, tensors, backend)[0]].module), op)
+    return getattr(function, "unchecked", function)
+
+
+def ready(device: torch.device) -> AbstractContextManager[Any]:
+    """No gradients, no autocast, and launches on ``device``."""
+    kind = device.type
+    in_autocast = kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
+    elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()
+    if not in_autocast and not elsewhere:
+        return torch.no_grad()
+    stack = ExitStack()
+    stack.enter_context(torch.no_grad())
+    if in_autocast:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    if elsewhere:
+        stack.enter_context(torch.cuda.device(device))  # where Triton launches
+    return stack

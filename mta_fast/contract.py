@@ -43,15 +43,22 @@ def checked(function: Callable[_P, _R]) -> Callable[_P, _R]:
         check(*args, **options)
         return function(*args, **options)
 
+    call.unchecked = function  # type: ignore[attr-defined]
     return call
 
 
 def check_given(op: str, arguments: Sequence[Any]) -> None:
     """No tensor is None, which an op's schema lets through, but for those that need not be there."""
-    if any(value is None for value in arguments):
-        for parameter, value in zip(inspect.signature(CHECKS[op]).parameters.values(), arguments, strict=False):
-            if value is None and "None" not in parameter.annotation:
-                raise InputError(f"{parameter.name}: expected a tensor, got None")
+    for name, value in zip(_needed(op), arguments, strict=False):
+        if value is None and name is not None:
+            raise InputError(f"{name}: expected a tensor, got None")
+
+
+@functools.cache
+def _needed(op: str) -> list[str | None]:
+    """The names of an op's arguments; None in place of those that need not be there."""
+    parameters = inspect.signature(CHECKS[op]).parameters.values()
+    return [None if "None" in parameter.annotation else parameter.name for parameter in parameters]
 
 
 def as_spans(tensors: Sequence[Tensor]) -> Spans:
@@ -81,16 +88,8 @@ def token_importance(
         raise InputError(f"hidden: expected a width of at least 2, got {hidden.shape[1]}")
     _count("seq_len", seq_len)
     _rows(rows, rows_host, hidden)
-    if count_padding and _readable(rows_host):
-        first = np.arange(len(rows_host), dtype=np.int64) * seq_len
-        start, length = _values(rows_host).T
-        wrong = (start < first) | (start + length > first + seq_len) | (first + seq_len > hidden.shape[0])
-        if wrong.any():
-            b = int(wrong.argmax())
-            raise InputError(
-                f"rows_host, seq_len: expected row {b} within its {seq_len} positions of {hidden.shape[0]}, got "
-                f"{int(length[b])} tokens from {int(start[b])}"
-            )
+    if count_padding:
+        _padded_rows(rows_host, seq_len, hidden.shape[0])
 
 
 def span_weights(values: Tensor, spans: Spans) -> None:
@@ -137,6 +136,108 @@ def span_pairs(
     check_choice("method", method, METHODS)
     _index("span_splits", span_splits, (None,), student.device)
     _splits_of_host(span_splits, host, size)
+
+
+def kinds(given: int, each: int, kind_of: Sequence[int]) -> None:
+    """kind_of: of which of the ``given / each`` kinds of spans a layer pair is."""
+    if not given or given % each or not kind_of or not all(0 <= kind < given // each for kind in kind_of):
+        raise InputError(
+            f"kinds, kind_of: expected {each} tensors a kind, and the kind of each layer pair, got {given} tensors and "
+            f"{list(kind_of)}"
+        )
+
+
+def layer_weights(
+    hidden: Sequence[Tensor],
+    hidden_of: Sequence[int],
+    kinds: Sequence[tuple[Spans, Tensor, Tensor]],
+    seq_len: int,
+    count_padding: bool,
+) -> None:
+    """hidden: [T, d >= 2] of each layer; hidden_of: which of them a layer pair has; spans and rows of each pair."""
+    _lists({"hidden": hidden}, len(hidden) or 1)
+    if len(hidden_of) != len(kinds) or sorted(set(hidden_of)) != list(range(len(hidden))):
+        raise InputError(
+            f"hidden_of: expected one of {len(hidden)} layers for each of {len(kinds)} layer pairs, and each layer at "
+            f"least once, got {list(hidden_of)}"
+        )
+    _floating("hidden", hidden[0], (None, None))
+    for states in hidden:
+        _floating("hidden", states, (hidden[0].shape[0], None), hidden[0])
+        if states.shape[1] < 2:
+            raise InputError(f"hidden: expected a width of at least 2, got {states.shape[1]}")
+    _count("seq_len", seq_len)
+    _kinds(kinds, hidden[0])
+    if count_padding:
+        for _, _, rows_host in {id(kind): kind for kind in kinds}.values():
+            _padded_rows(rows_host, seq_len, hidden[0].shape[0])
+
+
+def layer_pairs(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    student_weights: Sequence[Tensor],
+    teacher_weights: Sequence[Tensor],
+    span_weights: Sequence[Tensor],
+    kinds: Sequence[tuple[Spans, Tensor, Tensor]],
+    method: str,
+) -> None:
+    """Of each layer pair: student [T, d_S], teacher [T, d_T], both's weights [T], span_weights [N], spans and rows."""
+    lists = {"students": students, "teachers": teachers, "student_weights": student_weights}
+    lists |= {"teacher_weights": teacher_weights, "span_weights": span_weights}
+    _lists(lists, len(kinds))
+    _floating("students", students[0], (None, None))
+    check_choice("method", method, METHODS)
+    tokens, own = students[0].shape[0], students[0]
+    _kinds(kinds, own)
+    for student, teacher, first, second, weights, (spans, *_) in zip(*lists.values(), kinds, strict=True):
+        _floating("students", student, (tokens, None), own)
+        _floating("teachers", teacher, (tokens, None), own)
+        _floating("student_weights", first, (tokens,), own)
+        _floating("teacher_weights", second, (tokens,), own)
+        _floating("span_weights", weights, (spans.ranges.shape[0],), own)
+        if student.dtype is not own.dtype:
+            raise InputError(f"students: expected one dtype, got {own.dtype} and {student.dtype}")
+    if len({torch.float64 in (s.dtype, t.dtype) for s, t in zip(students, teachers, strict=True)}) > 1:
+        raise InputError("teachers: expected float64 states in all layer pairs or in none, got both")
+
+
+def layer_pairs_gradient(
+    gradients: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    grad: Tensor,
+    kinds: Sequence[tuple[Spans, Tensor, Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """Of each layer pair: gradients [N, d_S], sums [N], weights [T]; grad [L, B]."""
+    _lists({"gradients": gradients, "sums": sums, "weights": weights}, len(kinds))
+    _floating("weights", weights[0], (None,))
+    own = weights[0]
+    _kinds(kinds, own)
+    for gradient, total, other, (spans, *_) in zip(gradients, sums, weights, kinds, strict=True):
+        _floating("gradients", gradient, (spans.ranges.shape[0], None), own)
+        if not gradient.shape[1]:
+            raise InputError("gradients: expected a width of at least 1, got 0")
+        _floating("sums", total, (spans.ranges.shape[0],), own)
+        _floating("weights", other, own.shape, own)
+    _floating("grad", grad, (len(kinds), kinds[0][0].span_splits.shape[0] - 1), own)
+    _dtype("dtype", dtype)
+
+
+def _lists(lists: dict[str, Sequence[Tensor]], size: int) -> None:
+    for name, tensors in lists.items():
+        if len(tensors) != size or any(tensor is None for tensor in tensors):
+            raise InputError(f"{name}: expected {size} tensors, one a layer pair, got {len(tensors)} or a None")
+
+
+def _kinds(kinds: Sequence[tuple[Spans, Tensor, Tensor]], tokens: Tensor) -> None:
+    """Spans and rows of all layer pairs, each kind looked at once; as many rows in all."""
+    for spans, rows, rows_host in {id(kind): kind for kind in kinds}.values():
+        _spans(spans, tokens)
+        _rows(rows, rows_host, tokens)
+        _same_size("rows", rows, spans.span_splits.shape[0] - 1, "rows, as in spans.span_splits")
+        _same_size("rows", rows, kinds[0][1].shape[0], "rows, as in the first kind of spans")
 
 
 def span_pairs_gradient(gradient: Tensor, grad: Tensor, span_rows: Tensor, dtype: torch.dtype) -> None:
@@ -362,7 +463,7 @@ def _described(tensor: Tensor) -> str:
 
 def _floating(name: str, tensor: Tensor, shape: tuple[int | None, ...], beside: Tensor | None = None) -> None:
     """A dense floating tensor of this shape (None: any size), on the device of ``beside``."""
-    if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+    if tensor.dtype not in FLOATS or tensor.layout is not torch.strided:
         raise InputError(
             f"{name}: expected a dense tensor of float64, float32, bfloat16 or float16, got {tensor.dtype}"
         )
@@ -373,7 +474,10 @@ def _floating(name: str, tensor: Tensor, shape: tuple[int | None, ...], beside: 
 
 def _index(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
     """An int32 tensor of this shape on ``device``."""
-    if tensor.dtype != torch.int32 or tensor.layout != torch.strided:
+    if tensor.shape == shape and tensor.dtype is torch.int32 and tensor.layout is torch.strided:
+        if tensor.device == device and max(shape) <= MOST:  # a shape without None
+            return
+    if tensor.dtype is not torch.int32 or tensor.layout is not torch.strided:
         raise InputError(f"{name}: expected a dense tensor of int32, got {tensor.dtype}; use .int()")
     _shape(name, tensor, shape)
     if tensor.device != device:
@@ -382,15 +486,21 @@ def _index(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: tor
 
 def _shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     got = tensor.shape
-    if len(got) != len(shape) or any(n is not None and n != m for n, m in zip(shape, got, strict=True)):
+    fits = len(got) == len(shape)
+    if fits:
+        for n, m in zip(shape, got, strict=True):  # no generator: every tensor of every op comes by here
+            if n is not None and n != m:
+                fits = False
+    if not fits:
         expected = ", ".join("any" if n is None else str(n) for n in shape)
         raise InputError(f"{name}: expected shape [{expected}], got {list(got)}")
     _sizes(name, tensor)
 
 
 def _sizes(name: str, tensor: Tensor) -> None:
-    if any(n > MOST for n in tensor.shape):
-        raise InputError(f"{name}: expected sizes below 2^31, got {list(tensor.shape)}")
+    shape = tensor.shape
+    if shape and max(shape) > MOST:
+        raise InputError(f"{name}: expected sizes below 2^31, got {list(shape)}")
 
 
 def _same_size(name: str, tensor: Tensor, size: int, what: str) -> None:
@@ -473,6 +583,21 @@ def _rows(rows: Tensor, rows_host: Tensor, hidden: Tensor) -> None:
         raise InputError(f"rows: expected what rows_host holds, {_some(values)}, got {_some(_values(rows))}")
 
 
+def _padded_rows(rows_host: Tensor, seq_len: int, tokens: int) -> None:
+    """Each row within its own ``seq_len`` positions."""
+    if not _readable(rows_host):
+        return
+    first = np.arange(len(rows_host), dtype=np.int64) * seq_len
+    start, length = _values(rows_host).T
+    wrong = (start < first) | (start + length > first + seq_len) | (first + seq_len > tokens)
+    if wrong.any():
+        b = int(wrong.argmax())
+        raise InputError(
+            f"rows_host, seq_len: expected row {b} within its {seq_len} positions of {tokens}, got "
+            f"{int(length[b])} tokens from {int(start[b])}"
+        )
+
+
 def _splits_of_host(span_splits: Tensor, host: Tensor, size: int, prefix: str = "") -> None:
     _index(f"{prefix}host", host, (span_splits.shape[0], 2), host.device)
     _splits(f"{prefix}span_splits", span_splits, size)
@@ -488,13 +613,15 @@ def _spans(spans: Spans, tokens: Tensor) -> None:
     """The index tensors of spans over ``tokens`` [T, ...]."""
     device, size = tokens.device, tokens.shape[0]
     _index("spans.ranges", spans.ranges, (None, 2), device)
-    for name in ("span_splits", "covered", "cover_spans"):
-        _index(f"spans.{name}", getattr(spans, name), (None,), device)
-    n, rows, covered = len(spans.ranges), len(spans.span_splits), len(spans.covered)
-    shapes = {"span_rows": n, "covered_rows": covered, "covered_splits": rows}
-    shapes |= {"cover_splits": covered + 1, "token_splits": size + 1}
-    for name, length in shapes.items():
-        _index(f"spans.{name}", getattr(spans, name), (length,), device)
+    _index("spans.span_splits", spans.span_splits, (None,), device)
+    _index("spans.covered", spans.covered, (None,), device)
+    _index("spans.cover_spans", spans.cover_spans, (None,), device)
+    n, rows, covered = spans.ranges.shape[0], spans.span_splits.shape[0], spans.covered.shape[0]
+    _index("spans.span_rows", spans.span_rows, (n,), device)
+    _index("spans.covered_rows", spans.covered_rows, (covered,), device)
+    _index("spans.covered_splits", spans.covered_splits, (rows,), device)
+    _index("spans.cover_splits", spans.cover_splits, (covered + 1,), device)
+    _index("spans.token_splits", spans.token_splits, (size + 1,), device)
     _splits_of_host(spans.span_splits, spans.host, n, "spans.")
     if not _readable(spans.ranges):
         return

@@ -15,6 +15,7 @@ from mta_fast.layers import hidden_widths
 from mta_fast.layout import Rows
 from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat, quotient
 from mta_fast.ops.importance import token_importance
+from mta_fast.ops.layer_pairs import PairedStates, importance_weights, joinable, span_terms
 from mta_fast.ops.pooling import PooledSpans, SpanWeights, normalize_weights, pooled_spans
 from mta_fast.ops.span_pairs import span_pair_terms
 from mta_fast.projections import RIDGE, Compared, Projection, RidgeFit, check_strength
@@ -168,21 +169,17 @@ class MTALoss(nn.Module):
             InputError: layers, widths, shapes, dtypes or devices that don't match.
         """
         pairs = self._pairs(spans, teacher_spans, teacher_hidden, entropy_weights, teacher_importance)
-        terms, explained = [], []
+        students = []
         for i, ((layer, _), pair) in enumerate(zip(self.config.layer_pairs, pairs, strict=True)):
             student = _hidden_state(student_hidden, layer, "student", self.student_dims[i], pair.spans)
             check_device(student.device, teacher_hidden=pair.teacher)
             check_spans(pair.spans, student.shape[:-1], student.device, "student_hidden")
             _check_mask("attention_mask", attention_mask, pair.spans.rows)
             _check_mask("teacher_attention_mask", teacher_attention_mask, pair.teacher_spans.rows)
-            made = self._explained(i, student, pair)
-            terms.append(made.terms)
-            if explain:
-                explained.append(made)
-            del made  # its pooled spans would fill memory beside those of the next layer pair
-        per_layer = LayerPairTerms(*(torch.stack(column) for column in zip(*terms, strict=True)))
+            students.append(student)
+        per_layer, explained = self._terms(students, pairs, explain)
         if denominators is not None:
-            check_shape("denominators", denominators, (len(terms), 2), "one (DSA, Hid) pair per layer pair")
+            check_shape("denominators", denominators, (len(pairs), 2), "one (DSA, Hid) pair per layer pair")
             check_device(per_layer.dsa_numerator.device, denominators=denominators)
             dsa_denominator, hid_denominator = denominators.detach().to(per_layer.dsa_numerator.dtype).unbind(1)
             per_layer = per_layer._replace(dsa_denominator=dsa_denominator, hid_denominator=hid_denominator)
@@ -264,21 +261,19 @@ class MTALoss(nn.Module):
                 f"entropy_weights: expected {'them' if entropy_weights is None else 'none'} with "
                 f"weighting={config.weighting!r}, got {'none' if entropy_weights is None else 'some'}"
             )
-        importances: dict[int, Tensor] = {}
-        pairs = []
+        read = []
         for i, ((_, layer), kind) in enumerate(zip(config.layer_pairs, config.granularity, strict=True)):
             own = _span_batch("spans", spans, kind)
             other = own if teacher_spans is None else _span_batch("teacher_spans", teacher_spans, kind)
             _check_paired(own, other)
-            hidden = _hidden_state(teacher_hidden, layer, "teacher", self.teacher_dims[i], other).detach()
+            hidden = _hidden_state(teacher_hidden, layer, "teacher", self.teacher_dims[i], other)
+            hidden = hidden.detach() if hidden.requires_grad else hidden
             check_spans(other, hidden.shape[:-1], hidden.device, "teacher_hidden")
-            if layer not in importances:
-                if teacher_importance is None:
-                    importances[layer] = self._importance(hidden, other.rows)
-                else:
-                    importances[layer] = _given_importance(teacher_importance, layer, hidden, other)
-            importance = importances[layer]
-            weights = pooling = normalize_weights(importance, other, backend=config.backend)
+            read.append((hidden, own, other))
+        pairs = []
+        made = self._importances([(hidden, other) for hidden, _, other in read], teacher_importance)
+        for (hidden, own, other), (importance, pooling) in zip(read, made, strict=True):
+            weights = pooling
             if config.weighting != "importance":
                 values = (
                     torch.ones_like(importance) if entropy_weights is None else _unpacked(entropy_weights, other, 1)
@@ -291,15 +286,90 @@ class MTALoss(nn.Module):
             pairs.append(_LayerPair(flat(hidden), own, other, two_tokenizers, importance, token_weights, weights))
         return pairs
 
+    def _importances(
+        self, read: list[tuple[Tensor, SpanBatch]], given: Mapping[int, Tensor] | None
+    ) -> list[tuple[Tensor, SpanWeights]]:
+        """Importance of the teacher's tokens, once for a layer used twice, and the weights of each layer pair."""
+        config = self.config
+        used = [layer for _, layer in config.layer_pairs]
+        first = {layer: read[used.index(layer)] for layer in used}
+        hidden_of = [list(first).index(layer) for layer in used]
+        states = [flat(hidden) for hidden, _ in first.values()]
+        spans = [other for _, other in read]
+        packed = config.count_padding and len(spans[0].shape) != 2  # refused below
+        if given is None and not packed and joinable(spans, [states[i] for i in hidden_of]):
+            return importance_weights(
+                states,
+                hidden_of,
+                spans,
+                causal=config.causal,
+                count_padding=config.count_padding,
+                backend=config.backend,
+            )
+        values = [
+            self._importance(hidden, other.rows) if given is None else _given_importance(given, layer, hidden, other)
+            for layer, (hidden, other) in first.items()
+        ]
+        made = [values[i] for i in hidden_of]
+        return [
+            (one, normalize_weights(one, own, backend=config.backend)) for one, own in zip(made, spans, strict=True)
+        ]
+
     def _importance(self, hidden: Tensor, rows: Rows) -> Tensor:
         config = self.config
         options = {"causal": config.causal, "count_padding": config.count_padding, "backend": config.backend}
         return token_importance(hidden, rows=rows, **options)  # type: ignore[arg-type]  # a dict of mixed values
 
-    def _explained(self, i: int, student: Tensor, pair: _LayerPair) -> ExplainedPair:
+    def _terms(
+        self, students: list[Tensor], pairs: list[_LayerPair], explain: bool
+    ) -> tuple[LayerPairTerms, list[ExplainedPair]]:
+        """The terms of all layer pairs and, where it is wanted, what they are made of."""
+        states = [flat(student) for student in students]  # once: autograd then adds both terms' gradients in place
+        together = not explain and self.config.lambda_dsa > 0 and not any(pair.two_tokenizers for pair in pairs)
+        if together and joinable([pair.spans for pair in pairs], states, [pair.teacher for pair in pairs]):
+            dsa = self._joined_span_terms(students, states, pairs)
+            hid = (
+                [
+                    self._hid(i, Compared(own, pair.teacher, pair.spans.covered), pair)
+                    for i, (own, pair) in enumerate(zip(states, pairs, strict=True))
+                ]
+                if self.config.lambda_hid > 0
+                else []
+            )
+            made = [torch.stack(column) for column in zip(*hid, strict=True)] or [torch.zeros_like(dsa[1])] * 2
+            return LayerPairTerms(*dsa, *made), []
+        terms, explained = [], []
+        for i, (student, own, pair) in enumerate(zip(students, states, pairs, strict=True)):
+            one = self._explained(i, student, own, pair)
+            terms.append(one.terms)
+            if explain:
+                explained.append(one)
+            del one  # its pooled spans would fill memory beside those of the next layer pair
+        return LayerPairTerms(*(torch.stack(column) for column in zip(*terms, strict=True))), explained
+
+    def _joined_span_terms(
+        self, students: list[Tensor], states: list[Tensor], pairs: list[_LayerPair]
+    ) -> tuple[Tensor, Tensor]:
+        """DSA's (numerators, denominators) [L]."""
+        config = self.config
+        given = [
+            PairedStates(
+                own, pair.teacher, self._student_weights(student, pair), pair.token_weights, pair.dsa_weights(config),
+                pair.spans,
+            )
+            for student, own, pair in zip(students, states, pairs, strict=True)
+        ]  # fmt: skip
+        return span_terms(given, reduction=config.normalization, method=config.dsa_method, backend=config.backend)
+
+    def _hid(self, i: int, compared: Compared, pair: _LayerPair) -> tuple[Tensor, Tensor]:
+        """Hid's numerator and denominator."""
+        weights = pair.hid_weights(self.config)
+        numerator: Tensor = self.projections[i](*compared, weights, self.config.backend)
+        return numerator, pair.hid_denominator(self.config, weights)
+
+    def _explained(self, i: int, student: Tensor, states: Tensor, pair: _LayerPair) -> ExplainedPair:
         """The terms of one layer pair, and what they are made of; a term left out has the student's graph."""
         config, backend = self.config, self.config.backend
-        states = flat(student)  # once: autograd then adds the gradients of both terms in place
         zero = states[:0].sum(dtype=pair.weights.span.dtype)
         dsa = hid = (zero, zero.detach())
         student_weights = student_spans = teacher_spans = span_weights = hid_weights = compared = None
@@ -377,12 +447,11 @@ class _LayerPair(NamedTuple):
             return 1 / spans_in_row if per_row else torch.ones_like(spans_in_row)
         if self.two_tokenizers:
             return self.weights.span
-        counts = self.spans.cover_splits.diff().to(dtype)
-        return (
-            counts
-            if uniform and not per_row
-            else counts * self.weights.token.reshape(-1).index_select(0, self.spans.covered)
-        )
+        counts = self.spans.cover_splits.diff()
+        if uniform and not per_row:
+            return counts.to(dtype)
+        token = self.token_weights if config.weighting == "importance" else self.weights.token.reshape(-1)
+        return token.index_select(0, self.spans.covered) * counts
 
     def hid_denominator(self, config: MTAConfig, weights: Tensor) -> Tensor:
         """The sum of ``hid_weights``; for "sample" the number of rows whose weights don't sum to 0."""

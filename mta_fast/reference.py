@@ -394,8 +394,14 @@ def hidden_alignment_gradient(
     """
     rows, weight, bias = gradient
     dense = rows.new_zeros(num_tokens, rows.shape[1], dtype=student_dtype)
-    dense.index_copy_(0, tokens.long(), (rows * grad).to(student_dtype))
-    return dense, (weight * grad).to(weight_dtype), (bias * grad).to(bias_dtype)
+    dense.index_copy_(0, tokens.long(), _times(rows, grad, student_dtype))
+    return dense, _times(weight, grad, weight_dtype), _times(bias, grad, bias_dtype)
+
+
+def _times(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """values * factor in ``dtype``, by one launch."""
+    made = values.new_empty(values.shape, dtype=dtype)
+    return torch.mul(values, factor, out=made) if values.numel() else made
 
 
 def ridge_sums(student: Tensor, teacher: Tensor, tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -624,7 +630,7 @@ def linear_divergence_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``linear_divergence`` left (an empty tensor for no bias), times the scalar ``grad``."""
     student, weight, bias = gradient
-    return (student * grad).to(student_dtype), (weight * grad).to(weight_dtype), (bias * grad).to(bias_dtype)
+    return _times(student, grad, student_dtype), _times(weight, grad, weight_dtype), _times(bias, grad, bias_dtype)
 
 
 # --- 7 FDD: the distributions of several layers, and how they change from one to the next -------------------------
@@ -759,20 +765,20 @@ class _Factors:
 
 
 def reduce_rows(numerators: Tensor, denominators: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """Row numerators and denominators [B] to the two scalars whose quotient is the loss.
+    """Row numerators and denominators [..., B] to the two [...] whose quotient is the loss.
 
     "sample": (sum of num_b / den_b, rows with den_b > 0); otherwise the two sums. A NaN stays a NaN.
     """
     if reduction != "sample":
-        return numerators.sum(), denominators.sum()
+        return numerators.sum(-1), denominators.sum(-1)
     empty = denominators <= 0
     quotient = torch.where(empty, numerators * 0, numerators / torch.where(empty, 1.0, denominators))
-    return quotient.sum(), (~empty).sum().to(denominators.dtype)
+    return quotient.sum(-1), (~empty).sum(-1).to(denominators.dtype)
 
 
 def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator / denominator, and 0 (with the numerator's graph) where the denominator is 0."""
-    return numerator / torch.where(denominator == 0, 1.0, denominator)
+    return numerator / denominator.masked_fill(denominator == 0, 1)
 
 
 # --- 9 entropy weights -------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ ELEMENTS = (-(2**31), -(2**31) + 1, -2, -1, 0, 1, 2, 3, 5, 17, 2**31 - 2, 2**31 
 LISTS: dict[str, tuple[str, ...]] = {
     "gradient": ("rows", "student", "weight", "bias"),
     "index": ("span_rows", "span_splits", "host"),
+    "kinds": ("spans", "rows", "rows_host"),
     "norms": ("student_norm", "teacher_norm"),
     "rows": ("rows_host",),
     "spans": Spans._fields,
@@ -105,6 +106,11 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
     flags = {**flag, "with_head": rng.random() < 0.7}
     ops_own = {"divergence": kind, **diverging}
     cpps_own = {"kind": DIVERGENCES.index(kind), **diverging}
+    kinds = {"kinds": [*index, *table] * 2, "kind_of": [0, 1, 0]}
+    of_layers = {"hidden": [teacher, student.float()], "hidden_of": [0, 1, 1], **kinds, **counts}
+    of_pairs = {"students": [student] * 3, "teachers": [teacher] * 3, **kinds, **method, **flag}
+    of_pairs |= {"student_weights": [values] * 3, "teacher_weights": [values] * 3, "span_weights": [salience] * 3}
+    of_gradients = {"gradients": [pooled] * 3, "sums": [salience] * 3, "weights": [values] * 3, **kinds}
     pairs_index = {"norms": [norm, teacher_norm], "index": [index.span_rows, index.span_splits, index.host]}
     return {
         "mta_fast_cpp::token_importance": {"hidden": student, "rows_host": rows.host, **counts},
@@ -129,6 +135,9 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
         "mta_fast::span_pairs_gradient": scaled | backend,
         "mta_fast::hidden_alignment": {**aligned, **flag, **backend},
         "mta_fast::hidden_alignment_gradient": {"gradient": list(gradient), **backward, **backend},
+        "mta_fast::layer_weights": {**of_layers, **backend},
+        "mta_fast::layer_pairs": {**of_pairs, **backend},
+        "mta_fast::layer_pairs_gradient": {**of_gradients, "grad": torch.rand(3, batch), "dtype": dtype, **backend},
         "mta_fast::linear_divergence": {**ops_own, **flags, **backend},
         "mta_fast::linear_divergence_rows": {**ops_own, **backend},
         "mta_fast::linear_divergence_gradient": {

@@ -421,7 +421,7 @@ def test_no_op_of_the_step_waits_for_the_device() -> None:
     with _Recorder() as recorder:
         case()
     assert not recorder.names & WAITING
-    assert {"token_importance", "span_weights", "pool_spans", "span_pairs", "hidden_alignment"} <= recorder.names
+    assert {"layer_weights", "layer_pairs", "hidden_alignment"} <= recorder.names
 
 
 def test_nothing_grows_with_the_square_of_the_batch() -> None:

@@ -79,7 +79,7 @@ def record(shape: Shape) -> Recorder:
 
 IMPORTANCE = ("strips", "statistics", "sums")
 TRAFFIC = ("pool", "pool_gradient", "align")
-SCRATCH_OPS = ("token_importance", "span_pairs", "hidden_alignment")
+SCRATCH_OPS = ("layer_weights", "layer_pairs", "hidden_alignment")
 ASSUMPTIONS = (
     "Time of a launch: the longer of products / dense peak and bytes / memory bandwidth of the data sheet, launch "
     "latency left out; launches run one after another, and none finds its inputs in a cache.",
@@ -146,7 +146,7 @@ def summarise(shape: Shape, recorder: Recorder) -> dict[str, Any]:
         "forbidden_allocations": _forbidden(shape, recorder),
         "largest_allocation": dict(zip(("bytes", "shape", "dtype"), max(recorder.allocations), strict=True)),
         "scratch_bytes": dict(scratch),
-        "importance_scratch_per_row": scratch["token_importance"] // shape.batch,
+        "importance_scratch_per_row": scratch["layer_weights"] // shape.batch,
         "ms": {
             part: {gpu.name: round(sum(each["ms"][gpu.name] for each in of), 6) for gpu in GPUS}
             for part, of in parts.items()

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.gpu_model.costs import GEMMS, Batch, Cost, Gpu, cost, is_half, precision, torch_cost
 from mta_fast.kernels._launch import Launch
+from mta_fast.ops._operator import FUNCTIONS
 
 ARCHITECTURE = "sm_90"  # whose launch parameters are modelled on every GPU
 
@@ -84,7 +84,7 @@ class Recorder(TorchDispatchMode):
     def _run_op(self, func: Any, args: Any, kwargs: Any) -> Any:
         before = self._peak = self._held()
         with self:
-            out = OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+            out = FUNCTIONS[func._opname](*args, **kwargs)
         returned = sum(t.untyped_storage().nbytes() for t in _device_tensors(out))
         self.scratch[func._opname] = max(self.scratch[func._opname], self._peak - before - returned)
         return out

@@ -1,27 +1,23 @@
-"""What the ops share: autograd, and input checks; these run on the host from shapes and dtypes: none synchronises."""
+"""What the ops share: input checks; they run on the host from shapes and dtypes: none synchronises."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mta_fast.backends import AUTOCAST_DEVICES
 from mta_fast.contract import FLOATS
-from mta_fast.errors import DoubleBackwardError, InputError
+from mta_fast.errors import InputError
 from mta_fast.layout import Rows, as_tensor, compute_dtype
 from mta_fast.reference import power_of_two
 from mta_fast.reference import quotient as quotient
 from mta_fast.spans.batch import SpanBatch
 
 REDUCTIONS = ("mean", "sample", "none")
-# Asked once: Dynamo can't trace the question in torch 2.11
-AUTOCAST_DEVICES = frozenset(
-    d for d in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(d)
-)
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -99,35 +95,3 @@ def without_scale(name: str, weights: Tensor) -> Tensor:
     check_float(name, weights, (1, 2))
     weights = weights.detach().to(compute_dtype(weights))
     return weights * power_of_two(F.pad(weights.abs().flatten(), (0, 1)).amax())
-
-
-def register_backward(
-    op: Any,
-    function: str,
-    save: Callable[[Any, Any, tuple[Tensor, ...]], None],
-    backward: Callable[[Any, Tensor], Mapping[str, Tensor | None]],
-) -> None:
-    """Autograd of an op by the names of its arguments, whose order stands in its signature alone.
-
-    Args:
-        op: what ``torch.library.custom_op`` made.
-        function: what is called to run the op, for the message of a second derivative.
-        save: (ctx, inputs, outputs) keeps what the backward needs; the arguments are attributes of ``inputs``.
-        backward: (ctx, gradient of the first output) -> {argument: gradient}; the other arguments receive none.
-    """
-    names = [argument.name for argument in op._opoverload._schema.arguments]
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.set_materialize_grads(False)  # outputs without a gradient cost no tensor of zeros
-        named = dict(zip(names, inputs, strict=True))
-        ctx.none = {name: [None] * len(given) if isinstance(given, list) else None for name, given in named.items()}
-        save(ctx, SimpleNamespace(**named), output)
-
-    def run(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # the backward is itself differentiated: it would give zeros silently
-            raise DoubleBackwardError(
-                f"{function}: expected a first derivative, got create_graph=True; it has no second one"
-            )
-        return tuple((ctx.none | ({} if grad is None else backward(ctx, grad))).values())
-
-    op.register_autograd(run, setup_context=setup_context)

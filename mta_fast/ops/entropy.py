@@ -8,6 +8,7 @@ from torch import Tensor
 from mta_fast import contract, reference
 from mta_fast.layout import compute_dtype
 from mta_fast.ops._common import check_float
+from mta_fast.ops._operator import fake, operator
 
 
 def entropy_weights(logits: Tensor) -> Tensor:
@@ -29,13 +30,13 @@ def entropy_weights(logits: Tensor) -> Tensor:
     return _entropy_weights(logits.detach())
 
 
-@torch.library.custom_op("mta_fast::entropy_weights", mutates_args=())
+@operator("entropy_weights")
 def _entropy_weights(logits: Tensor) -> Tensor:
     contract.entropy_weights(logits)
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         return reference.entropy_weights(logits)
 
 
-@_entropy_weights.register_fake
+@fake(_entropy_weights)
 def _(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[:-1], dtype=compute_dtype(logits))

@@ -21,9 +21,9 @@ from mta_fast.ops._common import (
     flat,
     product_dtype,
     quotient,
-    register_backward,
     without_scale,
 )
+from mta_fast.ops._operator import fake, operator, register_backward
 from mta_fast.ops.pooling import normalize_weights
 from mta_fast.reference import ridge_projection as ridge_projection
 from mta_fast.reference import ridge_sums as ridge_sums
@@ -133,9 +133,9 @@ def hidden_alignment_numerator(
     with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in learnt)
     numerator, *_ = _hidden_alignment(
         student,
-        teacher.detach(),
+        teacher.detach() if teacher.requires_grad else teacher,
         tokens,
-        weights.detach(),
+        weights.detach() if weights.requires_grad else weights,
         proj_weight,
         proj_bias,
         product_dtype(student, proj_weight),
@@ -145,7 +145,7 @@ def hidden_alignment_numerator(
     return numerator
 
 
-@torch.library.custom_op("mta_fast::hidden_alignment", mutates_args=())
+@operator("hidden_alignment")
 def _hidden_alignment(
     student: Tensor,
     teacher: Tensor,
@@ -176,7 +176,7 @@ def _hidden_alignment(
     return numerator, *gradient
 
 
-@_hidden_alignment.register_fake
+@fake(_hidden_alignment)
 def _(
     student: Tensor,
     teacher: Tensor,
@@ -198,7 +198,7 @@ def _(
     return student.new_empty((), dtype=dtype), *gradients
 
 
-@torch.library.custom_op("mta_fast::hidden_alignment_gradient", mutates_args=())
+@operator("hidden_alignment_gradient")
 def _hidden_alignment_gradient(
     gradient: Sequence[Tensor],
     tokens: Tensor,
@@ -226,7 +226,7 @@ def _hidden_alignment_gradient(
     return result
 
 
-@_hidden_alignment_gradient.register_fake
+@fake(_hidden_alignment_gradient)
 def _(
     gradient: Sequence[Tensor],
     tokens: Tensor,

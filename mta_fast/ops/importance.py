@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mta_fast import backends
 from mta_fast.errors import InputError
 from mta_fast.layout import Rows, compute_dtype
 from mta_fast.ops._common import check_float, flat, make_rows
+from mta_fast.ops._operator import fake, operator
 
 
 def token_importance(
@@ -56,7 +56,7 @@ def token_importance(
     return values.reshape(hidden.shape[:-1])
 
 
-@torch.library.custom_op("mta_fast::token_importance", mutates_args=())
+@operator("token_importance")
 def _token_importance(
     hidden: Tensor, rows: Tensor, rows_host: Tensor, seq_len: int, causal: bool, count_padding: bool, backend: str
 ) -> Tensor:
@@ -67,7 +67,7 @@ def _token_importance(
     return result
 
 
-@_token_importance.register_fake
+@fake(_token_importance)
 def _(
     hidden: Tensor, rows: Tensor, rows_host: Tensor, seq_len: int, causal: bool, count_padding: bool, backend: str
 ) -> Tensor:

@@ -13,7 +13,8 @@ from mta_fast.choices import check_choice
 from mta_fast.contract import DIVERGENCES
 from mta_fast.errors import InputError
 from mta_fast.layout import DivergenceGradient, Head, compute_dtype, kept_dtype
-from mta_fast.ops._common import check_device, check_float, check_shape, product_dtype, register_backward
+from mta_fast.ops._common import check_device, check_float, check_shape, product_dtype
+from mta_fast.ops._operator import fake, operator, register_backward
 from mta_fast.reference import divergence as divergence
 from mta_fast.reference import head_logits as head_logits
 from mta_fast.reference import processed as processed
@@ -204,10 +205,9 @@ _ARGUMENTS = """
     float teacher_temperature, SymInt vocabulary, ScalarType matmul_dtype, ScalarType teacher_matmul_dtype"""
 
 
-@torch.library.custom_op(
-    "mta_fast::linear_divergence",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, bool with_gradient, bool with_head, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+@operator(
+    "linear_divergence",
+    f"({_ARGUMENTS}, bool with_gradient, bool with_head, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_divergence(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum_i factors_i l_i, and its gradients: states [M, d_S], head, bias; empty where there is none."""
@@ -236,7 +236,7 @@ def _states_and_heads(raw: Sequence[Any]) -> list[Tensor]:
     return [raw[i] for i in (0, 1, 3, 4) if raw[i] is not None]
 
 
-@_linear_divergence.register_fake
+@fake(_linear_divergence)
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     student, weight, bias = arguments[: len(_LEARNT)]
     dtype = compute_dtype(*_states_and_heads(arguments))
@@ -251,7 +251,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     return student.new_empty((), dtype=dtype), *gradients
 
 
-@torch.library.custom_op("mta_fast::linear_divergence_gradient", mutates_args=())
+@operator("linear_divergence_gradient")
 def _linear_divergence_gradient(
     gradient: Sequence[Tensor],
     grad: Tensor,
@@ -268,7 +268,7 @@ def _linear_divergence_gradient(
     return result
 
 
-@_linear_divergence_gradient.register_fake
+@fake(_linear_divergence_gradient)
 def _(
     gradient: Sequence[Tensor],
     grad: Tensor,
@@ -300,9 +300,7 @@ def _backward(ctx: Any, grad: Tensor) -> dict[str, Tensor | None]:
 register_backward(_linear_divergence, "linear_divergence_loss", _save, _backward)
 
 
-@torch.library.custom_op(
-    "mta_fast::linear_divergence_rows", mutates_args=(), schema=f"({_ARGUMENTS}, str backend) -> Tensor"
-)
+@operator("linear_divergence_rows", f"({_ARGUMENTS}, str backend) -> Tensor")
 def _linear_divergence_rows(*arguments: Any) -> Tensor:
     """[M] factors_i l_i; the backward is ``_linear_divergence`` with the upstream gradient among the factors."""
     *raw, backend = arguments
@@ -310,14 +308,14 @@ def _linear_divergence_rows(*arguments: Any) -> Tensor:
     return values * raw[_TENSORS.index("factors")].to(values.dtype)
 
 
-@_linear_divergence_rows.register_fake
+@fake(_linear_divergence_rows)
 def _(*arguments: Any) -> Tensor:
     made: Tensor = arguments[0].new_empty(arguments[0].shape[0], dtype=compute_dtype(*_states_and_heads(arguments)))
     return made
 
 
 def _save_rows(ctx: Any, inputs: Any, outputs: Any) -> None:
-    named = vars(inputs)
+    named = inputs._asdict()
     ctx.save_for_backward(*(named[name] for name in _TENSORS))
     ctx.others = [value for name, value in named.items() if name not in _TENSORS]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from mta_fast import backends
 from mta_fast.contract import as_spans, unpacked
 from mta_fast.layout import compute_dtype
-from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat, register_backward
+from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat
+from mta_fast.ops._operator import fake, operator, register_backward
 from mta_fast.spans.batch import SpanBatch
 
 
@@ -91,20 +92,20 @@ def pooled_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: 
 # Below, ``spans`` are the tensors of ``layout.Spans`` in its order, ``rows`` the table on device and host.
 
 
-@torch.library.custom_op("mta_fast::span_weights", mutates_args=())
+@operator("span_weights")
 def _span_weights(values: Tensor, spans: Sequence[Tensor], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     result: tuple[Tensor, Tensor, Tensor] = backends.run("span_weights", backend, [values], values, as_spans(spans))
     return result
 
 
-@_span_weights.register_fake
+@fake(_span_weights)
 def _(values: Tensor, spans: Sequence[Tensor], backend: str) -> tuple[Tensor, ...]:
     dtype, index = compute_dtype(values), as_spans(spans)
     sizes = (values.shape[0], index.ranges.shape[0], index.span_splits.shape[0] - 1)
     return tuple(values.new_empty(size, dtype=dtype) for size in sizes)
 
 
-@torch.library.custom_op("mta_fast::pool_spans", mutates_args=())
+@operator("pool_spans")
 def _pool_spans(
     hidden: Tensor, weights: Tensor, spans: Sequence[Tensor], rows: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +116,7 @@ def _pool_spans(
     return result
 
 
-@_pool_spans.register_fake
+@fake(_pool_spans)
 def _(
     hidden: Tensor, weights: Tensor, spans: Sequence[Tensor], rows: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, ...]:
@@ -124,7 +125,7 @@ def _(
     return hidden.new_empty(size, hidden.shape[1], dtype=dtype), span_weight, hidden.new_empty(size, dtype=dtype)
 
 
-@torch.library.custom_op("mta_fast::pool_spans_gradient", mutates_args=())
+@operator("pool_spans_gradient")
 def _pool_spans_gradient(
     grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Sequence[Tensor], dtype: torch.dtype, backend: str
 ) -> Tensor:
@@ -134,7 +135,7 @@ def _pool_spans_gradient(
     return result
 
 
-@_pool_spans_gradient.register_fake
+@fake(_pool_spans_gradient)
 def _(
     grad: Tensor, span_weight: Tensor, weights: Tensor, spans: Sequence[Tensor], dtype: torch.dtype, backend: str
 ) -> Tensor:

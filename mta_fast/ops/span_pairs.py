@@ -19,9 +19,9 @@ from mta_fast.ops._common import (
     check_float,
     check_shape,
     quotient,
-    register_backward,
     without_scale,
 )
+from mta_fast.ops._operator import fake, operator, register_backward
 from mta_fast.reference import reduce_rows, row_norms
 from mta_fast.reference import span_distances as span_distances
 from mta_fast.spans.batch import SpanBatch
@@ -104,7 +104,7 @@ def span_pair_terms(
     return reduce_rows(numerators, denominators.detach(), reduction)
 
 
-@torch.library.custom_op("mta_fast::span_pairs", mutates_args=())
+@operator("span_pairs")
 def _span_pairs(
     student: Tensor,
     teacher: Tensor,
@@ -134,7 +134,7 @@ def _span_pairs(
     return result
 
 
-@_span_pairs.register_fake
+@fake(_span_pairs)
 def _(
     student: Tensor,
     teacher: Tensor,
@@ -150,13 +150,13 @@ def _(
     return student.new_empty(rows, dtype=dtype), student.new_empty(rows, dtype=dtype), gradient
 
 
-@torch.library.custom_op("mta_fast::span_pairs_gradient", mutates_args=())
+@operator("span_pairs_gradient")
 def _span_pairs_gradient(gradient: Tensor, grad: Tensor, span_rows: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     result: Tensor = backends.run("span_pairs_gradient", backend, [gradient], gradient, grad, span_rows, dtype)
     return result
 
 
-@_span_pairs_gradient.register_fake
+@fake(_span_pairs_gradient)
 def _(gradient: Tensor, grad: Tensor, span_rows: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from mta_fast import contract, reference
 from mta_fast.errors import InputError
 from mta_fast.layout import DivergenceGradient, Head, compute_dtype, kept_dtype
-from mta_fast.ops._common import check_device, check_float, check_shape, product_dtype, register_backward
+from mta_fast.ops._common import check_device, check_float, check_shape, product_dtype
+from mta_fast.ops._operator import fake, operator, register_backward
 from mta_fast.ops.linear_divergence import all_ids, softcap_or_zero
 from mta_fast.reference import trajectory as trajectory
 
@@ -87,7 +88,7 @@ def _stacked(name: str, states: Sequence[Tensor] | Tensor) -> Tensor:
 # --- the op ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mta_fast::trajectory_divergence", mutates_args=())
+@operator("trajectory_divergence")
 def _trajectory_divergence(
     student: Tensor,
     student_weight: Tensor,
@@ -119,7 +120,7 @@ def _trajectory_divergence(
     return total, *([total.new_empty(0) for _ in range(3)] if gradient is None else gradient)
 
 
-@_trajectory_divergence.register_fake
+@fake(_trajectory_divergence)
 def _(student: Tensor, student_weight: Tensor, student_bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     dtype = compute_dtype(student, student_weight, *arguments[:2])
     nothing = student.new_empty(0, dtype=dtype)
