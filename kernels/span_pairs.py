@@ -26,6 +26,7 @@ from mta_fast.contract import checked
 from mta_fast.kernels import gram
 from mta_fast.kernels._device import load, triangle, unit_factors
 from mta_fast.kernels._launch import INTERPRETED, Numerics, launch, numerics
+from mta_fast.layout import compute_dtype
 
 LENGTHS = ("first_row", "num_rows", "gram_from", "origin", "first_pair", "first_tile", "part_stride_s", "part_stride_t")
 NEVER = 2**31 - 1  # more spans than an int32 counts
@@ -461,7 +462,7 @@ def span_pairs(
     with_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.span_pairs``."""
-    num = numerics(student, teacher)
+    num = numerics(student.new_empty(0, dtype=compute_dtype(student, teacher)))  # parts are made of any dtype
     widths = student.shape[1], teacher.shape[1]
     gram_from = {"pairwise": NEVER, "gram": 0, "auto": contract.gram_from(*widths)}[method]
     splits = host[:, 0].tolist()

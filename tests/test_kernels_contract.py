@@ -221,7 +221,8 @@ def test_split_products_are_as_exact_as_float32(tensor_cores: list[str], method:
     eager = _numerator_and_gradient(*inputs, method=method, backend="reference")
     relative = lambda made: [((x.double() - y).norm() / y.norm()).item() for x, y in zip(made, exact, strict=True)]  # noqa: E731
     split = relative(_numerator_and_gradient(*inputs, method=method, backend="triton"))
-    assert set(tensor_cores) == {"tf32x3"}
+    # the parts of unit spans are bfloat16, in float32's clothes here: nothing is left to split
+    assert set(tensor_cores) == {"ieee" if method == "pairwise" else "tf32x3"}
     for error, allowed in zip(split, relative(eager), strict=True):
         assert error <= 2 * allowed + 1e-6 / (1 - cosine)
     torch.set_float32_matmul_precision("high")
@@ -229,7 +230,7 @@ def test_split_products_are_as_exact_as_float32(tensor_cores: list[str], method:
     if method == "gram":  # stays exact: single products are not enough for it
         assert single == split
     else:
-        assert single[1] > 20 * split[1]
+        assert single[1] > 4 * split[1]  # two parts in place of three
 
 
 class Operators(TorchDispatchMode):
