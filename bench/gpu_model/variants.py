@@ -86,6 +86,8 @@ def _variant(launch: Launch, target: str) -> Variant:
     words = {"CAUSAL": "causal", "COUNT_PADDING": "count_padding", "WITH_GRADIENT": "gradient"}
     words |= {"S_SOFTCAP": "softcap", "IN_STRIPS": "strip"}
     options = [word for name, word in words.items() if launch.arguments.get(name)]
+    if launch.arguments.get("PARTS", 1) > 1:  # by the matmul precision
+        options.append(f"{launch.arguments['PARTS']} parts")
     if "DIVERGENCE" in launch.arguments:
         options.insert(0, DIVERGENCES[launch.arguments["DIVERGENCE"]])
     return Variant(
