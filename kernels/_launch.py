@@ -107,16 +107,17 @@ class Numerics:
         return plan
 
 
-def numerics(*tensors: Tensor, exact: bool = False) -> Numerics:
+def numerics(*tensors: Tensor, exact: bool = False, dtype: torch.dtype | None = None) -> Numerics:
     """How a kernel that reads these tensors computes; tensors of several dtypes are loaded as ACC.
 
     float32 products follow torch's float32 matmul precision, and with ``exact`` are those of "highest" whatever it is.
+    ``dtype``: of kernels that read what was made of the tensors in it, in rows that start at whole vectors.
     """
-    dtypes = frozenset([tensor.dtype for tensor in tensors])
+    dtypes = frozenset([tensor.dtype for tensor in tensors] if dtype is None else [dtype])
     exact = exact or torch.backends.cuda.matmul.fp32_precision != "tf32"  # says what either of torch's settings is
     aligned = True
     for tensor in tensors:
-        if tensor.ndim == 2 and tensor.shape[1] % 16:
+        if dtype is None and tensor.ndim == 2 and tensor.shape[1] % 16:
             aligned = False
     return _numerics(dtypes, _architecture(tensors[0].device), aligned, exact)
 

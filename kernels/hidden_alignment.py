@@ -106,7 +106,7 @@ def hidden_alignment(
 ) -> tuple[Tensor, AlignmentGradient | None]:
     """``reference.hidden_alignment``: P h and its gradient share a buffer in ``matmul_dtype``; sums are float32."""
     dtype = compute_dtype(student, teacher, proj_weight)
-    num = numerics(student.new_empty(0, dtype=dtype))
+    num = numerics(student, dtype=dtype)
     matrix = proj_weight.to(matmul_dtype)
     bias = None if proj_bias is None else proj_bias.to(matmul_dtype)
     unit = matmul_dtype == torch.float16

@@ -209,7 +209,7 @@ def linear_divergence(
     """
     given = [x for x in (student, student_weight, teacher, teacher_weight) if x is not None]
     dtype, size = compute_dtype(*given), student.shape[0]
-    num = numerics(student.new_empty(0, dtype=dtype))
+    num = numerics(student, dtype=dtype)
     matrix, bias = _cut(student_weight, student_bias, vocabulary, matmul_dtype, dtype)
     of_teacher = None
     if teacher_weight is not None:

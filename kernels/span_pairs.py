@@ -462,7 +462,7 @@ def span_pairs(
     with_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.span_pairs``."""
-    num = numerics(student.new_empty(0, dtype=compute_dtype(student, teacher)))  # parts are made of any dtype
+    num = numerics(student, dtype=compute_dtype(student, teacher))  # what reads the spans turns them to it
     widths = student.shape[1], teacher.shape[1]
     gram_from = {"pairwise": NEVER, "gram": 0, "auto": contract.gram_from(*widths)}[method]
     splits = host[:, 0].tolist()
