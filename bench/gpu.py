@@ -28,7 +28,7 @@ ROUNDS, WARM_UP = 20, 3
 # Relative difference of loss and gradients between two sides in bfloat16: their products round differently
 PARITY = 2e-2
 PUBLIC_PAIRS = 30_000  # the public algorithm's matrices hold (all spans of the batch)^2 values: 7 GB each
-MODELLED_MS = "< 0.25"  # the first shape's target on an H100
+MODELLED_MS = "< 0.4"  # the first shape's target on an H100
 
 
 def measure() -> Report:

@@ -161,7 +161,7 @@ def test_costs_are_those_of_the_interpreted_kernels(
 
 @interpreted
 def test_costs_of_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["mta_fast.kernels.span_pairs"], "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(sys.modules["mta_fast.kernels.pairwise"], "SCRATCH_BYTES", 1)
     with counted(monkeypatch) as launches:
         batch = _run_loss(ROWS[:2], torch.float32, "pairwise", True)
     _compare(launches, batch)

@@ -75,5 +75,5 @@ def test_double_backward_raises_under_compile() -> None:
     loss = MTALoss(MTAConfig(PAIRS, KINDS), STUDENT_DIM, TEACHER_DIM)
     student, teacher, spans = _inputs([5, 3], "right")
     output = torch.compile(loss, fullgraph=True, backend="aot_eager")(student, teacher, spans)
-    with pytest.raises(RuntimeError, match="double backward|second one"):
+    with pytest.raises(RuntimeError, match="double backward|second one|does not require grad"):
         torch.autograd.grad(output.loss, student[1], create_graph=True)[0].square().sum().backward()

@@ -77,6 +77,14 @@ def test_the_arms_of_an_experiment(sources: Sources, tmp_path: Path, monkeypatch
     assert len({found[arm]["batches"] for arm in (BASE, FULL, PLACEBO)}) == 1
     assert found[LONGER]["settings"]["steps"] >= SETUP.steps
 
+    beside = (*given[:4], tmp_path / "beside", (SWEEP,), None)
+    measure(*beside, teacher=sources.teacher, jobs=2)  # in processes of their own
+    for file in (tmp_path / "beside" / "runs").iterdir():
+        run, expected = json.loads(file.read_text()), runs[file.stem]
+        assert run["error"] is None
+        assert (run["start"], run["batches"]) == (expected["start"], expected["batches"])
+        assert run["points"][-1][OUTSIDE]["kl"] == pytest.approx(expected["points"][-1][OUTSIDE]["kl"], rel=1e-4)
+
     def again(*_: Any, **__: Any) -> None:
         raise AssertionError("a run was made twice")
 

@@ -249,7 +249,7 @@ def test_span_pairs_with_little_scratch(monkeypatch: pytest.MonkeyPatch, scratch
     student, teacher, weights, spans = _pair_inputs(torch.float32)
     weights = weights - 0.5  # weights of both signs: pairs count as their product does
     whole = _pair_terms(student, teacher, weights, spans, method="pairwise", backend="triton")
-    monkeypatch.setattr(sys.modules["mta_fast.kernels.span_pairs"], "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(sys.modules["mta_fast.kernels.pairwise"], "SCRATCH_BYTES", scratch)
     with launched() as names:
         ours = _pair_terms(student, teacher, weights, spans, method="pairwise", backend="triton")
     assert names.count("pair_errors") > 1

@@ -163,21 +163,33 @@ def _layer_pairs(
     of_pairs = _kinds(kinds, kind_of)
     sides = (students, teachers, student_weights, teacher_weights, span_weights)
     contract.layer_pairs(*sides, of_pairs, method)
-    terms, gradients, sums = [], [], []
     with backends.ready(students[0].device):
-        for student, teacher, *weights, (spans, rows, rows_host) in zip(*sides, of_pairs, strict=True):
-            pool = [
-                backends.unchecked("pool_spans", backend, [states, own])(states, own, spans, rows, rows_host)
-                for states, own in ((student, weights[0]), (teacher, weights[1]))
-            ]
-            (pooled, total, norm), (other, _, other_norm) = pool
-            given = (pooled, other, weights[2], norm, other_norm, spans.span_splits, spans.host, method, with_gradient)
-            made = backends.unchecked("span_pairs", backend, [pooled, other, weights[2]])(*given)
-            terms.append(made[:2])
-            gradients.append(made[2])
-            sums.append(total)
+        made = [
+            _layer_pair(pair, spans_and_rows, method, with_gradient, backend)
+            for *pair, spans_and_rows in zip(*sides, of_pairs, strict=True)
+        ]
+        terms, gradients, sums = zip(*made, strict=True)
         columns = [column[0][None] if len(column) == 1 else torch.stack(column) for column in zip(*terms, strict=True)]
     return [*columns, *gradients, *sums]
+
+
+def _layer_pair(
+    sides: Sequence[Tensor],
+    spans_and_rows: tuple[Spans, Tensor, Tensor],
+    method: str,
+    with_gradient: bool,
+    backend: str,
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """(num, den), gradient and sums of one layer pair, whose pooled spans are gone when the next one's are made."""
+    student, teacher, student_weights, teacher_weights, span_weights = sides
+    spans, *rows = spans_and_rows
+    (pooled, total, norm), (other, _, other_norm) = [
+        backends.unchecked("pool_spans", backend, [states, own])(states, own, spans, *rows)
+        for states, own in ((student, student_weights), (teacher, teacher_weights))
+    ]
+    given = (pooled, other, span_weights, norm, other_norm, spans.span_splits, spans.host, method, with_gradient)
+    *terms, gradient = backends.unchecked("span_pairs", backend, [pooled, other, span_weights])(*given)
+    return (terms[0], terms[1]), gradient, total
 
 
 @fake(_layer_pairs)
