@@ -41,9 +41,11 @@ from bench.experiment.prepare import Prepared, Sources
 from bench.experiment.runs import run, trainer_of
 from bench.experiment.setups import SETUPS, TEACHER, Setup
 from bench.experiment.similarity import pairs_by_similarity
+from bench.gpu import device_facts
 from bench.report import Report, machine, texts_name
 from mta_fast.choices import check_choice
 from mta_fast.distill.ablation import ablation_rows
+from mta_fast.distill.models import choose_device
 from mta_fast.distill.training.settings import DataSettings, StudentSettings, TeacherSettings, TrainSettings
 from mta_fast.errors import InputError
 from mta_fast.files import write_whole
@@ -146,7 +148,7 @@ class Experiment:
 
 def measure(
     setup: str, dolly: Path, outside: Path, work: Path, out: Path, stages: Sequence[str], minutes: float | None,
-    steps: int | None = None, teacher: str = TEACHER, jobs: int = 1,
+    steps: int | None = None, teacher: str = TEACHER, jobs: int = 1, device: str = "cpu",
 ) -> Report:  # fmt: skip
     """Carry out stages as far as the time goes, and report what there is.
 
@@ -159,12 +161,15 @@ def measure(
         if not file.is_file():
             raise InputError(f"--{name}: expected a JSONL file, there is none at {file}")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    chosen = SETUPS[setup] if steps is None else replace(SETUPS[setup], steps=steps)
+    check_choice("device", device, ("cpu", "cuda"))
+    choose_device(device)
+    chosen = replace(SETUPS[setup], device=device, steps=steps or SETUPS[setup].steps)
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
         experiment = Experiment(chosen, Sources(dolly, outside, work, teacher), out)
         experiment.reported(stages)  # refuses runs of other settings before anything is made
-        about = machine("transformers", "spacy", code=code_version(), texts=texts_name(dolly))
+        card = device_facts() if device == "cuda" else {}
+        about = machine("transformers", "spacy", code=code_version(), texts=texts_name(dolly), **card)
         experiment.prepare()
         with _submitting(experiment, jobs) as submit:
             for stage in stages:

@@ -87,7 +87,8 @@ def measured(trainer: Any, prepared: Prepared, sets: Sequence[str]) -> Figures:
     with evaluating(module):
         for part in sets:
             sums, counted = dict.fromkeys(FIGURES, 0.0), 0
-            for batch, teacher in zip(prepared.batches[part], _teacher_states(trainer, prepared, part), strict=True):
+            for own, teacher in zip(prepared.batches[part], _teacher_states(trainer, prepared, part), strict=True):
+                batch = trainer._prepare_inputs(own)  # on the device
                 with deferring(module.head, module.vocabulary) as student:
                     module.student(**model_inputs(module.student, batch), use_cache=False)
                 assert student is not None  # its head was taken apart
@@ -108,7 +109,7 @@ def measured(trainer: Any, prepared: Prepared, sets: Sequence[str]) -> Figures:
 def _teacher_states(trainer: Any, prepared: Prepared, part: str) -> list[HeadStates]:
     """What the teacher's head reads of a set's batches: the same for every run of a process, read once."""
     if part not in prepared.teacher_states:
-        found = [MTATrainer._teach(trainer, batch).head for batch in prepared.batches[part]]
+        found = [MTATrainer._teach(trainer, trainer._prepare_inputs(own)).head for own in prepared.batches[part]]
         prepared.teacher_states[part] = [states for states in found if states is not None]
     return prepared.teacher_states[part]
 
@@ -138,7 +139,7 @@ def trainer_of(
         logging_steps=max(1, settings.steps // 10),
         report_to=[],
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=prepared.setup.device == "cpu",
     )
     return ExperimentTrainer(
         prepared.student(settings.seed) if student is None else student,
