@@ -177,7 +177,7 @@ def experiment(
     minutes: Annotated[float | None, typer.Option(help="Begin no run that would not end in so many.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of training, in place of the set-up's: a pilot.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each with its share of the processors.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda: where students train; runs of both are not mixed.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda: where students train; each run names it.")] = "cpu",
 ) -> None:  # fmt: skip
     """Does MTA help? Students with MTA, without it and with a placebo; goes on where it was stopped."""
     from bench.experiment.command import measure

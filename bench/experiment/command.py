@@ -54,11 +54,11 @@ from mta_fast.locks import lock_folder
 
 
 class Experiment:
-    """A set-up with its sources and the folder of its results."""
+    """A set-up with its sources, the folder of its results, and the device of its runs."""
 
-    def __init__(self, setup: Setup, sources: Sources, out: Path) -> None:
+    def __init__(self, setup: Setup, sources: Sources, out: Path, device: str = "cpu") -> None:
         self.setup, self.sources = setup, sources
-        self.prepared = Prepared(setup, sources)
+        self.prepared = Prepared(setup, sources, device)
         self.results = Results(out, setup, self.prepared.digest)
         self.arms = arms(self.prepared.full)
 
@@ -163,10 +163,10 @@ def measure(
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     check_choice("device", device, ("cpu", "cuda"))
     choose_device(device)
-    chosen = replace(SETUPS[setup], device=device, steps=steps or SETUPS[setup].steps)
+    chosen = SETUPS[setup] if steps is None else replace(SETUPS[setup], steps=steps)
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
-        experiment = Experiment(chosen, Sources(dolly, outside, work, teacher), out)
+        experiment = Experiment(chosen, Sources(dolly, outside, work, teacher), out, device)
         experiment.reported(stages)  # refuses runs of other settings before anything is made
         card = device_facts() if device == "cuda" else {}
         about = machine("transformers", "spacy", code=code_version(), texts=texts_name(dolly), **card)
@@ -187,7 +187,8 @@ def _submitting(experiment: Experiment, jobs: int) -> Iterator[Submit]:
     if jobs == 1:
         yield at_once(experiment.do)
         return
-    own = experiment.setup, experiment.sources, experiment.results.folder, max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    own = experiment.setup, experiment.sources, experiment.results.folder, experiment.prepared.device, threads
     context = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
     with ProcessPoolExecutor(jobs, context, _begin_worker, own) as pool:
         yield lambda planned: pool.submit(_work, planned)
@@ -196,9 +197,9 @@ def _submitting(experiment: Experiment, jobs: int) -> Iterator[Submit]:
 _worker: list[Experiment] = []  # of this process, where it is one of several
 
 
-def _begin_worker(setup: Setup, sources: Sources, out: Path, threads: int) -> None:
+def _begin_worker(setup: Setup, sources: Sources, out: Path, device: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    _worker.append(Experiment(setup, sources, out))
+    _worker.append(Experiment(setup, sources, out, device))
 
 
 def _work(planned: Planned) -> dict[str, Any]:

@@ -57,10 +57,14 @@ class Sources:
 
 
 class Prepared:
-    """A set-up's rows and models; each is made when it is first asked for."""
+    """A set-up's rows and models; each is made when it is first asked for.
 
-    def __init__(self, setup: Setup, sources: Sources) -> None:
-        self.setup, self.sources = setup, sources
+    Attributes:
+        device: "cpu" or "cuda": where students are trained and measured.
+    """
+
+    def __init__(self, setup: Setup, sources: Sources, device: str = "cpu") -> None:
+        self.setup, self.sources, self.device = setup, sources, device
         self.teacher_states: dict[str, Any] = {}  # of the sets that students are measured on; filled by runs
 
     @cached_property

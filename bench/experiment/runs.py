@@ -139,7 +139,7 @@ def trainer_of(
         logging_steps=max(1, settings.steps // 10),
         report_to=[],
         disable_tqdm=True,
-        use_cpu=prepared.setup.device == "cpu",
+        use_cpu=prepared.device == "cpu",
     )
     return ExperimentTrainer(
         prepared.student(settings.seed) if student is None else student,

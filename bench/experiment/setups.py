@@ -30,7 +30,6 @@ class Setup:
         selected, held: rows that learning rates are chosen by, and rows that are held out; the others are trained on.
         max_prompt: tokens; rows with longer prompts are left out.
         most_rows: of training and of another origin; None: all.
-        device: "cpu" or "cuda": where students are trained and measured.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Setup:
     held: int = 110
     max_prompt: int = 192
     most_rows: int | None = None
-    device: str = "cpu"
 
 
 FRESH = Setup(
