@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.experiment import report
-from bench.experiment.arms import BASE, BY_SIMILARITY, ENDS, POINTS, RIDGE, Arm, RunSettings, ablations, arms
+from bench.experiment.arms import BASE, BY_SIMILARITY, END, ENDS, POINTS, RIDGE, Arm, RunSettings, ablations, arms
 from bench.experiment.plan import (
     COMPARISON,
     ROWS,
@@ -142,7 +142,7 @@ class Experiment:
     def do(self, planned: Planned) -> dict[str, Any]:
         """One run; those of the rows leave no student behind."""
         keep = None if planned.stage == ROWS else self.kept(planned)
-        points = POINTS if planned.stage == COMPARISON else ENDS
+        points = {SWEEP: ENDS, COMPARISON: POINTS, ROWS: END}[planned.stage]
         return run(self.prepared, planned.arm, planned.settings, points=points, keep=keep)
 
 
