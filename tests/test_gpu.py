@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 import torch
+from models import make_model, make_tokenizer
 
 from mta_fast import backends, token_importance
 
@@ -87,6 +92,34 @@ def test_inductor_takes_the_loss_whole() -> None:
 def test_float64_is_left_to_the_reference() -> None:
     tensor = torch.empty(2, 2, device="cuda", dtype=torch.float64)
     assert backends.choose("token_importance", [tensor]).name == "reference"
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_training_is_that_of_the_cpu(tmp_path: Path) -> None:
+    assert _losses(tmp_path / "gpu", use_cpu=False) == pytest.approx(_losses(tmp_path / "cpu", use_cpu=True), rel=1e-3)
+
+
+def _losses(out: Path, use_cpu: bool) -> list[float]:
+    """Base loss, DSA and Hid of four steps from ridge projections, the teacher's states from a cache being filled."""
+    pytest.importorskip("transformers")
+    from training import logged, make_trainer
+
+    from mta_fast.distill.data import load_sample
+    from mta_fast.distill.training.caching import TeacherCache
+
+    rows = []
+    for row in load_sample()[:20]:  # spans without a parser
+        words = [list(found.span()) for found in re.finditer(r"\w+", row["prompt"] + row["output"])]
+        phrases = [[first[0], second[1]] for first, second in pairwise(words)]
+        rows.append(dict(row) | {"word_spans": words, "phrase_spans": phrases[::2]})
+    cache = TeacherCache(out / "teacher", "float32")
+    teacher = make_model("llama", 8, width=48, vocabulary=len(make_tokenizer()))
+    trainer = make_trainer(
+        out, teacher=teacher, rows=rows, use_cpu=use_cpu, projection_init="ridge", teacher_cache=cache
+    )
+    trainer.train()
+    return [value for name in ("base", "dsa", "hid") for value in logged(trainer, name)]
 
 
 # --- the benchmark's harness, on any machine ---------------------------------------------------------------------

@@ -427,3 +427,14 @@ def test_starts_that_cannot_be_are_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, **RIDGE)
     with pytest.raises(InputError, match="projection_init: expected default or identity with FSDP or DeepSpeed"):
         starting.start_of(trainer._module.mta, trainer.args, sharded=True)
+
+
+def test_rows_that_are_read_before_training_go_to_the_device_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("meta"))  # one that nothing is on by itself
+    moved = trainer._prepare_inputs(batch)
+    tensors = [value for value in moved.values() if isinstance(value, Tensor)]
+    assert {value.device.type for value in [*tensors, *moved["spans"].values()]} == {"meta"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -220,7 +221,8 @@ def _linear_divergence(ways: Ways, day: Day, widths: Sequence[int], dtype: torch
                 settings: dict[str, Any] = {"divergence": name, "student_bias": learnt[2], **options, **more}
                 value = linear_divergence_loss(*given, **settings, backend=backend)
                 made.append([value.detach(), *torch.autograd.grad(value, learnt)])
-            yield from ratios(made, name + (", capped" if more else ""), terms=1.0, width=widths[1])
+            # a position's loss is a difference of log-probabilities, whose size is about log V
+            yield from ratios(made, name + (", capped" if more else ""), terms=math.log(ids), width=widths[1])
 
 
 def _loss(ways: Ways, batches: Sequence[Batch], widths: Sequence[int], dtype: torch.dtype) -> Iterator[Ratio]:

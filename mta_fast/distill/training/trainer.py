@@ -45,6 +45,7 @@ from mta_fast.distill.training.teaching import TeacherPass
 from mta_fast.errors import InputError
 from mta_fast.files import user_path
 from mta_fast.loss import MTALoss
+from mta_fast.spans.batch import SpanBatch
 from mta_fast.spans.extract import SpanExtractor
 from mta_fast.spans.lazy import LazySpans
 
@@ -362,6 +363,12 @@ class MTATrainer(TeacherPass):
             if self._evaluated is not None:
                 self._evaluated.add(output, counts=FILLER not in inputs)
         return loss.detach(), None, None
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Onto the device, which the Trainer's own leaves spans out of."""
+        if isinstance(data, SpanBatch | LazySpans):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def _mta_inputs(self, rows: Sequence[Any]) -> Batch:
         """The arguments of ``MTALoss.forward`` of some rows, by name; of the student in eval mode, without a graph."""
