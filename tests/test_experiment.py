@@ -15,9 +15,36 @@ import pytest
 import torch
 
 from bench.experiment import plan, report
-from bench.experiment.arms import ARMS, BASE, FULL, LONGER, PLACEBO, SWEPT, Arm, RunSettings, arms
+from bench.experiment.arms import (
+    ARMS,
+    BASE,
+    FULL,
+    LONG_BASE,
+    LONG_FULL,
+    LONGER,
+    PLACEBO,
+    SWEPT,
+    TENTH,
+    Arm,
+    RunSettings,
+    arms,
+    remedies,
+)
 from bench.experiment.differences import detectable, difference
-from bench.experiment.plan import Results, at_once, attempted, best_rates, carry_out, comparison, rows, slower, sweep
+from bench.experiment.plan import (
+    COMPARISON,
+    REMEDIES,
+    ROWS,
+    Results,
+    at_once,
+    attempted,
+    best_rates,
+    carry_out,
+    comparison,
+    rows,
+    slower,
+    sweep,
+)
 from bench.experiment.setups import CUT, FRESH, QUICK
 from bench.experiment.similarity import ascending, linear_cka
 from mta_fast import MTAConfig
@@ -96,7 +123,7 @@ def test_runs_are_made_once_and_a_failed_one_stays_a_row(tmp_path):
     assert failed["about"] == {"code": "abc"}
     assert planned[1].arm.name == FULL
     assert best_rates(results, KNOWN)[FULL] == RATE_OF_FULL
-    text = report.make(results, KNOWN, [], [], {}, "bench").markdown()
+    text = report.make(results, KNOWN, {}, {}, "bench").markdown()
     assert "inf" in text
 
 
@@ -110,7 +137,7 @@ def test_a_failed_run_of_the_comparison_is_listed(tmp_path):
     planned = list(comparison(results, KNOWN))
     carry_out(results, planned[:1], at_once(fail), None, {})
     carry_out(results, planned, at_once(made_up), None, {})
-    text = report.make(results, KNOWN, planned, [], {}, "bench").markdown()
+    text = report.make(results, KNOWN, {COMPARISON: planned}, {}, "bench").markdown()
     assert f"{planned[0].name}: RuntimeError: no room" in text
 
 
@@ -173,8 +200,15 @@ def test_the_report_says_what_was_found(tmp_path):
     extra = {"+DSA": Arm("+DSA", KNOWN[FULL].mta), "+Hid": Arm("+Hid", KNOWN[FULL].mta)}
     of_rows = list(rows(results, KNOWN, extra))
     carry_out(results, of_rows, at_once(made_up), None, {})
-    made = report.make(results, KNOWN, planned, of_rows, {}, "bench")
+    tried = list(rows(results, KNOWN, remedies(KNOWN[FULL].mta), REMEDIES))
+    assert {each.arm.name: each.settings.steps for each in tried} == {
+        TENTH: QUICK.steps, LONG_FULL: 3 * QUICK.steps, LONG_BASE: 3 * QUICK.steps,
+    }  # fmt: skip
+    carry_out(results, tried, at_once(made_up), None, {"processor": "a card", "code": "abc"})
+    made = report.make(results, KNOWN, {COMPARISON: planned, ROWS: of_rows, REMEDIES: tried}, {}, "bench")
     text = made.markdown()
+    assert f"| forward KL, out of domain | {LONG_FULL} - {LONG_BASE} | 1 | " in text
+    assert "| remedies | a card | - | abc | 3 | " in text
     assert (
         "| forward KL, out of domain | base + MTA - base | 2 | -0.8000 [-0.8000, -0.8000] | base + MTA is lower |"
         in text
@@ -197,7 +231,7 @@ def test_rows_without_a_comparison(tmp_path):
     carry_out(results, list(sweep(QUICK, KNOWN)), at_once(made_up), None, {})
     of_rows = list(rows(results, KNOWN, {"+DSA": Arm("+DSA", KNOWN[FULL].mta), "+Hid": Arm("+Hid", KNOWN[FULL].mta)}))
     carry_out(results, of_rows, at_once(made_up), None, {})
-    text = report.make(results, KNOWN, [], of_rows, {}, "bench").markdown()
+    text = report.make(results, KNOWN, {ROWS: of_rows}, {}, "bench").markdown()
     assert "| DSA more than Hid | +DSA - +Hid | +0.37 | 1 | +0.0000 | undecided |" in text
     assert "| DSA helps | +DSA - base | " in text
 
@@ -236,7 +270,7 @@ def test_arms_of_other_batches_are_pointed_out(tmp_path):
         return made_up(each) | ({"batches": "others"} if each.name == "comparison-base-MTA-seed-2" else {})
 
     carry_out(results, planned, at_once(other), None, {})
-    text = report.make(results, KNOWN, planned, [], {}, "bench").markdown()
+    text = report.make(results, KNOWN, {COMPARISON: planned}, {}, "bench").markdown()
     assert "seed 2: the arms have different batches" in text
     assert "seed 1" not in text
 

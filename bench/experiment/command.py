@@ -20,9 +20,22 @@ from typing import Any
 import torch
 
 from bench.experiment import report
-from bench.experiment.arms import BASE, BY_SIMILARITY, END, ENDS, POINTS, RIDGE, Arm, RunSettings, ablations, arms
+from bench.experiment.arms import (
+    BASE,
+    BY_SIMILARITY,
+    END,
+    ENDS,
+    POINTS,
+    RIDGE,
+    Arm,
+    RunSettings,
+    ablations,
+    arms,
+    remedies,
+)
 from bench.experiment.plan import (
     COMPARISON,
+    REMEDIES,
     ROWS,
     STAGES,
     SWEEP,
@@ -72,14 +85,17 @@ class Experiment:
             return list(sweep(self.setup, self.arms))
         if stage == COMPARISON:
             return list(comparison(self.results, self.arms))
+        if stage == REMEDIES:
+            return list(rows(self.results, self.arms, remedies(self.prepared.full), REMEDIES))
         return list(rows(self.results, self.arms, self.row_arms()))
 
     def reported(self, stages: Sequence[str]) -> dict[str, list[Planned]]:
         """The runs of the later stages, as far as they can be told."""
         if not all(self.results.read(planned) is not None for planned in self.plan(SWEEP)):
-            return {COMPARISON: [], ROWS: []}
+            return {COMPARISON: [], ROWS: [], REMEDIES: []}
         known = ROWS in stages or self._layers_file.is_file()
-        return {COMPARISON: self.plan(COMPARISON), ROWS: self.plan(ROWS) if known else []}
+        of_rows = self.plan(ROWS) if known else []
+        return {COMPARISON: self.plan(COMPARISON), ROWS: of_rows, REMEDIES: self.plan(REMEDIES)}
 
     def row_arms(self) -> dict[str, Arm]:
         """The paper's rows, and two of our own."""
@@ -140,9 +156,9 @@ class Experiment:
             )
 
     def do(self, planned: Planned) -> dict[str, Any]:
-        """One run; those of the rows leave no student behind."""
-        keep = None if planned.stage == ROWS else self.kept(planned)
-        points = {SWEEP: ENDS, COMPARISON: POINTS, ROWS: END}[planned.stage]
+        """One run; those of rows and remedies leave no student behind."""
+        keep = self.kept(planned) if planned.stage in (SWEEP, COMPARISON) else None
+        points = {SWEEP: ENDS, COMPARISON: POINTS, ROWS: END, REMEDIES: ENDS}[planned.stage]
         return run(self.prepared, planned.arm, planned.settings, points=points, keep=keep)
 
 
@@ -170,15 +186,20 @@ def measure(
         experiment.reported(stages)  # refuses runs of other settings before anything is made
         card = device_facts() if device == "cuda" else {}
         about = machine("transformers", "spacy", code=code_version(), texts=texts_name(dolly), **card)
-        experiment.prepare()
+        ready = False
         with _submitting(experiment, jobs) as submit:
             for stage in stages:
-                if not carry_out(experiment.results, experiment.plan(stage), submit, deadline, about, jobs):
+                planned = experiment.plan(stage)
+                missing = any(experiment.results.read(each) is None for each in planned)
+                if missing and not ready and (deadline is None or time.monotonic() < deadline):
+                    experiment.prepare()
+                    ready = True
+                if not carry_out(experiment.results, planned, submit, deadline, about, jobs):
                     print("time is up; the same command goes on", flush=True)
                     break
-        planned = experiment.reported(stages)
+        known = experiment.reported(stages)
         command = f"python -m bench experiment {setup}"
-        return report.make(experiment.results, experiment.arms, planned[COMPARISON], planned[ROWS], about, command)
+        return report.make(experiment.results, experiment.arms, known, about, command)
 
 
 @contextmanager

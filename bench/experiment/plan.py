@@ -22,8 +22,8 @@ from bench.experiment.setups import SELECT, Setup
 from mta_fast.errors import InputError
 from mta_fast.files import write_whole
 
-SWEEP, COMPARISON, ROWS = "sweep", "comparison", "rows"
-STAGES = (SWEEP, COMPARISON, ROWS)
+SWEEP, COMPARISON, ROWS, REMEDIES = "sweep", "comparison", "rows", "remedies"
+STAGES = (SWEEP, COMPARISON, ROWS, REMEDIES)
 
 
 @dataclass(frozen=True)
@@ -155,12 +155,12 @@ def comparison(results: Results, arms: Mapping[str, Arm]) -> Iterator[Planned]:
             yield Planned(COMPARISON, arm, RunSettings(seed, rates[arm.rate_of], steps))
 
 
-def rows(results: Results, arms: Mapping[str, Arm], extra: Mapping[str, Arm]) -> Iterator[Planned]:
-    """The paper's rows and our own."""
+def rows(results: Results, arms: Mapping[str, Arm], extra: Mapping[str, Arm], stage: str = ROWS) -> Iterator[Planned]:
+    """The paper's rows and our own; or remedies."""
     rates, setup = best_rates(results, arms), results.setup
     for seed in setup.row_seeds:
         for arm in extra.values():
-            yield Planned(ROWS, arm, RunSettings(seed, rates[arm.rate_of], setup.steps))
+            yield Planned(stage, arm, RunSettings(seed, rates[arm.rate_of], arm.times * setup.steps))
 
 
 def final(run: Mapping[str, Any], part: str, figure: str) -> float:

@@ -9,9 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiment import pictures
-from bench.experiment.arms import ARMS, BASE, BY_SIMILARITY, FULL, LONGER, PLACEBO, RIDGE, SWEPT, Arm
+from bench.experiment.arms import (
+    ARMS,
+    BASE,
+    BY_SIMILARITY,
+    FULL,
+    LONG_BASE,
+    LONG_FULL,
+    LONGER,
+    PLACEBO,
+    RIDGE,
+    SWEPT,
+    TENTH,
+    Arm,
+)
 from bench.experiment.differences import Difference, detectable, difference
-from bench.experiment.plan import Planned, Results, best_rates, final, sweep, swept
+from bench.experiment.plan import (
+    COMPARISON,
+    REMEDIES,
+    ROWS,
+    SWEEP,
+    Planned,
+    Results,
+    best_rates,
+    final,
+    sweep,
+    swept,
+)
 from bench.experiment.setups import HELD_OUT, OUTSIDE, SELECT
 from bench.report import Report, Section, entry, markdown_table
 from mta_fast.distill.reproduction import ABLATION, AVERAGE
@@ -34,6 +58,7 @@ CLAIMS = (
     *((f"three layers more than {count}", FULL, f"{count} layer" + "s" * (count > 1)) for count in (1, 2, 4, 5)),
 )
 OWN_ROWS = (("a ridge start helps", RIDGE, FULL), ("layers by CKA help", BY_SIMILARITY, FULL))
+TRIED = ((TENTH, BASE), (TENTH, FULL), (LONG_FULL, LONG_BASE), (LONG_BASE, BASE))
 Found = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> run
 
 
@@ -60,26 +85,44 @@ def figure_of(found: Found, part: str, figure: str) -> dict[str, dict[int, float
 def make(
     results: Results,
     arms: Mapping[str, Arm],
-    comparison: Sequence[Planned],
-    row_plan: Sequence[Planned],
+    planned: Mapping[str, Sequence[Planned]],
     about: Mapping[str, Any],
     command: str,
 ) -> Report:
-    """What there is so far of the sweep, the comparison and the rows."""
+    """What there is so far of the sweep and the stages that are planned."""
     sections = [_sweep(results, arms)]
     figures: dict[str, Any] = {}
-    compared, failed = collect(results, comparison)
+    compared, failed = collect(results, planned.get(COMPARISON, ()))
     if compared:
         sections += _comparison(results, arms, compared)
         figures |= _pictures(results, compared)
-    found_rows, failed_rows = collect(results, row_plan)
+    found_rows, failed_rows = collect(results, planned.get(ROWS, ()))
     if found_rows:
         sections += _rows(found_rows, compared)
-    failed += [*failed_rows, *_unlike(compared)]
+    tried, failed_remedies = collect(results, planned.get(REMEDIES, ()))
+    if tried:
+        sections.append(_remedies(tried, compared))
+    failed += [*failed_rows, *failed_remedies, *_unlike(compared)]
+    sections.append(_made(results, {SWEEP: list(sweep(results.setup, arms)), **planned}))
     if failed:
         lines = markdown_table(["run"], [[each] for each in failed])
         sections.append(Section("Runs that failed or can't be compared", (), "", lines))
     return Report(command, about, sections, figures=figures)
+
+
+def _made(results: Results, planned: Mapping[str, Sequence[Planned]]) -> Section:
+    """Where the runs were made, of which code, and how long they took."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for stage, runs in planned.items():
+        for run in filter(None, map(results.read, runs)):
+            about = run.get("about", {})
+            place = str(about.get("gpu", about.get("processor", "-")))
+            key = stage, place, str(about.get("torch", "-")), str(about.get("code", "-"))
+            groups.setdefault(key, []).append(run["seconds"])
+    lines = [[*key, len(seconds), f"{sum(seconds) / 60:.0f}"] for key, seconds in groups.items()]
+    heads = ["stage", "on", "torch", "code", "runs", "minutes, summed over runs"]
+    text = "Runs go side by side: the minutes of a stage are fewer."
+    return Section("Where the runs were made", (), text, markdown_table(heads, lines))
 
 
 def _sweep(results: Results, arms: Mapping[str, Arm]) -> Section:
@@ -195,6 +238,18 @@ def _rows(rows: Found, compared: Found) -> list[Section]:
         Section("What the paper finds", (), CLAIMS_TEXT, claims),
         Section("Rows of our own", (), "", own),
     ]
+
+
+def _remedies(tried: Found, compared: Found) -> Section:
+    """What was thought of after the comparison, beside its arms."""
+    lines = []
+    for each in (PRIMARY, *SECONDARY):
+        values = figure_of(compared, *each) | figure_of(tried, *each)
+        found = [difference(left, right, values) for left, right in TRIED]
+        lines += [[_title(*each), f"{d.left} - {d.right}", len(d.values), d.cell, d.verdict] for d in found if d]
+    text = "Exploratory: thought of after the comparison was seen. Paired by seed, Student's t. Lower is nearer."
+    heads = ["figure", "difference", "seeds", "mean [95 % interval]", "verdict"]
+    return Section("Remedies", (), text, markdown_table(heads, lines))
 
 
 CLAIMS_TEXT = (
