@@ -207,19 +207,19 @@ def test_the_report_says_what_was_found(tmp_path):
     carry_out(results, tried, at_once(made_up), None, {"processor": "a card", "code": "abc"})
     made = report.make(results, KNOWN, {COMPARISON: planned, ROWS: of_rows, REMEDIES: tried}, {}, "bench")
     text = made.markdown()
-    assert f"| forward KL, out of domain | {LONG_FULL} - {LONG_BASE} | 1 | " in text
+    assert f"| forward KL, out of domain | {LONG_FULL} vs {LONG_BASE} | 1 | " in text
     assert "| remedies | a card | - | abc | 3 | " in text
     assert (
-        "| forward KL, out of domain | base + MTA - base | 2 | -0.8000 [-0.8000, -0.8000] | base + MTA is lower |"
+        "| forward KL, out of domain | base + MTA vs base | 2 | -0.8000 [-0.8000, -0.8000] | base + MTA is lower |"
         in text
     )
-    assert "| DSA more than Hid | +DSA - +Hid | +0.37 | 1 | +0.0000 | undecided |" in text
+    assert "| DSA more than Hid | +DSA vs +Hid | +0.37 | 1 | +0.0000 | undecided |" in text
     table = text.split("## Arms")[1].split("## ")[0]
     arms_of = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| base")}
     assert arms_of[FULL].endswith("| 20% |")  # 2.2 - step / 4 falls to base's 2.0 at 0.8 of four steps
     assert arms_of[BASE].endswith("| 100% |")
     paper = ABLATION["full"][AVERAGE] - ABLATION["no weights"][AVERAGE]
-    assert f"| weights matter | base + MTA - no weights | {paper:+.2f} | 0 | - | not run |" in text
+    assert f"| weights matter | base + MTA vs no weights | {paper:+.2f} | 0 | - | not run |" in text
     assert "can't be compared" not in text
     for ending, draw in made.figures.items():
         draw(tmp_path / f"{ending}.png")
@@ -232,8 +232,8 @@ def test_rows_without_a_comparison(tmp_path):
     of_rows = list(rows(results, KNOWN, {"+DSA": Arm("+DSA", KNOWN[FULL].mta), "+Hid": Arm("+Hid", KNOWN[FULL].mta)}))
     carry_out(results, of_rows, at_once(made_up), None, {})
     text = report.make(results, KNOWN, {ROWS: of_rows}, {}, "bench").markdown()
-    assert "| DSA more than Hid | +DSA - +Hid | +0.37 | 1 | +0.0000 | undecided |" in text
-    assert "| DSA helps | +DSA - base | " in text
+    assert "| DSA more than Hid | +DSA vs +Hid | +0.37 | 1 | +0.0000 | undecided |" in text
+    assert "| DSA helps | +DSA vs base | " in text
 
 
 def test_a_run_that_diverged_is_one_that_failed(tmp_path):

@@ -65,7 +65,7 @@ def test_the_arms_of_an_experiment(sources: Sources, tmp_path: Path, monkeypatch
     monkeypatch.setitem(SETUPS, SETUP.name, SETUP)
     given = (SETUP.name, sources.dolly, sources.outside, sources.work, tmp_path, (SWEEP, COMPARISON), None)
     text = measure(*given, teacher=sources.teacher).markdown()
-    assert f"{FULL} - {PLACEBO}" in text
+    assert f"{FULL} vs {PLACEBO}" in text
     assert "can't be compared" not in text
     runs = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "runs").iterdir()}
     assert len(runs) == 3 + 4

@@ -42,6 +42,11 @@ class Difference:
         return f"{self.mean:+.4f}{interval}"
 
 
+def against(left: str, right: str) -> str:
+    """What ``left - right`` is called; arms' names hold plus signs of their own."""
+    return f"{left} vs {right}"
+
+
 def difference(left: str, right: str, found: Mapping[str, Mapping[int, float]]) -> Difference | None:
     """Of {arm: {seed: value}}; None where no seed has both."""
     pairs = [(found[left][seed], found[right][seed]) for seed in found.get(left, {}) if seed in found.get(right, {})]

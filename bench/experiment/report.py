@@ -23,7 +23,7 @@ from bench.experiment.arms import (
     TENTH,
     Arm,
 )
-from bench.experiment.differences import Difference, detectable, difference
+from bench.experiment.differences import Difference, against, detectable, difference
 from bench.experiment.plan import (
     COMPARISON,
     REMEDIES,
@@ -191,10 +191,12 @@ def _comparison(results: Results, arms: Mapping[str, Arm], found: Found) -> list
     for title, chosen in (("Primary", (PRIMARY,)), ("Secondary", SECONDARY)):
         differences = [(each, _differences(figure_of(found, *each))) for each in chosen]
         entries = [
-            entry(f"{_title(*each)}: {d.left} - {d.right}", list(d.values), "") for each, of in differences for d in of
+            entry(f"{_title(*each)}: {against(d.left, d.right)}", list(d.values), "")
+            for each, of in differences
+            for d in of
         ]
         table = [
-            [_title(*each), f"{d.left} - {d.right}", len(d.values), d.cell, d.verdict]
+            [_title(*each), against(d.left, d.right), len(d.values), d.cell, d.verdict]
             for each, of in differences
             for d in of
         ]
@@ -202,7 +204,7 @@ def _comparison(results: Results, arms: Mapping[str, Arm], found: Found) -> list
         text = "Paired by seed, Student's t. Lower is nearer to the teacher."
         made.append(Section(title, entries, text, markdown_table(heads, table)))
     lines = [
-        [f"{left} - {right}", "-" if limit is None else f"{limit:.4f}"]
+        [against(left, right), "-" if limit is None else f"{limit:.4f}"]
         for left, right in JUDGED[:2]
         for limit in [smallest_difference(results, arms, left, right)]
     ]
@@ -225,14 +227,14 @@ def _rows(rows: Found, compared: Found) -> list[Section]:
         values |= {name: shared} if shared else {}
     lines = []
     for name, by_seed in values.items():
-        against = [difference(name, other, values) for other in (BASE, FULL)]
-        cells = ["-" if each is None or each.left == each.right else each.cell for each in against]
+        to = [difference(name, other, values) for other in (BASE, FULL)]
+        cells = ["-" if each is None or each.left == each.right else each.cell for each in to]
         lines.append([name, len(by_seed), _mean(list(by_seed.values())), *cells])
     heads = ["row", "seeds", _title(*PRIMARY), f"- {BASE}", f"- {FULL}"]
     heads_of_claims = ["claim", "difference", "paper, ROUGE-L", "seeds", "mean [95 % interval]", "here"]
     claims = markdown_table(heads_of_claims, [_judged(*claim, values) for claim in CLAIMS])
     own = markdown_table(heads_of_claims, [_judged(*claim, values) for claim in OWN_ROWS])
-    entries = [entry(f"{name} - {FULL}", list(d.values), "") for name in rows if (d := difference(name, FULL, values))]
+    entries = [entry(against(name, FULL), list(d.values), "") for name in rows if (d := difference(name, FULL, values))]
     return [
         Section("Rows", entries, "Each row at the full method's learning rate.", markdown_table(heads, lines)),
         Section("What the paper finds", (), CLAIMS_TEXT, claims),
@@ -246,7 +248,7 @@ def _remedies(tried: Found, compared: Found) -> Section:
     for each in (PRIMARY, *SECONDARY):
         values = figure_of(compared, *each) | figure_of(tried, *each)
         found = [difference(left, right, values) for left, right in TRIED]
-        lines += [[_title(*each), f"{d.left} - {d.right}", len(d.values), d.cell, d.verdict] for d in found if d]
+        lines += [[_title(*each), against(d.left, d.right), len(d.values), d.cell, d.verdict] for d in found if d]
     text = "Exploratory: thought of after the comparison was seen. Paired by seed, Student's t. Lower is nearer."
     heads = ["figure", "difference", "seeds", "mean [95 % interval]", "verdict"]
     return Section("Remedies", (), text, markdown_table(heads, lines))
@@ -265,9 +267,9 @@ def _judged(claim: str, better: str, worse: str, values: Mapping[str, Mapping[in
     paper = "-" if None in scores else f"{scores[0] - scores[1]:+.2f}"  # type: ignore[operator]  # neither is None
     found = difference(better, worse, values)
     if found is None:
-        return [claim, f"{better} - {worse}", paper, 0, "-", "not run"]
+        return [claim, against(better, worse), paper, 0, "-", "not run"]
     agrees = {f"{better} is lower": "agrees", "undecided": "undecided"}.get(found.verdict, "disagrees")
-    return [claim, f"{better} - {worse}", paper, len(found.values), found.cell, agrees]
+    return [claim, against(better, worse), paper, len(found.values), found.cell, agrees]
 
 
 def _pictures(results: Results, found: Found) -> dict[str, Any]:
@@ -296,7 +298,7 @@ def _draw_forest(groups: Sequence[Any], path: Path) -> None:
 
 def _shown(found: Difference) -> pictures.Difference:
     margin = found.margin or 0.0
-    label = f"{found.left} - {found.right}"
+    label = against(found.left, found.right)
     low, high = found.mean - margin, found.mean + margin
     return pictures.Difference(label, found.mean, low, high, len(found.values), found.verdict)
 

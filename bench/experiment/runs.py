@@ -137,6 +137,7 @@ def trainer_of(
         projection_init=arm.start,
         save_strategy="no",
         logging_steps=max(1, settings.steps // 10),
+        log_gradient_norms=True,
         report_to=[],
         disable_tqdm=True,
         use_cpu=prepared.device == "cpu",
