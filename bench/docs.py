@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_PLACE = re.compile(r"(<!-- (bench/results/[\w.]+): (.+?)(?:, table (\d+))? -->)\n+(?:\|.*\n)*\n*")
+_PLACE = re.compile(r"(<!-- (bench/results/[\w./]+): (.+?)(?:, table (\d+))? -->)\n+(?:\|.*\n)*\n*")
 
 
 def pages() -> list[Path]:
