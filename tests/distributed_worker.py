@@ -1,4 +1,4 @@
-"""One rank of a training run: ``torchrun distributed_worker.py ddp|fsdp OUT [METHOD [CHECKPOINT]]``."""
+"""One rank of a training run: ``torchrun distributed_worker.py ddp|fsdp OUT [METHOD [CHECKPOINT]]``, or ``start``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,24 @@ def main(mode: str, out: str, method: str = "srkl", checkpoint: str | None = Non
     (Path(out) / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(told), encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def start(
+    rank: int, world: int, rendezvous: str, log: str, arguments: Sequence[str], rows: Sequence[dict[str, Any]]
+) -> None:
+    """A rank in a process that has been forked: what torchrun would set, then ``main`` on rows that are parsed."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(value) for name, value in places.items()} | {"TOKENIZERS_PARALLELISM": "false"}
+    import torch
+    import training
+
+    training.make_rows = lambda: list(rows)  # type: ignore[assignment]  # it has a cache
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    main(*arguments)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from batches import make_batch
+from distributed_worker import start
 from processes import LIMIT
 from safetensors.torch import load_file
+from training import make_rows
 
 from mta_fast import MTAConfig, MTALoss
 from mta_fast.distill import manifest
 from mta_fast.distill.teacher.store import TeacherStore
 from mta_fast.errors import InputError
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(  # what each rank would take seconds to import
+    ["mta_fast.distill.training.trainer", "transformers.models.llama.modeling_llama", "datasets", "spacy"]
+)
 WORLD = 2
 WORKER = Path(__file__).with_name("distributed_worker.py")
 ROWS = [(6, [(0, 2), (2, 6)]), (3, [(0, 1), (1, 3), (0, 3)]), (5, []), (9, [(1, 4), (3, 9)])]
@@ -80,12 +88,37 @@ def test_two_processes_equal_one(tmp_path: Path, normalization: str) -> None:
 
 
 def _run(out: Path, mode: str, processes: int, *arguments: str) -> list[dict[str, Any]]:
-    """What each rank saw. They have a file each: in one stream their lines would mix."""
+    """What each rank saw, in processes forked from one that has imported everything."""
+    out.mkdir(parents=True, exist_ok=True)
+    rendezvous, logs = out / f"rendezvous-{uuid.uuid4().hex}", [out / f"rank-{rank}.log" for rank in range(processes)]
+    given = (mode, str(out), *arguments)
+    ranks = [
+        FORKS.Process(target=start, args=(rank, processes, str(rendezvous), str(log), given, make_rows()))
+        for rank, log in enumerate(logs)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        for rank, log in zip(ranks, logs, strict=True):
+            rank.join(LIMIT)
+            assert rank.exitcode == 0, log.read_text(errors="replace")[-3000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return _seen(out, processes)
+
+
+def _run_by_torchrun(out: Path, mode: str, processes: int) -> list[dict[str, Any]]:
+    """The same, as users start it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher, str(WORKER), mode, str(out), *arguments]
+    command = [sys.executable, *launcher, str(WORKER), mode, str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LIMIT)
     assert ran.returncode == 0, ran.stderr[-3000:]
+    return _seen(out, processes)
+
+
+def _seen(out: Path, processes: int) -> list[dict[str, Any]]:
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(processes)]
 
 
@@ -116,7 +149,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("mode", "wrapper"), [("ddp", "DistributedDataParallel"), ("fsdp", "FSDPDistillationModel")])
 def test_two_trainers_equal_one(tmp_path: Path, single: Path, mode: str, wrapper: str) -> None:
-    told = _run(tmp_path / "two", mode, WORLD)
+    told = (_run_by_torchrun if mode == "ddp" else _run)(tmp_path / "two", mode, WORLD)
     assert [(rank["wrapper"], rank["fused_head"]) for rank in told] == [(wrapper, True)] * WORLD
     _assert_same_run(single, tmp_path / "two")
     # what both leave is a plain student, and either can go on from the middle
