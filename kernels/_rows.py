@@ -87,10 +87,16 @@ def row_geometry(rows, row, seq_len, COUNT_PADDING: tl.constexpr):
 def own_row(
     rows, num_rows, seq_len, WHICH: tl.constexpr, COUNT_PADDING: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The geometry of this program's row, where the row's partials start, and which of its programs this is."""
+    """The geometry of this program's row, where the row's partials start, and which of its programs this is.
+
+    A program beyond those of the last row, of which there are some where a batch has capacities, has no queries and no
+    keys.
+    """
     row, local, partials = find_row(rows, num_rows, seq_len, tl.program_id(0), WHICH, COUNT_PADDING, STRIP, BLOCK)
-    first_query, queries, first_key, end_key = row_geometry(rows, row, seq_len, COUNT_PADDING)
-    return first_query, queries, first_key, end_key, partials, local
+    last = tl.minimum(row, num_rows - 1)
+    first_query, queries, first_key, end_key = row_geometry(rows, last, seq_len, COUNT_PADDING)
+    inside = row == last
+    return first_query, tl.where(inside, queries, 0), first_key, tl.where(inside, end_key, first_key), partials, local
 
 
 @triton.jit
@@ -116,6 +122,13 @@ def super_tile(queries, i_pair, TILE: tl.constexpr):
 def super_sides(queries: np.ndarray) -> np.ndarray:
     """``super_side`` on the host."""
     return np.select([queries > 16384, queries > 8192, queries > 4096], [1024, 512, 256], 128)
+
+
+def most_programs(longest: int, rows: int, strip: int) -> dict[str, int]:
+    """At least as many as ``programs`` for any ``rows`` rows of up to ``longest`` queries."""
+    lengths = [length for length in (SHORT_ROW.value, 4096, 8192, 16384) if length < longest]  # where more begins
+    each = [programs(np.array([length]), strip) for length in (*lengths, longest)]
+    return {name: rows * max(own[name] for own in each) for name in ("strips", "super", "partials")}
 
 
 def programs(queries: np.ndarray, strip: int) -> dict[str, int]:

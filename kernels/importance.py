@@ -21,7 +21,8 @@ from mta_fast import reference
 from mta_fast.contract import checked
 from mta_fast.kernels._device import load, power_of_two, products, reciprocal
 from mta_fast.kernels._launch import Numerics, launch, numerics
-from mta_fast.kernels._rows import SHORT_ROW, own_row, programs, slots, super_tile
+from mta_fast.kernels._rows import SHORT_ROW, most_programs, own_row, programs, slots, super_tile
+from mta_fast.layout import has_capacities
 
 STD_EPS = tl.constexpr(reference.STD_EPS)
 LENGTHS = ("num_rows", "seq_len")  # change every step: no variant is compiled for their divisors
@@ -154,6 +155,8 @@ def _strips(
     first_query, queries, first_key, end_key, partials, i_strip = own_row(
         rows, num_rows, seq_len, "strips", COUNT_PADDING, STRIP, STRIP
     )
+    if queries == 0:
+        return
     o_i = i_strip * STRIP + tl.arange(0, STRIP)
     o_j = tl.arange(0, SHORT_ROW)
     m_i, m_j = o_i < queries, o_j < queries
@@ -249,6 +252,8 @@ def _statistics(
     first_query, queries, first_key, end_key, partials, i_pair = own_row(
         rows, num_rows, seq_len, "super", COUNT_PADDING, STRIP, TILE
     )
+    if queries == 0:
+        return
     i_row, i_column, side, tiles_i, tiles_j = super_tile(queries, i_pair, TILE)
     p_row, p_scale = hidden + first_query * stride_t, scales + first_query
     slot_i = partials + i_column.to(tl.int64) * queries  # of the tokens of I
@@ -346,6 +351,8 @@ def _sums(
     first_query, queries, first_key, end_key, partials, i_pair = own_row(
         rows, num_rows, seq_len, "super", COUNT_PADDING, STRIP, TILE
     )
+    if queries == 0:
+        return
     i_row, i_column, side, tiles_i, tiles_j = super_tile(queries, i_pair, TILE)
     p_row, p_scale = hidden + first_query * stride_t, scales + first_query
     slot_i = partials + i_column.to(tl.int64) * queries  # of the tokens of I
@@ -413,7 +420,7 @@ def token_importance(
     """``reference.token_importance``: no [S, S] in memory; at most 1 + 128 / S times S x S products of a row."""
     num = numerics(hidden)
     importance = hidden.new_zeros(hidden.shape[0], dtype=num.dtype)
-    lengths = rows_host[:, 1].numpy().astype(np.int64)
+    lengths = rows_host[:, -1].numpy().astype(np.int64)  # or what they may be
     queries = np.where(lengths > 0, seq_len, 0) if count_padding else lengths
     strip = num.row("strips").blocks["STRIP"]
     geometry = {
@@ -425,7 +432,8 @@ def token_importance(
     }
     stride_t, stride_d = hidden.stride()
     states = {"hidden": hidden, "stride_t": stride_t, "stride_d": stride_d, "width": hidden.shape[1], **geometry}
-    dealt = programs(queries, strip)
+    bounded = len(queries) and has_capacities(rows_host)
+    dealt = most_programs(int(queries[0]), len(queries), strip) if bounded else programs(queries, strip)
     scales = hidden.new_empty(hidden.shape[0], dtype=num.dtype)
     partial_sums = hidden.new_empty(dealt["partials"], dtype=num.dtype)
     _launch_blocks("token_scale", _token_scale, queries, num, scales=scales, **states)

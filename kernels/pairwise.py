@@ -100,7 +100,8 @@ def _unit_parts(
 def _find_tile(span_splits, first_row, num_rows, i_program, gram_from, TILE: tl.constexpr, PAIRS: tl.constexpr):
     """The row of a program, which of the row's programs it is, and how many tile pairs the rows before have.
 
-    Rows in Gram form have none. A row of t tiles has t programs, with PAIRS t (t + 1) / 2.
+    Rows in Gram form have none. A row of t tiles has t programs, with PAIRS t (t + 1) / 2. A program beyond those of
+    the last row, of which there are some where a batch has capacities, gets the row after it.
     """
     row = first_row
     local = i_program
@@ -222,6 +223,8 @@ def _pair_errors(
         term = first_pair + j * (j + 1) // 2 + i
     else:
         row, local, _ = _find_tile(span_splits, first_row, num_rows, program, gram_from, TILE, True)
+        if row == first_row + num_rows:
+            return
         i, j = triangle(local)
         term = first_pair + program
     first, end = tl.load(span_splits + row), tl.load(span_splits + row + 1)
@@ -291,6 +294,8 @@ def _pair_gradients(
     i = first_tile + program
     if not IN_STRIPS:
         row, i, pairs = _find_tile(span_splits, first_row, num_rows, program, gram_from, TILE, False)
+        if row == first_row + num_rows:
+            return
     first, end = tl.load(span_splits + row), tl.load(span_splits + row + 1)
     o_i = first + i * TILE + tl.arange(0, TILE)
     m_i = o_i < end
@@ -374,6 +379,12 @@ def _groups(counts: list[int], gram_from: int, tile: int, span_bytes: int, tile_
         yield group
 
 
+def _whole(most: int, rows: int, spans: int, tile: int) -> _Group:
+    """All rows of up to ``most`` spans at once: where each begins is known on the device alone."""
+    tiles = -(-most // tile)
+    return _Group(0, rows, 0, spans, 0, rows * tiles, rows * (tiles * (tiles + 1) // 2), 0)
+
+
 def _parts(num: Numerics) -> tuple[int, torch.dtype]:
     """Into how many parts of which dtype a factor is split: three bfloat16 parts hold a float32.
 
@@ -388,6 +399,7 @@ def _parts(num: Numerics) -> tuple[int, torch.dtype]:
 def add_rows(
     num: Numerics,
     counts: list[int],
+    bounded: bool,
     with_gradient: bool,
     *,
     student: Tensor,
@@ -402,6 +414,9 @@ def add_rows(
 ) -> Tensor:
     """Fill ``gradient`` of the rows with fewer than ``gram_from`` spans.
 
+    Args:
+        counts: spans of each row; ``bounded``: at most, the same for each.
+
     Returns:
         [tile pairs] float64: the terms of each row's num, row by row.
     """
@@ -410,7 +425,10 @@ def add_rows(
     count, dtype = _parts(num)
     padded = [-(-width // block) * block for width in (student.shape[1], teacher.shape[1])]
     tile_bytes = count * tile**2 * dtype.itemsize + 2 * tile * num.dtype.itemsize if with_gradient else 0
-    groups = [*_groups(counts, gram_from, tile, count * sum(padded) * dtype.itemsize, tile_bytes)]
+    if bounded:
+        groups = [_whole(counts[0], num_rows, student.shape[0], tile)]
+    else:
+        groups = [*_groups(counts, gram_from, tile, count * sum(padded) * dtype.itemsize, tile_bytes)]
     tile_terms = student.new_empty(sum(group.pairs for group in groups), dtype=torch.float64)
     strides = {"stride_su": student.stride(0), "stride_sd": student.stride(1), "student_width": student.shape[1]}
     of_teacher = {"stride_tu": teacher.stride(0), "stride_td": teacher.stride(1), "teacher_width": teacher.shape[1]}

@@ -10,7 +10,7 @@ from torch import Tensor
 from mta_fast.contract import checked
 from mta_fast.kernels._device import load, power_of_two, reciprocal, row_power, squares_fit
 from mta_fast.kernels._launch import launch, numerics, writable
-from mta_fast.layout import Spans
+from mta_fast.layout import Spans, has_capacities
 
 
 @triton.jit
@@ -73,6 +73,8 @@ def span_weights(values: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
     sizes = (spans.ranges.shape[0], spans.span_splits.shape[0] - 1)
     token_weight = values.new_zeros(values.shape[0], dtype=num.dtype)
     span_weight, row_total = (values.new_empty(size, dtype=num.dtype) for size in sizes)
+    if has_capacities(spans.host):
+        span_weight.zero_()  # of those beyond the last row's
     launch(
         "span_weights",
         _span_weights,

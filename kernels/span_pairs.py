@@ -18,7 +18,7 @@ from mta_fast import contract
 from mta_fast.contract import checked
 from mta_fast.kernels import gram, pairwise
 from mta_fast.kernels._launch import launch, numerics
-from mta_fast.layout import compute_dtype
+from mta_fast.layout import compute_dtype, has_capacities
 
 NEVER = 2**31 - 1  # more spans than an int32 counts
 
@@ -96,10 +96,13 @@ def span_pairs(
     """``reference.span_pairs``."""
     num = numerics(student, dtype=compute_dtype(student, teacher))  # what reads the spans turns them to it
     widths = student.shape[1], teacher.shape[1]
-    gram_from = {"pairwise": NEVER, "gram": 0, "auto": contract.gram_from(*widths)}[method]
+    bounded = has_capacities(host)
+    auto = NEVER if bounded else contract.gram_from(*widths)  # the Gram form is done row by row of the host's
+    gram_from = {"pairwise": NEVER, "gram": 0, "auto": auto}[method]
     splits = host[:, 0].tolist()
-    counts = [end - first for first, end in itertools.pairwise(splits)]
+    counts = [end - first for first, end in itertools.pairwise(host[:, -1].tolist() if bounded else splits)]
     spans, rows = student.shape[0], len(counts)
+    bounded = bounded and rows > 0
     gradient = student.new_empty(spans if with_gradient else 0, widths[0], dtype=num.dtype)
     shared: dict[str, Any] = {
         "weights": weights.to(num.dtype),
@@ -114,7 +117,7 @@ def span_pairs(
         "teacher_norm": teacher_norm.to(num.dtype),
         "gradient": gradient,
     }
-    tile_terms = pairwise.add_rows(num, counts, with_gradient, **sides, **shared)
+    tile_terms = pairwise.add_rows(num, counts, bounded, with_gradient, **sides, **shared)
     terms = student.new_empty(spans, dtype=torch.float64)
     gram_terms = gram.add_rows(splits, with_gradient, terms=terms, **sides, **shared)
     numerators, denominators = (student.new_empty(rows, dtype=num.dtype) for _ in range(2))

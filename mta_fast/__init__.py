@@ -11,11 +11,12 @@ from mta_fast.ops.linear_divergence import linear_divergence_loss
 from mta_fast.ops.pooling import normalize_weights, pool_spans
 from mta_fast.ops.span_pairs import span_pair_loss
 from mta_fast.ops.trajectory_divergence import trajectory_divergence
-from mta_fast.spans.batch import SpanBatch
+from mta_fast.spans.batch import Capacities, SpanBatch
 from mta_fast.spans.collate import SpanCollator
 from mta_fast.spans.extract import SpanExtractor
 
 __all__ = [
+    "Capacities",
     "LayerMap",
     "MTAConfig",
     "MTALoss",

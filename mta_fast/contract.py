@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
-from mta_fast.layout import AlignmentGradient, DivergenceGradient, Head, Spans
+from mta_fast.layout import AlignmentGradient, DivergenceGradient, Head, Spans, has_capacities
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DIVERGENCES = ("forward_kl", "reverse_kl", "skl", "srkl", "jsd", "cross_entropy")
@@ -484,6 +484,12 @@ def _index(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: tor
         raise InputError(f"{name}: expected on {device}, got {tensor.device}")
 
 
+def _host_table(name: str, host: Tensor, rows: int | None) -> None:
+    """[rows, 2] int32, or [rows, 3] with capacities."""
+    width = 3 if host.ndim == 2 and host.shape[1] == 3 else 2
+    _index(name, host, (rows, width), host.device)
+
+
 def _shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     got = tensor.shape
     fits = len(got) == len(shape)
@@ -538,15 +544,33 @@ def _within(name: str, tensor: Tensor, bound: int) -> None:
         raise InputError(f"{name}: expected indices from 0 to {bound - 1}, got {low if low < 0 else high}")
 
 
-def _splits(name: str, tensor: Tensor, total: int) -> None:
-    """Splits [n + 1]: 0 first, never decreasing, ``total`` last."""
+def _without_rest(spans: Spans) -> Spans:
+    """The spans of a batch on the CPU without what fills them up to their capacities."""
+    n, c = spans.span_splits[-1:].tolist(), spans.covered_splits[-1:].tolist()
+    if not n or not c or not 0 <= n[0] <= len(spans.ranges) or not 0 <= c[0] <= len(spans.covered):
+        raise InputError(f"spans: expected splits within their capacities, got {n} spans and {c} covered tokens")
+    incidences = int(spans.cover_splits[c[0]])
+    return spans._replace(
+        ranges=spans.ranges[: n[0]],
+        span_rows=spans.span_rows[: n[0]],
+        covered=spans.covered[: c[0]],
+        covered_rows=spans.covered_rows[: c[0]],
+        cover_splits=spans.cover_splits[: c[0] + 1],
+        cover_spans=spans.cover_spans[: max(0, incidences)],
+    )
+
+
+def _splits(name: str, tensor: Tensor, total: int, bounded: bool = False) -> None:
+    """Splits [n + 1]: 0 first, never decreasing, ``total`` last; ``bounded``: at most ``total``."""
     if not tensor.shape[0]:
         raise InputError(f"{name}: expected at least 1 value, got none")
     if not _readable(tensor):
         return
     values = _values(tensor)
-    if values[0] != 0 or values[-1] != total or (np.diff(values) < 0).any():
-        raise InputError(f"{name}: expected 0 first, no decrease and {total} last, got {_some(values)}")
+    wrong = values[-1] > total if bounded else values[-1] != total
+    if values[0] != 0 or wrong or (np.diff(values) < 0).any():
+        least = "at most " if bounded else ""
+        raise InputError(f"{name}: expected 0 first, no decrease and {least}{total} last, got {_some(values)}")
 
 
 def _some(values: npt.NDArray[Any]) -> str:
@@ -569,17 +593,21 @@ def _tokens(tokens: Tensor, bound: int, device: torch.device) -> None:
 
 def _rows(rows: Tensor, rows_host: Tensor, hidden: Tensor) -> None:
     """rows [B, 2] (start, length) and the same on the CPU: ascending, apart, within the tokens."""
-    _index("rows_host", rows_host, (None, 2), rows_host.device)
+    _host_table("rows_host", rows_host, None)
     _index("rows", rows, (rows_host.shape[0], 2), hidden.device)
     if not _readable(rows_host):
         return
-    values = _values(rows_host)
+    values = _values(rows_host[:, :2])
     start, length = values[values[:, 1] != 0].T
     if (start < np.append(0, (start + length)[:-1])[: len(start)]).any() or (values < 0).any():
         raise InputError(f"rows_host: expected (start, length) that ascend and don't overlap, got {_some(values)}")
     if (values.sum(1) > hidden.shape[0]).any():
         raise InputError(f"rows_host: expected rows within the {hidden.shape[0]} tokens, got {_some(values)}")
-    if _readable(rows) and not torch.equal(rows, rows_host):
+    if has_capacities(rows_host) and len(values):
+        most = _values(rows_host[:, 2])
+        if (most != most[0]).any() or (values[:, 1] > most).any():
+            raise InputError(f"rows_host: expected rows of at most {_some(most)} tokens, got {_some(values[:, 1])}")
+    if _readable(rows) and not torch.equal(rows, rows_host[:, :2]):
         raise InputError(f"rows: expected what rows_host holds, {_some(values)}, got {_some(_values(rows))}")
 
 
@@ -588,7 +616,7 @@ def _padded_rows(rows_host: Tensor, seq_len: int, tokens: int) -> None:
     if not _readable(rows_host):
         return
     first = np.arange(len(rows_host), dtype=np.int64) * seq_len
-    start, length = _values(rows_host).T
+    start, length = _values(rows_host[:, :2]).T
     wrong = (start < first) | (start + length > first + seq_len) | (first + seq_len > tokens)
     if wrong.any():
         b = int(wrong.argmax())
@@ -599,10 +627,18 @@ def _padded_rows(rows_host: Tensor, seq_len: int, tokens: int) -> None:
 
 
 def _splits_of_host(span_splits: Tensor, host: Tensor, size: int, prefix: str = "") -> None:
-    _index(f"{prefix}host", host, (span_splits.shape[0], 2), host.device)
-    _splits(f"{prefix}span_splits", span_splits, size)
+    _host_table(f"{prefix}host", host, span_splits.shape[0])
+    bounded = has_capacities(host)
+    _splits(f"{prefix}span_splits", span_splits, size, bounded)
     if _readable(host):
-        _splits(f"{prefix}host", host[:, 0], size)
+        _splits(f"{prefix}host", host[:, 0], size, bounded)
+        if bounded and len(host) > 1:
+            most, counts = _values(host[:, 2]), np.diff(_values(host[:, 0]))
+            if (most != most[1] * np.arange(len(most))).any() or (counts > most[1]).any():
+                raise InputError(
+                    f"{prefix}host: expected at most as many spans a row in its third column as in its first, got "
+                    f"{_some(most)} and {_some(_values(host[:, 0]))}"
+                )
         if _readable(span_splits) and not torch.equal(host[:, 0], span_splits):
             raise InputError(
                 f"{prefix}host: expected span_splits in its first column, got {_some(_values(host[:, 0]))}"
@@ -625,6 +661,9 @@ def _spans(spans: Spans, tokens: Tensor) -> None:
     _splits_of_host(spans.span_splits, spans.host, n, "spans.")
     if not _readable(spans.ranges):
         return
+    if has_capacities(spans.host):  # what lies beyond the last row's is never read
+        spans = _without_rest(spans)
+        n, covered = spans.ranges.shape[0], spans.covered.shape[0]
     start, end = _values(spans.ranges).T
     _within("spans.ranges", spans.ranges, size + 1)
     if (start > end).any():

@@ -13,7 +13,7 @@ from mta_fast import reference
 from mta_fast.choices import check_choice
 from mta_fast.contract import DIVERGENCES, METHODS, checked, gram_from
 from mta_fast.errors import InputError
-from mta_fast.layout import AlignmentGradient, DivergenceGradient, Head, Spans
+from mta_fast.layout import AlignmentGradient, DivergenceGradient, Head, Spans, refuse_capacities
 
 _ops = torch.ops.mta_fast_cpp
 
@@ -22,12 +22,14 @@ def token_importance(
     hidden: Tensor, rows: Tensor, rows_host: Tensor, seq_len: int, causal: bool, count_padding: bool
 ) -> Tensor:
     """``reference.token_importance``."""
+    refuse_capacities(rows_host)
     importance: Tensor = _ops.token_importance(hidden, rows_host, seq_len, causal, count_padding)
     return importance
 
 
 def span_weights(values: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.span_weights``."""
+    refuse_capacities(spans.host)
     token, span, total = _ops.span_weights(
         values, spans.ranges, spans.span_splits, spans.covered, spans.covered_splits, spans.cover_splits
     )
@@ -38,6 +40,7 @@ def pool_spans(
     hidden: Tensor, weights: Tensor, spans: Spans, rows: Tensor, rows_host: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.pool_spans``."""
+    refuse_capacities(spans.host)
     pooled, span_weight, norm = _ops.pool_spans(hidden, weights, spans.ranges)
     return pooled, span_weight, norm
 
@@ -62,6 +65,7 @@ def span_pairs(
     with_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.span_pairs``."""
+    refuse_capacities(host)
     check_choice("method", method, METHODS)
     widths = [x.shape[1] if x.ndim == 2 and x.shape[1] else 1 for x in (student, teacher)]  # others the kernel refuses
     least = {"pairwise": -1, "gram": 0, "auto": gram_from(*widths)}[method]

@@ -31,7 +31,8 @@ class Rows:
 
     Attributes:
         table: [B, 2] int32, (start, length) of each row, on the device of the hidden states.
-        host: the same table on the CPU, so that grids and loops need no synchronisation.
+        host: the same table on the CPU, so that grids and loops need no synchronisation; with capacities [B, 3], how
+            long a row may be in the third column.
         shape: (B, S) of a padded batch or (T,) of a packed one; ``hidden.shape[:-1]`` must equal it.
     """
 
@@ -102,9 +103,20 @@ class Rows:
         host = torch.stack([bounds[:-1], length], 1).int()
         return cls(host.to(cu_seqlens.device), host, (num_tokens,))
 
+    def with_capacity(self, longest: int) -> Rows:
+        """The same rows, for kernels whose launches must fit any rows of up to ``longest`` tokens.
+
+        Raises:
+            InputError: a row is longer.
+        """
+        lengths = self.host[:, 1]
+        if bool((lengths > longest).any()):
+            raise InputError(f"capacities: expected rows of at most {longest} tokens, got {int(lengths.max())}")
+        return replace(self, host=torch.cat([self.host[:, :2], torch.full_like(lengths, longest)[:, None]], 1))
+
     def same_tokens(self, other: Rows) -> bool:
         """Whether both hold the same real tokens; compared on the host."""
-        same = self.host == other.host
+        same = self.host[:, :2] == other.host[:, :2]
         empty = (self.host[:, 1] == 0) & (other.host[:, 1] == 0)  # where an empty row starts means nothing
         return self.shape == other.shape and bool((same.all(1) | empty).all())
 
@@ -134,7 +146,8 @@ class Spans(NamedTuple):
     cover_splits: Tensor  # [C + 1] spans of covered token c: cover_spans[cover_splits[c] : cover_splits[c + 1]]
     cover_spans: Tensor  # [I] span of each incidence
     token_splits: Tensor  # [T + 1] the same lists by token: cover_spans[token_splits[j] : token_splits[j + 1]]
-    host: Tensor  # [B + 1, 2] on the CPU: span_splits, and how many range tokens the spans before them hold
+    host: Tensor  # [B + 1, 2] on the CPU: span_splits, and how many range tokens the spans before them hold; with
+    # capacities [B + 1, 3]: the most that span_splits may be
 
 
 class AlignmentGradient(NamedTuple):
@@ -159,6 +172,20 @@ class Head(NamedTuple):
     scale: float = 1.0
     softcap: float = 0.0  # c tanh(z / c); 0: none
     temperature: float = 1.0
+
+
+def has_capacities(host: Tensor) -> bool:
+    """Whether a table on the CPU, of rows or of spans, says how large a batch may be."""
+    return host.shape[1] == 3
+
+
+def refuse_capacities(host: Tensor) -> None:
+    """For a backend that reads the lengths of a batch on the host, where a captured step has those of another one."""
+    if has_capacities(host):
+        raise InputError(
+            "spans: expected a batch without capacities, which only the backend 'triton' keeps to; give capacities to "
+            "steps that are captured on a GPU alone"
+        )
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

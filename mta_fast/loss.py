@@ -330,7 +330,7 @@ class MTALoss(nn.Module):
             dsa = self._joined_span_terms(students, states, pairs)
             hid = (
                 [
-                    self._hid(i, Compared(own, pair.teacher, pair.spans.covered), pair)
+                    self._hid(i, pair.compared(own), pair)
                     for i, (own, pair) in enumerate(zip(states, pairs, strict=True))
                 ]
                 if self.config.lambda_hid > 0
@@ -382,7 +382,7 @@ class MTALoss(nn.Module):
                 dsa = self._span_pair_terms(student_spans, teacher_spans, span_weights, pair.spans, config.dsa_method)
         if config.lambda_hid > 0:
             hid_weights = pair.hid_weights(config)
-            compared = Compared(states, pair.teacher, pair.spans.covered)
+            compared = pair.compared(states)
             # token by token means nothing with two tokenizers: compare the spans
             if pair.two_tokenizers and student_spans is not None and teacher_spans is not None:
                 spans = torch.arange(hid_weights.shape[0], device=hid_weights.device)
@@ -438,8 +438,20 @@ class _LayerPair(NamedTuple):
         """DSA's weights of the spans [N]."""
         return torch.ones_like(self.weights.span) if config.weighting == "uniform" else self.weights.span
 
+    def compared(self, states: Tensor) -> Compared:
+        """What Hid compares with one tokenizer: the covered tokens, or with capacities all, of weight 0 where no span
+        is; states of those count as 0, whatever padding holds."""
+        if not self.spans.has_capacities:
+            return Compared(states, self.teacher, self.spans.covered)
+        covered = self.spans.token_splits.diff()[:, None] > 0
+        tokens = torch.arange(len(states), dtype=torch.int32, device=states.device)
+        return Compared(torch.where(covered, states, 0), torch.where(covered, self.teacher, 0), tokens)
+
     def hid_weights(self, config: MTAConfig) -> Tensor:
-        """Hid's weights: of the covered tokens [C], n_j w_j; with two tokenizers of the spans [N]."""
+        """Hid's weights: of the covered tokens [C], n_j w_j; with two tokenizers of the spans [N].
+
+        With capacities of all tokens [T].
+        """
         uniform, per_row = config.weighting == "uniform", config.normalization == "sample"
         dtype = self.weights.span.dtype
         if self.two_tokenizers and uniform:
@@ -447,11 +459,12 @@ class _LayerPair(NamedTuple):
             return 1 / spans_in_row if per_row else torch.ones_like(spans_in_row)
         if self.two_tokenizers:
             return self.weights.span
-        counts = self.spans.cover_splits.diff()
+        bounded = self.spans.has_capacities
+        counts = (self.spans.token_splits if bounded else self.spans.cover_splits).diff()
         if uniform and not per_row:
             return counts.to(dtype)
         token = self.token_weights if config.weighting == "importance" else self.weights.token.reshape(-1)
-        return token.index_select(0, self.spans.covered) * counts
+        return (token if bounded else token.index_select(0, self.spans.covered)) * counts
 
     def hid_denominator(self, config: MTAConfig, weights: Tensor) -> Tensor:
         """The sum of ``hid_weights``; for "sample" the number of rows whose weights don't sum to 0."""

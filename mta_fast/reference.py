@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mta_fast.contract import gram_from
-from mta_fast.layout import AlignmentGradient, DivergenceGradient, Head, Spans, compute_dtype, kept_dtype
+from mta_fast.layout import (
+    AlignmentGradient,
+    DivergenceGradient,
+    Head,
+    Spans,
+    compute_dtype,
+    kept_dtype,
+    refuse_capacities,
+)
 
 STD_EPS = 1e-5  # added to the standard deviation of a hidden state (importance)
 # What is held at once: bounds on memory, not tuned for speed
@@ -78,6 +86,7 @@ def token_importance(
     Returns:
         [T] importances in the compute dtype.
     """
+    refuse_capacities(rows_host)
     importance = hidden.new_zeros(hidden.shape[0], dtype=compute_dtype(hidden))
     for b, (start, length) in enumerate(rows_host.tolist()):
         if length == 0:
@@ -127,6 +136,7 @@ def span_weights(values: Tensor, spans: Spans) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         w [T], W [N] (span salience) and the row totals [B] before normalisation.
     """
+    refuse_capacities(spans.host)
     covered = spans.covered
     value = values[covered].double()
     counts = spans.cover_splits.diff()
@@ -169,6 +179,7 @@ def pool_spans(
     Returns:
         pooled [N, d] and norm [N] = |v_u| in the compute dtype of ``hidden``, span_weight [N] = sum_j w_j in float64.
     """
+    refuse_capacities(spans.host)
     dtype = compute_dtype(hidden)
     weights = weights.double()
     parts = [(0, hidden.shape[0], *spans.host.tolist()[-1])]
@@ -241,6 +252,7 @@ def span_pairs(
     Returns:
         num [B], den [B], and d(sum of num) / d(student) [N, d_S] ([0, d_S] without).
     """
+    refuse_capacities(host)
     dtype = compute_dtype(student, teacher)
     numerators, denominators, gradients = [], [], []
     for first, last in itertools.pairwise(host[:, 0].tolist()):

@@ -116,6 +116,7 @@ def start(
     os.dup2(file, 1)
     os.dup2(file, 2)
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    places |= {"OMP_NUM_THREADS": 1}
     os.environ |= {name: str(value) for name, value in places.items()} | {"TOKENIZERS_PARALLELISM": "false"}
     import torch
     import training

@@ -15,40 +15,69 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from mta_fast.errors import DoubleBackwardError
+from mta_fast.layout import has_capacities
 
 LIBRARY = torch.library.Library("mta_fast", "FRAGMENT")
 FUNCTIONS: dict[str, Callable[..., Any]] = {}  # what runs an op, by its name
+_WITH_CAPACITIES: dict[OpOverload, OpOverload] = {}  # what a step that is captured calls in place of an op
 
 
-def operator(name: str, schema: str | None = None) -> Callable[[Callable[..., Any]], OpOverload]:
+def operator(
+    name: str, schema: str | None = None, *, reads_lengths: bool = False
+) -> Callable[[Callable[..., Any]], OpOverload]:
     """Make ``mta_fast::name`` of a function that changes none of its arguments.
 
     Args:
         schema: "(arguments) -> results"; None: read from the function's annotations.
+        reads_lengths: whether what is launched follows from lengths on the host. The op is then tagged as one that no
+            CUDA graph may hold, and ``fitting`` finds another of the same function for batches with capacities.
     """
 
     def define(function: Callable[..., Any]) -> OpOverload:
         made = torch.library.infer_schema(function, mutates_args=()) if schema is None else schema
-        LIBRARY.define(name + made, tags=(torch.Tag.pt2_compliant_tag,))
-        op: OpOverload = getattr(torch.ops.mta_fast, name).default
-        FUNCTIONS[name] = function
-        untraced: Callable[..., Any] | None = None
-
-        def run(*args: Any) -> Any:
-            nonlocal untraced
-            if untraced is None:  # not when it is defined: Dynamo takes long to import
-                untraced = torch.compiler.disable(function)
-            return untraced(*args)
-
-        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        unsafe = (torch.Tag.cudagraph_unsafe,) if reads_lengths else ()
+        op = _define(name, made, function, unsafe)
+        if reads_lengths:
+            _WITH_CAPACITIES[op] = _define(f"{name}_with_capacities", made, function)
         return op
 
     return define
 
 
+def _define(name: str, schema: str, function: Callable[..., Any], tags: Sequence[torch.Tag] = ()) -> OpOverload:
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    op: OpOverload = getattr(torch.ops.mta_fast, name).default
+    FUNCTIONS[name] = function
+    untraced: Callable[..., Any] | None = None
+
+    def run(*args: Any) -> Any:
+        nonlocal untraced
+        if untraced is None:  # not when it is defined: Dynamo takes long to import
+            untraced = torch.compiler.disable(function)
+        return untraced(*args)
+
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    return op
+
+
+def fitting(op: OpOverload, host: Tensor) -> OpOverload:
+    """The op, or where the table on the CPU has capacities the one that a CUDA graph may hold."""
+    return _WITH_CAPACITIES[op] if has_capacities(host) else op
+
+
+def _both(op: OpOverload) -> list[OpOverload]:
+    return [op, *(_WITH_CAPACITIES[op] for _ in range(op in _WITH_CAPACITIES))]
+
+
 def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register what ``op`` returns where tensors have no data."""
-    return torch.library.register_fake(op, lib=LIBRARY)
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for each in _both(op):
+            torch.library.register_fake(each, function, lib=LIBRARY)
+        return function
+
+    return register
 
 
 def register_backward(
@@ -67,6 +96,16 @@ def register_backward(
         save: (ctx, inputs, outputs) keeps what the backward needs; the arguments are attributes of ``inputs``.
         backward: (ctx, gradient of the first output) -> {argument: gradient}; the other arguments receive none.
     """
+    for each in _both(op):
+        _register_backward(each, function, save, backward)
+
+
+def _register_backward(
+    op: OpOverload,
+    function: str,
+    save: Callable[[Any, Any, Any], None],
+    backward: Callable[[Any, Tensor], Mapping[str, Tensor | None]],
+) -> None:
     names = [argument.name for argument in op._schema.arguments]
     inputs = _named(names)
     place = {name: i for i, name in enumerate(names)}
@@ -111,6 +150,16 @@ def register_list_backward(
 ) -> None:
     """Autograd of an op in the tensors of its first argument, a list; of its results, a list too, only the first is
     differentiable. The arguments are as in ``register_backward``, but ``backward`` returns the list's gradients."""
+    for each in _both(op):
+        _register_list_backward(each, function, save, backward)
+
+
+def _register_list_backward(
+    op: OpOverload,
+    function: str,
+    save: Callable[[Any, Any, Any], None],
+    backward: Callable[[Any, Tensor], Sequence[Tensor]],
+) -> None:
     names = [argument.name for argument in op._schema.arguments]
     inputs = _named(names)
     below = torch._C._after_autograd_keyset

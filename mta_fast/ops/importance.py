@@ -8,7 +8,7 @@ from mta_fast import backends
 from mta_fast.errors import InputError
 from mta_fast.layout import Rows, compute_dtype
 from mta_fast.ops._common import check_float, flat, make_rows
-from mta_fast.ops._operator import fake, operator
+from mta_fast.ops._operator import fake, fitting, operator
 
 
 def token_importance(
@@ -52,11 +52,12 @@ def token_importance(
     if count_padding and len(made.shape) != 2:
         raise InputError("count_padding: expected a padded batch [B, S, d], got packed rows, which have no padding")
     seq_len = made.shape[-1]
-    values = _token_importance(flat(hidden.detach()), made.table, made.host, seq_len, causal, count_padding, backend)
+    op = fitting(_token_importance, made.host)
+    values = op(flat(hidden.detach()), made.table, made.host, seq_len, causal, count_padding, backend)
     return values.reshape(hidden.shape[:-1])
 
 
-@operator("token_importance")
+@operator("token_importance", reads_lengths=True)
 def _token_importance(
     hidden: Tensor, rows: Tensor, rows_host: Tensor, seq_len: int, causal: bool, count_padding: bool, backend: str
 ) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mta_fast import backends, contract
 from mta_fast.layout import Spans, compute_dtype
-from mta_fast.ops._operator import fake, operator, register_list_backward
+from mta_fast.ops._operator import fake, fitting, operator, register_list_backward
 from mta_fast.ops.pooling import SpanWeights
 from mta_fast.reference import reduce_rows
 from mta_fast.spans.batch import SpanBatch
@@ -46,7 +46,7 @@ def span_terms(pairs: Sequence[PairedStates], *, reduction: str, method: str, ba
     students, teachers, *weights = (list(side) for side in sides)
     index, kind_of = _index(spans)
     with_gradient = torch.is_grad_enabled() and any(student.requires_grad for student in students)
-    numerators, denominators, *_ = _layer_pairs(
+    numerators, denominators, *_ = fitting(_layer_pairs, spans[0].host)(
         students, teachers, *weights, index, kind_of, method, with_gradient, backend
     )
     return reduce_rows(numerators, denominators, reduction)
@@ -63,7 +63,7 @@ def importance_weights(
             as many rows.
     """
     index, kind_of = _index(spans)
-    made = _layer_weights(
+    made = fitting(_layer_weights, spans[0].host)(
         list(hidden), list(hidden_of), index, kind_of, spans[0].shape[-1], causal, count_padding, backend
     )
     shape = spans[0].shape
@@ -99,7 +99,7 @@ def _kinds(kinds: Sequence[Tensor], kind_of: Sequence[int]) -> list[tuple[Spans,
     return [made[kind] for kind in kind_of]
 
 
-@operator("layer_weights")
+@operator("layer_weights", reads_lengths=True)
 def _layer_weights(
     hidden: Sequence[Tensor],
     hidden_of: Sequence[int],
@@ -145,7 +145,7 @@ def _(
     return [*importances, *weights]
 
 
-@operator("layer_pairs")
+@operator("layer_pairs", reads_lengths=True)
 def _layer_pairs(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],

@@ -12,7 +12,7 @@ from mta_fast import backends
 from mta_fast.contract import as_spans, unpacked
 from mta_fast.layout import compute_dtype
 from mta_fast.ops._common import check_device, check_float, check_shape, check_spans, flat
-from mta_fast.ops._operator import fake, operator, register_backward
+from mta_fast.ops._operator import fake, fitting, operator, register_backward
 from mta_fast.spans.batch import SpanBatch
 
 
@@ -40,7 +40,8 @@ def normalize_weights(values: Tensor, spans: SpanBatch, *, backend: str = "auto"
     check_float("values", values, (1, 2))
     check_spans(spans, values.shape, values.device, "values")
     backends.check_name(backend)
-    token, span, row_total = _span_weights(values.detach().reshape(-1), spans.index_tensors(), backend)
+    op = fitting(_span_weights, spans.host)
+    token, span, row_total = op(values.detach().reshape(-1), spans.index_tensors(), backend)
     return SpanWeights(token.reshape(values.shape), span, row_total)
 
 
@@ -85,14 +86,15 @@ class PooledSpans(NamedTuple):
 def pooled_spans(hidden: Tensor, weights: Tensor, spans: SpanBatch, *, backend: str = "auto") -> PooledSpans:
     """``pool_spans`` of flat states [T, d] and weights [T], which are not checked, with the lengths of the spans."""
     rows = [spans.rows.table, spans.rows.host]
-    pooled, span_weight, norm = _pool_spans(hidden, weights.detach(), spans.index_tensors(), rows, backend)
+    op = fitting(_pool_spans, spans.host)
+    pooled, span_weight, norm = op(hidden, weights.detach(), spans.index_tensors(), rows, backend)
     return PooledSpans(pooled, span_weight.detach(), norm.detach())
 
 
 # Below, ``spans`` are the tensors of ``layout.Spans`` in its order, ``rows`` the table on device and host.
 
 
-@operator("span_weights")
+@operator("span_weights", reads_lengths=True)
 def _span_weights(values: Tensor, spans: Sequence[Tensor], backend: str) -> tuple[Tensor, Tensor, Tensor]:
     result: tuple[Tensor, Tensor, Tensor] = backends.run("span_weights", backend, [values], values, as_spans(spans))
     return result
@@ -105,7 +107,7 @@ def _(values: Tensor, spans: Sequence[Tensor], backend: str) -> tuple[Tensor, ..
     return tuple(values.new_empty(size, dtype=dtype) for size in sizes)
 
 
-@operator("pool_spans")
+@operator("pool_spans", reads_lengths=True)
 def _pool_spans(
     hidden: Tensor, weights: Tensor, spans: Sequence[Tensor], rows: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

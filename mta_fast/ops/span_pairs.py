@@ -21,7 +21,7 @@ from mta_fast.ops._common import (
     quotient,
     without_scale,
 )
-from mta_fast.ops._operator import fake, operator, register_backward
+from mta_fast.ops._operator import fake, fitting, operator, register_backward
 from mta_fast.reference import reduce_rows, row_norms
 from mta_fast.reference import span_distances as span_distances
 from mta_fast.spans.batch import SpanBatch
@@ -98,13 +98,13 @@ def span_pair_terms(
         norms = row_norms(student_spans.detach().to(dtype)), row_norms(teacher_spans.detach().to(dtype))
     index = [spans.span_rows, spans.span_splits, spans.host]
     with_gradient = torch.is_grad_enabled() and student_spans.requires_grad
-    numerators, denominators, _ = _span_pairs(
+    numerators, denominators, _ = fitting(_span_pairs, spans.host)(
         student_spans, teacher_spans.detach(), span_weights.detach(), norms, index, method, with_gradient, backend
     )
     return reduce_rows(numerators, denominators.detach(), reduction)
 
 
-@operator("span_pairs")
+@operator("span_pairs", reads_lengths=True)
 def _span_pairs(
     student: Tensor,
     teacher: Tensor,

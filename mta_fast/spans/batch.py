@@ -12,9 +12,24 @@ import torch
 from torch import Tensor
 
 from mta_fast.errors import InputError
-from mta_fast.layout import Rows, Spans, as_tensor
+from mta_fast.layout import Rows, Spans, as_tensor, has_capacities
 from mta_fast.spans import align, align_cpp
 from mta_fast.spans.align import CharSpans, FlatSpans, TokenRanges
+
+
+@dataclass(frozen=True)
+class Capacities:
+    """How large a batch may be, beside the shape of its states: what the launches of a captured step follow from.
+
+    Attributes:
+        row_tokens: tokens of a row; row_spans: spans of a row.
+        spans: spans of a batch; incidences: of its spans, how many cover a token, summed over the tokens.
+    """
+
+    row_tokens: int
+    row_spans: int
+    spans: int
+    incidences: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +116,76 @@ class SpanBatch:
         keep = np.logical_and.reduce([_filled(f) & ~f.cut for f in found])
         first, second = (side.build(spans, f, keep) for side, f in zip(sides, found, strict=True))
         return first, second
+
+    def with_capacities(self, most: Capacities) -> SpanBatch:
+        """The same spans in tensors whose sizes, and for the Triton kernels whose launches, are those of ``most``.
+
+        A CUDA graph captured with one such batch is right for every other one of the same capacities and shape, once
+        its tensors are copied over those that were captured. ``num_spans`` is then the capacity; what lies beyond the
+        batch's own spans covers nothing and weighs nothing. Span pairs are taken in pairwise form and at once: their
+        scratch grows with the rows and with ``row_spans`` squared. Other backends refuse such a batch.
+
+        Raises:
+            InputError: a row or the batch holds more, or capacities are given already.
+        """
+        if self.has_capacities:
+            raise InputError("capacities: expected a batch without, got one that has them; give them once")
+        rows = self.rows.with_capacity(most.row_tokens)
+        counts = self.host[:, 0].diff()
+        held = {"spans": self.num_spans, "incidences": self.cover_spans.shape[0]}
+        held["row_spans"] = int(counts.max()) if counts.numel() else 0
+        for name, value in held.items():
+            if value > getattr(most, name):
+                raise InputError(
+                    f"capacities: expected at most {getattr(most, name)} {name}, got {value}; raise it, or make "
+                    f"smaller batches"
+                )
+        index, tokens = self.index, self.token_splits.shape[0] - 1
+        bounds = torch.arange(len(counts) + 1, dtype=torch.int32) * most.row_spans
+        last = max(self.num_rows - 1, 0)
+        return SpanBatch(
+            index._replace(
+                ranges=_filled_up(index.ranges, most.spans),
+                span_rows=_filled_up(index.span_rows, most.spans, last),
+                covered=_filled_up(index.covered, tokens),
+                covered_rows=_filled_up(index.covered_rows, tokens, last),
+                cover_splits=_filled_up(index.cover_splits, tokens + 1, self.cover_spans.shape[0]),
+                cover_spans=_filled_up(index.cover_spans, most.incidences),
+                host=torch.cat([index.host, bounds[:, None]], 1),
+            ),
+            rows,
+        )
+
+    def copy_(self, other: SpanBatch) -> None:
+        """Make this batch, whose tensors a CUDA graph was captured with, hold another one's spans; on any device.
+
+        Raises:
+            InputError: a batch of other capacities or of another shape.
+        """
+        own, others = self._sizes(), other._sizes()
+        if own is None or own != others:
+            raise InputError(f"copy_: expected a batch of the same capacities and shape, {own}, got {others}")
+        for mine, theirs in zip(
+            (*self.index[:-1], self.rows.table), (*other.index[:-1], other.rows.table), strict=True
+        ):
+            mine.copy_(theirs, non_blocking=True)
+
+    def _sizes(self) -> tuple[Any, ...] | None:
+        """What the launches for this batch follow from; None without capacities."""
+        if not self.has_capacities:
+            return None
+        bounds = Capacities(
+            row_tokens=int(self.rows.host[:1, 2].sum()),
+            row_spans=int(self.host[:2, 2].sum()),
+            spans=self.num_spans,
+            incidences=self.cover_spans.shape[0],
+        )
+        return self.shape, self.num_rows, bounds
+
+    @property
+    def has_capacities(self) -> bool:
+        """Whether ``with_capacities`` made it."""
+        return has_capacities(self.host)
 
     @property
     def ranges(self) -> Tensor:
@@ -258,6 +343,12 @@ class _Side:
         row, ranges = (spans.row, found.ranges) if keep.all() else (spans.row[keep], found.ranges[keep])
         index = self.functions.span_index(row, ranges, self.offsets, self.table)
         return SpanBatch(index, self.rows)
+
+
+def _filled_up(values: Tensor, size: int, filler: int = 0) -> Tensor:
+    """Values [n, ...] as [size, ...], the rest of them ``filler``."""
+    rest = values.new_full((size - len(values), *values.shape[1:]), filler)
+    return torch.cat([values, rest])
 
 
 def _filled(found: TokenRanges) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
 from mta_fast.inputs import PACKED
-from mta_fast.spans.batch import SpanBatch
+from mta_fast.spans.batch import Capacities, SpanBatch
 from mta_fast.tokens import Encoded, encode
 
 IGNORED_LABEL = -100
@@ -58,6 +58,8 @@ class SpanCollator:
         tokenizer: a fast tokenizer of transformers.
         teacher_tokenizer: the teacher's, where it differs; None: both models read the same tokens.
         teacher_ids: [V] the teacher's id of each of the tokenizer's, where it is the teacher's with fewer tokens.
+        capacities: of each kind of spans, for steps that are captured in a CUDA graph (``SpanBatch.with_capacities``);
+            S is then to be the same in all batches, as with ``pad_to="max_length"``.
         granularity: the span columns to read.
         max_length: tokens a row is truncated to; spans that this cuts are dropped on both sides.
         add_eos: end a row with the end token where it fits.
@@ -84,6 +86,7 @@ class SpanCollator:
     num_embeddings: int | None = None
     flatten: bool = False
     teacher_ids: Tensor | None = field(default=None, repr=False, compare=False)
+    capacities: Mapping[str, Capacities] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.granularity, str):
@@ -95,6 +98,9 @@ class SpanCollator:
             raise InputError(
                 "teacher_ids: expected none beside a teacher_tokenizer, which gives its own; leave one out"
             )
+        if self.capacities is not None and sorted(self.capacities) != sorted(self.granularity):
+            got = ", ".join(self.capacities) or "none"
+            raise InputError(f"capacities: expected those of {', '.join(self.granularity)}, got {got}")
         for name, unset in (("pad_to", "longest"), ("pad_to_multiple_of", None)):
             if self.flatten and (value := getattr(self, name)) != unset:
                 raise InputError(f"{name}: expected {unset!r} beside flatten, got {value!r}; flat rows have no padding")
@@ -166,7 +172,7 @@ class SpanCollator:
             offsets = own.pop("offsets")
             return {
                 "spans": {
-                    kind: SpanBatch.from_char_spans(spans, offsets, **own, **options)
+                    kind: self._bounded(kind, SpanBatch.from_char_spans(spans, offsets, **own, **options))
                     for kind, spans in char_spans.items()
                 }
             }
@@ -177,9 +183,12 @@ class SpanCollator:
             for kind, spans in char_spans.items()
         }
         return {
-            "spans": {kind: pair[0] for kind, pair in pairs.items()},
-            "teacher_spans": {kind: pair[1] for kind, pair in pairs.items()},
+            "spans": {kind: self._bounded(kind, pair[0]) for kind, pair in pairs.items()},
+            "teacher_spans": {kind: self._bounded(kind, pair[1]) for kind, pair in pairs.items()},
         }
+
+    def _bounded(self, kind: str, spans: SpanBatch) -> SpanBatch:
+        return spans if self.capacities is None else spans.with_capacities(self.capacities[kind])
 
     def _texts(self, i: int, row: Mapping[str, Any]) -> tuple[str, str]:
         prompt, response = "", row.get("text")

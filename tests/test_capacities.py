@@ -1,0 +1,247 @@
+"""Batches with capacities: the same results, and launches that follow from the capacities alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accuracy import check
+from batches import RaggedBatch, make_batch
+from models import make_tokenizer
+from torch import Tensor
+
+from mta_fast import MTAConfig, MTALoss, SpanBatch, SpanCollator
+from mta_fast.distill.data import load_sample
+from mta_fast.errors import InputError
+from mta_fast.spans.batch import Capacities
+
+pytest.importorskip("triton", reason="the triton backend needs the package triton")
+from mta_fast.kernels import _launch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PAIRS, KINDS, STUDENT_DIM, TEACHER_DIM = ((1, 2), (3, 4)), ("word", "phrase"), 5, 7
+SIZE = 24  # tokens of a padded row
+# rows of a batch of four: their tokens and spans; no, few and many of each
+BATCHES: list[list[tuple[int, list[tuple[int, int]]]]] = [
+    [(6, [(0, 2), (2, 6)]), (3, [(0, 1), (1, 3), (0, 3)]), (5, []), (0, [])],
+    [(0, []), (0, []), (0, []), (0, [])],
+    [(1, [(0, 1)]), (SIZE, [(j, j + 1) for j in range(SIZE)]), (9, [(1, 4), (3, 9)]), (2, [(0, 2)])],
+]
+EXACT = {"backend": "reference"}
+MOST = Capacities(row_tokens=SIZE, row_spans=70, spans=80, incidences=90)
+
+
+def _states(batch: RaggedBatch, rows: list[Any]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Student's and teacher's states of a batch; NaN in the padding."""
+    generator = torch.Generator().manual_seed(1)
+    made: list[dict[int, Tensor]] = []
+    for layers, dim in (((1, 3), STUDENT_DIM), ((2, 4), TEACHER_DIM)):
+        each = {
+            layer: batch.lay([torch.randn(n, dim, generator=generator) for n, _ in rows], padding=torch.nan)
+            for layer in layers
+        }
+        made.append({layer: states.to(DEVICE) for layer, states in each.items()})
+    return made[0], made[1]
+
+
+def _results(spans: SpanBatch, states: tuple[dict[int, Tensor], dict[int, Tensor]], **config: Any) -> list[Tensor]:
+    """The terms, and the gradients of their sum; of the reference in float64."""
+    torch.manual_seed(5)
+    loss = MTALoss(MTAConfig(PAIRS, KINDS, **{"backend": "triton", **config}), STUDENT_DIM, TEACHER_DIM).to(DEVICE)
+    dtype = torch.float64 if config.get("backend") == "reference" else torch.float32
+    loss = loss.to(dtype)
+    student = {layer: hidden.to(dtype, copy=True).requires_grad_() for layer, hidden in states[0].items()}
+    teacher = {layer: hidden.to(dtype) for layer, hidden in states[1].items()}
+    on_device = spans.to(DEVICE)
+    output = loss(student, teacher, dict.fromkeys(KINDS, on_device))
+    gradients = torch.autograd.grad(output.loss, [*student.values(), *loss.parameters()])
+    return [output.dsa.detach(), output.hid.detach(), *gradients]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("layout", "config"),
+    [
+        ("right", {}),
+        ("left", {"normalization": "sample"}),
+        ("packed", {"weighting": "uniform", "student_pooling": "own"}),
+    ],
+)
+def test_capacities_change_nothing(layout: str, config: dict[str, Any]) -> None:
+    rows = BATCHES[2] if layout == "packed" else BATCHES[0]
+    batch = make_batch(layout, rows)
+    states = _states(batch, rows)
+    _check_alike(batch, MOST, states, **config)
+
+
+def _check_alike(batch: RaggedBatch, most: Capacities, states: Any, **config: Any) -> None:
+    """The error with capacities is within the bound of the same without."""
+    ours, other, exact = (
+        _results(spans, states, **config, **backend)
+        for spans, backend in ((batch.spans.with_capacities(most), {}), (batch.spans, {}), (batch.spans, EXACT))
+    )
+    for results in zip(ours, other, exact, strict=True):
+        check(*results)
+
+
+@pytest.mark.gpu
+def test_capacities_of_long_rows_change_nothing() -> None:
+    """Rows below and above the longest of one pass, of which the capacities hold only a bound."""
+    rows: list[tuple[int, list[tuple[int, int]]]] = [(3, [(0, 2)]), (300, [(j, j + 2) for j in range(0, 140, 2)])]
+    batch = make_batch("right", rows)
+    states = _states(batch, rows)
+    most = Capacities(row_tokens=batch.spans.shape[1], row_spans=100, spans=100, incidences=200)
+    _check_alike(batch, most, states)
+
+
+def _padded(rows: list[Any]) -> RaggedBatch:
+    """Of SIZE tokens a row, whatever the rows are."""
+    return make_batch("right", [*rows, (SIZE, [])])
+
+
+def _launches(rows: list[Any], capacities: bool) -> list[Any]:
+    """Everything that a captured graph keeps of a batch's forward and backward."""
+    batch = _padded(rows)
+    spans = batch.spans.with_capacities(MOST) if capacities else batch.spans
+    states, seen = _states(batch, [*rows, (SIZE, [])]), list[Any]()
+
+    def watch(made: Any) -> None:
+        arguments = {
+            name: (value.dtype, value.shape, value.stride()) if isinstance(value, Tensor) else value
+            for name, value in made.arguments.items()
+        }
+        seen.append((made.name, made.grid, arguments, made.options))
+
+    with _launch.observe(watch):
+        _results(spans, states)
+    return seen
+
+
+def test_launches_follow_from_the_capacities_alone() -> None:
+    first, *others = [_launches(rows, capacities=True) for rows in BATCHES]
+    assert all(made == first for made in others)
+    assert _launches(BATCHES[0], capacities=False) != _launches(BATCHES[2], capacities=False)
+
+
+@pytest.mark.parametrize("capacities", [False, True], ids=["without", "with"])
+def test_a_compiled_step_holds_the_ops_that_a_graph_may(capacities: bool) -> None:
+    """Without capacities every op that reads lengths on the host is tagged: Inductor leaves it out of CUDA graphs."""
+    batch = make_batch("right", BATCHES[0])
+    states, spans = _states(batch, BATCHES[0]), batch.spans.with_capacities(MOST) if capacities else batch.spans
+    loss = MTALoss(MTAConfig(PAIRS, KINDS, backend="triton"), STUDENT_DIM, TEACHER_DIM).to(DEVICE)
+    seen = set()
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op.namespace == "mta_fast":
+                seen.add((op._opname, torch.Tag.cudagraph_unsafe in op.tags))
+            return op(*args, **(kwargs or {}))
+
+    with Watch():
+        explained = loss(*states, dict.fromkeys(KINDS, spans.to(DEVICE)), explain=True)
+        loss(*states, dict.fromkeys(KINDS, spans.to(DEVICE)))
+    assert explained.layer_pairs
+    ending = "_with_capacities" if capacities else ""
+    reading = {"layer_weights", "layer_pairs", "pool_spans", "span_pairs"}
+    unsafe = {name for name, tagged in seen if tagged}
+    assert unsafe == (set() if capacities else reading)
+    assert {f"{name}{ending}" for name in reading} <= {name for name, _ in seen}
+
+
+def test_a_batch_takes_another_ones_spans() -> None:
+    first, second = (_padded(rows) for rows in (BATCHES[0], BATCHES[2]))
+    held = first.spans.with_capacities(MOST).to(DEVICE)
+    held.copy_(second.spans.with_capacities(MOST))
+    assert torch.equal(held.ranges.cpu(), second.spans.with_capacities(MOST).ranges)
+    expected = second.spans.with_capacities(MOST)
+    for name, tensor in held.index._asdict().items():
+        if name != "host":  # which a captured graph does not read
+            assert torch.equal(tensor.cpu(), getattr(expected, name)), name
+    assert torch.equal(held.rows.table.cpu(), expected.rows.table)
+    with pytest.raises(InputError, match="expected a batch of the same capacities"):
+        held.copy_(second.spans)
+    with pytest.raises(InputError, match="expected a batch of the same capacities"):
+        held.copy_(make_batch("right", [*BATCHES[0], (5, [])]).spans.with_capacities(MOST))
+
+
+@pytest.mark.parametrize(
+    ("most", "message"),
+    [
+        (Capacities(5, 70, 80, 90), "rows of at most 5 tokens, got 24"),
+        (Capacities(SIZE, 20, 80, 90), "at most 20 row_spans, got 24"),
+        (Capacities(SIZE, 70, 27, 90), "at most 27 spans, got 28"),
+        (Capacities(SIZE, 70, 80, 30), "at most 30 incidences, got 36"),
+    ],
+)
+def test_what_is_larger_than_the_capacities_is_refused(most: Capacities, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_batch("right", BATCHES[2]).spans.with_capacities(most)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_other_backends_refuse_capacities(backend: str) -> None:
+    if backend == "cpp":
+        from mta_fast import _extension
+
+        if (reason := _extension.why_missing()) is not None:
+            pytest.skip(reason)
+    batch = make_batch("right", BATCHES[0])
+    states = _states(batch, BATCHES[0])
+    cpu = tuple({layer: hidden.cpu() for layer, hidden in side.items()} for side in states)
+    loss = MTALoss(MTAConfig(PAIRS, KINDS, backend=backend), STUDENT_DIM, TEACHER_DIM)
+    spans = batch.spans.with_capacities(MOST)
+    with pytest.raises(InputError, match="expected a batch without capacities"):
+        loss(*cpu, dict.fromkeys(KINDS, spans))
+    with pytest.raises(InputError, match="expected a batch without, got one that has them"):
+        spans.with_capacities(MOST)
+
+
+def test_the_collator_gives_every_batch_its_capacities() -> None:
+    tokenizer = make_tokenizer()
+    rows = [dict(row) | {"word_spans": [[0, 5]], "phrase_spans": [[0, 5], [0, 8]]} for row in load_sample()[:6]]
+    most = {"word": Capacities(64, 8, 20, 40), "phrase": Capacities(64, 8, 30, 60)}
+    collate = SpanCollator(tokenizer, max_length=64, pad_to="max_length", capacities=most)
+    made = [collate(part)["spans"] for part in (rows[:3], rows[3:])]
+    for kind, capacities in most.items():
+        assert all(batch[kind].num_spans == capacities.spans for batch in made)
+        made[0][kind].copy_(made[1][kind])
+    with pytest.raises(InputError, match="at most 1 spans, got 3"):
+        SpanCollator(tokenizer, granularity="word", capacities={"word": Capacities(256, 8, 1, 40)})(rows[:3])
+    with pytest.raises(InputError, match="capacities: expected those of word, phrase, got word"):
+        SpanCollator(tokenizer, capacities={"word": most["word"]})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA or ROCm device answers")
+def test_a_captured_step_is_right_for_other_batches() -> None:
+    """Captured once with the first batch, replayed with each."""
+    batches = [(_padded(rows), [*rows, (SIZE, [])]) for rows in BATCHES]
+    bounded = [(batch.spans.with_capacities(MOST).to(DEVICE), _states(batch, rows)) for batch, rows in batches]
+    torch.manual_seed(5)
+    loss = MTALoss(MTAConfig(PAIRS, KINDS, backend="triton"), STUDENT_DIM, TEACHER_DIM).to(DEVICE)
+    spans, (student, teacher) = bounded[0]
+    student = {layer: hidden.clone().requires_grad_() for layer, hidden in student.items()}
+
+    def step() -> list[Tensor]:
+        output = loss(student, teacher, dict.fromkeys(KINDS, spans))
+        gradients = torch.autograd.grad(output.loss, [*student.values(), *loss.parameters()])
+        return [output.dsa.detach(), output.hid.detach(), *gradients]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for (batch, _), (other, states) in zip(batches, bounded, strict=True):
+        spans.copy_(other)
+        for held, new in zip((student, teacher), states, strict=True):
+            for layer in held:
+                held[layer].data.copy_(new[layer])
+        graph.replay()
+        for made in zip(results, _results(batch.spans, states), _results(batch.spans, states, **EXACT), strict=True):
+            check(*made)
