@@ -86,7 +86,7 @@ def token_importance(
     _floating("hidden", hidden, (None, None))
     if hidden.shape[1] < 2:
         raise InputError(f"hidden: expected a width of at least 2, got {hidden.shape[1]}")
-    _count("seq_len", seq_len)
+    count("seq_len", seq_len)
     _rows(rows, rows_host, hidden)
     if count_padding:
         _padded_rows(rows_host, seq_len, hidden.shape[0])
@@ -166,7 +166,7 @@ def layer_weights(
         _floating("hidden", states, (hidden[0].shape[0], None), hidden[0])
         if states.shape[1] < 2:
             raise InputError(f"hidden: expected a width of at least 2, got {states.shape[1]}")
-    _count("seq_len", seq_len)
+    count("seq_len", seq_len)
     _kinds(kinds, hidden[0])
     if count_padding:
         for _, _, rows_host in {id(kind): kind for kind in kinds}.values():
@@ -290,7 +290,7 @@ def hidden_alignment_gradient(
     _floating("gradient.bias", bias, (weight.shape[0] if bias.numel() else 0,), weight)
     if grad.numel() != 1 or grad.dtype not in FLOATS or grad.device != weight.device:
         raise InputError(f"grad: expected one floating value on {weight.device}, got {_described(grad)}")
-    _count("num_tokens", num_tokens)
+    count("num_tokens", num_tokens)
     _tokens(tokens, num_tokens, weight.device)
     _same_size("tokens", tokens, rows.shape[0], "tokens, as in gradient.student")
     _dtype("student_dtype", student_dtype)
@@ -519,7 +519,8 @@ def _dtype(name: str, dtype: torch.dtype) -> None:
         raise InputError(f"{name}: expected a floating dtype, got {dtype}")
 
 
-def _count(name: str, value: int) -> None:
+def count(name: str, value: int) -> None:
+    """A number of tokens."""
     if not 0 <= value <= MOST:
         raise InputError(f"{name}: expected a number from 0 to 2^31 - 1, got {value}")
 

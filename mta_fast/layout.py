@@ -176,7 +176,7 @@ class Head(NamedTuple):
 
 def has_capacities(host: Tensor) -> bool:
     """Whether a table on the CPU, of rows or of spans, says how large a batch may be."""
-    return host.shape[1] == 3
+    return host.ndim == 2 and host.shape[1] == 3
 
 
 def refuse_capacities(host: Tensor) -> None:

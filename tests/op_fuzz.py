@@ -112,7 +112,7 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
     of_pairs |= {"student_weights": [values] * 3, "teacher_weights": [values] * 3, "span_weights": [salience] * 3}
     of_gradients = {"gradients": [pooled] * 3, "sums": [salience] * 3, "weights": [values] * 3, **kinds}
     pairs_index = {"norms": [norm, teacher_norm], "index": [index.span_rows, index.span_splits, index.host]}
-    return {
+    calls = {
         "mta_fast_cpp::token_importance": {"hidden": student, "rows_host": rows.host, **counts},
         "mta_fast_cpp::span_weights": {"values": values, **{name: getattr(index, name) for name in index_names}},
         "mta_fast_cpp::pool_spans": {"hidden": student, "weights": values, "ranges": index.ranges},
@@ -149,6 +149,8 @@ def valid_calls(rng: random.Random) -> dict[str, Arguments]:
         "mta_fast::trajectory_divergence": {**_of_layers(diverging, student, teacher), **flags},
         "mta_fast::entropy_weights": {"logits": pooled_teacher},
     }
+    ending = "_with_capacities"  # another op of the same function, which takes batches without them too
+    return calls | {name: dict(calls[name.removesuffix(ending)]) for name in schemas() if name.endswith(ending)}
 
 
 def _diverging(rng: random.Random, student: Tensor, teacher: Tensor) -> tuple[Arguments, str]:

@@ -237,6 +237,7 @@ def _(
     bias_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    contract.count("num_tokens", num_tokens)
     student, weight, bias = gradient
     return (
         student.new_empty(num_tokens, student.shape[1], dtype=student_dtype),
