@@ -87,10 +87,9 @@ def test_importance(dtype: torch.dtype, options: dict[str, bool]) -> None:
 @pytest.mark.parametrize("width", [2, 3, 64, 577, 1600, 8192])
 def test_importance_of_any_width(width: int) -> None:
     # 2: the least; 577: no multiple of anything; 1,600: several blocks of the standard deviation; 8,192: the widest,
-    # where 258 tokens are dear: float32 takes two passes there, bfloat16 one (and two at 1,600)
+    # where the 258 tokens of two passes are dear
+    lengths = [5, 40, 258] if width < 1600 else [3, 258 if width < 8192 else 40]
     for name in ("bfloat16", "float32"):
-        long = width < 8192 or name == "float32"
-        lengths = [5, 40, 258] if width < 1600 else [3, 258 if long else 40]
         batch = _importance_case(lengths, width, getattr(torch, name))
         check(*(token_importance(h, batch.mask, backend=b) for h, b in _sides(batch.hidden)), width=width)
 
