@@ -133,9 +133,16 @@ def span_pairs(
     _floating("teacher", teacher, (size, None), student)
     for name, tensor in (("weights", weights), ("student_norm", student_norm), ("teacher_norm", teacher_norm)):
         _floating(name, tensor, (size,), student)
-    check_choice("method", method, METHODS)
     _index("span_splits", span_splits, (None,), student.device)
     _splits_of_host(span_splits, host, size)
+    _method(method, host)
+
+
+def _method(method: str, host: Tensor) -> None:
+    """A form of the span pairs; the Gram form is taken row by row of the lengths on the host."""
+    check_choice("method", method, METHODS)
+    if method == "gram" and has_capacities(host):
+        raise InputError("method: expected 'auto' or 'pairwise' for spans with capacities, got 'gram'")
 
 
 def kinds(given: int, each: int, kind_of: Sequence[int]) -> None:
@@ -187,9 +194,9 @@ def layer_pairs(
     lists |= {"teacher_weights": teacher_weights, "span_weights": span_weights}
     _lists(lists, len(kinds))
     _floating("students", students[0], (None, None))
-    check_choice("method", method, METHODS)
     tokens, own = students[0].shape[0], students[0]
     _kinds(kinds, own)
+    _method(method, kinds[0][0].host)
     for student, teacher, first, second, weights, (spans, *_) in zip(*lists.values(), kinds, strict=True):
         _floating("students", student, (tokens, None), own)
         _floating("teachers", teacher, (tokens, None), own)

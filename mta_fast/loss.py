@@ -211,7 +211,8 @@ class MTALoss(nn.Module):
             # the denominator needs weights only: zero vectors of one feature stand in for the pooled states
             zero = torch.zeros_like(pair.weights.span)
             stand_in = PooledSpans(zero[:, None], zero, zero)
-            _, dsa = self._span_pair_terms(stand_in, stand_in, pair.dsa_weights(self.config), pair.spans, "gram")
+            method = "auto" if pair.spans.has_capacities else "gram"
+            _, dsa = self._span_pair_terms(stand_in, stand_in, pair.dsa_weights(self.config), pair.spans, method)
             rows.append(torch.stack([dsa, pair.hid_denominator(self.config, pair.hid_weights(self.config))]))
         return torch.stack(rows)
 
@@ -456,7 +457,10 @@ class _LayerPair(NamedTuple):
         dtype = self.weights.span.dtype
         if self.two_tokenizers and uniform:
             spans_in_row = self.spans.span_splits.diff().to(dtype)[self.spans.span_rows]
-            return 1 / spans_in_row if per_row else torch.ones_like(spans_in_row)
+            even = 1 / spans_in_row if per_row else torch.ones_like(spans_in_row)
+            if not self.spans.has_capacities:
+                return even
+            return torch.where(self.spans.ranges.diff(dim=1)[:, 0] > 0, even, 0)  # what fills up is no span
         if self.two_tokenizers:
             return self.weights.span
         bounded = self.spans.has_capacities

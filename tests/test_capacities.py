@@ -95,6 +95,28 @@ def test_capacities_of_long_rows_change_nothing() -> None:
     _check_alike(batch, most, states)
 
 
+@pytest.mark.parametrize("config", [{"weighting": "uniform"}, {"normalization": "sample"}])
+def test_capacities_with_two_tokenizers_and_denominators(config: dict[str, Any]) -> None:
+    """Hid of spans, of which those that fill up the capacities are none."""
+    rows = BATCHES[0]
+    batch, other = (make_batch("right", rows) for _ in range(2))  # two objects, as two tokenizers have
+    student, teacher = _states(batch, rows)
+    loss = MTALoss(MTAConfig(PAIRS, KINDS, backend="triton", **config), STUDENT_DIM, TEACHER_DIM).to(DEVICE)
+    made = []
+    for capacities in (False, True):
+        own, theirs = (
+            dict.fromkeys(KINDS, (each.spans.with_capacities(MOST) if capacities else each.spans).to(DEVICE))
+            for each in (batch, other)
+        )
+        output = loss(student, teacher, own, teacher_spans=theirs)
+        made.append([output.dsa, output.hid, loss.denominators(teacher, own, teacher_spans=theirs)])
+    for with_capacities, without in zip(*reversed(made), strict=True):
+        torch.testing.assert_close(with_capacities, without)
+    gram = MTALoss(MTAConfig(PAIRS, KINDS, backend="triton", dsa_method="gram"), STUDENT_DIM, TEACHER_DIM).to(DEVICE)
+    with pytest.raises(InputError, match="expected 'auto' or 'pairwise' for spans with capacities"):
+        gram(student, teacher, own)
+
+
 def _padded(rows: list[Any]) -> RaggedBatch:
     """Of SIZE tokens a row, whatever the rows are."""
     return make_batch("right", [*rows, (SIZE, [])])
