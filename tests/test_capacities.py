@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,10 +12,13 @@ from accuracy import check
 from batches import RaggedBatch, make_batch
 from models import make_tokenizer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import make_rows
 
-from mta_fast import MTAConfig, MTALoss, SpanBatch, SpanCollator
-from mta_fast.distill.data import load_sample
+from mta_fast import MTAConfig, MTALoss, SpanBatch, SpanCollator, SpanExtractor
+from mta_fast.distill.data import load_rows, load_sample
 from mta_fast.errors import InputError
+from mta_fast.ops._operator import FUNCTIONS
 from mta_fast.spans.batch import Capacities
 
 pytest.importorskip("triton", reason="the triton backend needs the package triton")
@@ -122,28 +127,69 @@ def _padded(rows: list[Any]) -> RaggedBatch:
     return make_batch("right", [*rows, (SIZE, [])])
 
 
-def _launches(rows: list[Any], capacities: bool) -> list[Any]:
-    """Everything that a captured graph keeps of a batch's forward and backward."""
-    batch = _padded(rows)
-    spans = batch.spans.with_capacities(MOST) if capacities else batch.spans
-    states, seen = _states(batch, [*rows, (SIZE, [])]), list[Any]()
+class _Sizes(TorchDispatchMode):
+    """Every op of torch with what its tensors are; on "meta" the package's own run instead of their fakes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "mta_fast":
+            with self:
+                return FUNCTIONS[op._opname](*args, **(kwargs or {}))
+        made = op(*args, **(kwargs or {}))
+        tensors = [x for x in (*args, *(made if isinstance(made, (tuple, list)) else [made])) if isinstance(x, Tensor)]
+        self.seen.append((str(op), [(x.dtype, x.shape, x.stride()) for x in tensors]))
+        return made
+
+
+def _plan(spans: Mapping[str, SpanBatch]) -> list[Any]:
+    """Everything that a captured graph keeps of a batch's forward and backward: launches, and sizes of torch's ops."""
+    launches: list[Any] = []
 
     def watch(made: Any) -> None:
         arguments = {
             name: (value.dtype, value.shape, value.stride()) if isinstance(value, Tensor) else value
             for name, value in made.arguments.items()
         }
-        seen.append((made.name, made.grid, arguments, made.options))
+        launches.append((made.name, made.grid, arguments, made.options))
 
-    with _launch.observe(watch):
-        _results(spans, states)
-    return seen
+    shape = spans["word"].shape
+    loss = MTALoss(MTAConfig(PAIRS, KINDS, backend="triton"), 64, 96).to("meta")
+    student, teacher = (
+        {layer: torch.empty(*shape, dim, device="meta", requires_grad=dim == 64) for layer in layers}
+        for layers, dim in (((1, 3), 64), ((2, 4), 96))
+    )
+    with _launch.observe(watch, execute=False), _Sizes() as sizes:
+        output = loss(student, teacher, {kind: batch.to("meta") for kind, batch in spans.items()})
+        torch.autograd.grad(output.loss, [*student.values(), *loss.parameters()])
+    return [launches, sizes.seen]
 
 
-def test_launches_follow_from_the_capacities_alone() -> None:
-    first, *others = [_launches(rows, capacities=True) for rows in BATCHES]
-    assert all(made == first for made in others)
-    assert _launches(BATCHES[0], capacities=False) != _launches(BATCHES[2], capacities=False)
+@pytest.mark.parametrize("source", ["bundled", "dolly"])
+def test_what_is_launched_follows_from_the_capacities_alone(source: str, request: pytest.FixtureRequest) -> None:
+    """Ten batches of one to four real rows; a row without text stands for each that is missing."""
+    pytest.importorskip("spacy")
+    rows = make_rows()
+    if source == "dolly":
+        rows = load_rows(request.getfixturevalue("shared") / "data" / "dolly" / "dev.jsonl").rows[:40]
+    spans = SpanExtractor()([row["prompt"] + row["output"] for row in rows])
+    rows = [dict(row) | {name: column[i] for name, column in spans.items()} for i, row in enumerate(rows)]
+    nothing = {"prompt": "", "output": "", "word_spans": [], "phrase_spans": []}
+    drawn = random.Random(0)
+    batches = [[*drawn.sample(rows, 1 + i % 4), *[nothing] * (3 - i % 4)] for i in range(10)]
+    most = dict.fromkeys(KINDS, Capacities(row_tokens=400, row_spans=400, spans=1600, incidences=3200))
+    plans = []
+    for capacities in (most, None):
+        collate = SpanCollator(make_tokenizer(), max_length=400, pad_to="max_length", capacities=capacities)
+        plans.append([_plan(collate(batch)["spans"]) for batch in batches])
+    bounded, others = plans
+    assert {made[0] for made in bounded[0][0]} >= {"strips", "statistics", "pair_errors", "pair_gradients", "align"}
+    for launches, sizes in bounded[1:]:
+        assert launches == bounded[0][0]
+        assert sizes == bounded[0][1]
+    assert not any(plan == others[0] for plan in others[1:])
 
 
 @pytest.mark.parametrize("capacities", [False, True], ids=["without", "with"])
@@ -154,7 +200,7 @@ def test_a_compiled_step_holds_the_ops_that_a_graph_may(capacities: bool) -> Non
     loss = MTALoss(MTAConfig(PAIRS, KINDS, backend="triton"), STUDENT_DIM, TEACHER_DIM).to(DEVICE)
     seen = set()
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if op.namespace == "mta_fast":
                 seen.add((op._opname, torch.Tag.cudagraph_unsafe in op.tags))
