@@ -180,11 +180,15 @@ def has_capacities(host: Tensor) -> bool:
 
 
 def refuse_capacities(host: Tensor) -> None:
-    """For a backend that reads the lengths of a batch on the host, where a captured step has those of another one."""
+    """For what reads the lengths of a batch on the host, where a captured step has those of another one.
+
+    Raises:
+        InputError: the table has capacities.
+    """
     if has_capacities(host):
         raise InputError(
-            "spans: expected a batch without capacities, which only the backend 'triton' keeps to; give capacities to "
-            "steps that are captured on a GPU alone"
+            "spans: expected a batch without capacities, got one with them, which only MTALoss and the ops of the "
+            "backend 'triton' keep to; give capacities to steps that are captured on a GPU alone"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import make_rows
 
-from mta_fast import MTAConfig, MTALoss, SpanBatch, SpanCollator, SpanExtractor
+from mta_fast import MTAConfig, MTALoss, SpanBatch, SpanCollator, SpanExtractor, hidden_alignment_loss
 from mta_fast.distill.data import load_rows, load_sample
 from mta_fast.errors import InputError
 from mta_fast.ops._operator import FUNCTIONS
@@ -193,7 +194,7 @@ def test_what_is_launched_follows_from_the_capacities_alone(source: str, request
 
 
 @pytest.mark.parametrize("capacities", [False, True], ids=["without", "with"])
-def test_a_compiled_step_holds_the_ops_that_a_graph_may(capacities: bool) -> None:
+def test_ops_that_read_lengths_are_kept_out_of_graphs(capacities: bool) -> None:
     """Without capacities every op that reads lengths on the host is tagged: Inductor leaves it out of CUDA graphs."""
     batch = make_batch("right", BATCHES[0])
     states, spans = _states(batch, BATCHES[0]), batch.spans.with_capacities(MOST) if capacities else batch.spans
@@ -263,6 +264,24 @@ def test_other_backends_refuse_capacities(backend: str) -> None:
         loss(*cpu, dict.fromkeys(KINDS, spans))
     with pytest.raises(InputError, match="expected a batch without, got one that has them"):
         spans.with_capacities(MOST)
+    weights, projection = torch.ones(*spans.shape), torch.ones(TEACHER_DIM, STUDENT_DIM)
+    with pytest.raises(InputError, match="expected a batch without capacities, got one with them"):
+        hidden_alignment_loss(cpu[0][1], cpu[1][2], weights, projection, spans=spans)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 1, 1, 1), "row_tokens from 1 to 2^31 - 1, got 0"),
+        ((1, 1.5, 1, 1), "row_spans from 1 to 2^31 - 1, got 1.5"),
+        ((1, 1, 2**31, 1), f"spans from 1 to 2^31 - 1, got {2**31}"),
+    ],
+)
+def test_capacities_are_numbers(sizes: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        Capacities(*sizes)
+    with pytest.raises(InputError, match="expected fewer than 2\\^31 spans in all rows"):
+        make_batch("right", BATCHES[0]).spans.with_capacities(Capacities(SIZE, 2**30, 80, 90))
 
 
 def test_the_collator_gives_every_batch_its_capacities() -> None:

@@ -89,6 +89,10 @@ def test_the_arms_of_an_experiment(sources: Sources, tmp_path: Path, monkeypatch
         raise AssertionError("a run was made twice")
 
     monkeypatch.setattr("bench.experiment.command.run", again)
+    monkeypatch.setattr(Experiment, "prepare", again)
+    measure(*given[:4], tmp_path / "nothing", (SWEEP,), 0.0, teacher=sources.teacher)  # begins and prepares nothing
+    with pytest.raises(InputError, match="device: expected one of cpu, cuda, got 'gpu'"):
+        measure(*given, teacher=sources.teacher, device="gpu")
     assert measure(*given, teacher=sources.teacher).markdown() == text
     other = sources.dolly.with_name("other.jsonl")
     other.write_text("".join(sources.dolly.read_text().splitlines(keepends=True)[1:]))

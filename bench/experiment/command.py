@@ -159,7 +159,8 @@ class Experiment:
         """One run; those of rows and remedies leave no student behind."""
         keep = self.kept(planned) if planned.stage in (SWEEP, COMPARISON) else None
         points = {SWEEP: ENDS, COMPARISON: POINTS, ROWS: END, REMEDIES: ENDS}[planned.stage]
-        return run(self.prepared, planned.arm, planned.settings, points=points, keep=keep)
+        norms = planned.stage == REMEDIES  # those of the sweep decide how long the longer base trains
+        return run(self.prepared, planned.arm, planned.settings, points=points, keep=keep, norms=norms)
 
 
 def measure(

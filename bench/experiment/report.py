@@ -195,14 +195,7 @@ def _comparison(results: Results, arms: Mapping[str, Arm], found: Found) -> list
             for each, of in differences
             for d in of
         ]
-        table = [
-            [_title(*each), against(d.left, d.right), len(d.values), d.cell, d.verdict]
-            for each, of in differences
-            for d in of
-        ]
-        heads = ["figure", "difference", "seeds", "mean [95 % interval]", "verdict"]
-        text = "Paired by seed, Student's t. Lower is nearer to the teacher."
-        made.append(Section(title, entries, text, markdown_table(heads, table)))
+        made.append(Section(title, entries, PAIRED, _table(differences)))
     lines = [
         [against(left, right), "-" if limit is None else f"{limit:.4f}"]
         for left, right in JUDGED[:2]
@@ -213,9 +206,25 @@ def _comparison(results: Results, arms: Mapping[str, Arm], found: Found) -> list
     return made
 
 
-def _differences(values: Mapping[str, Mapping[int, float]]) -> list[Difference]:
-    made = (difference(left, right, values) for left, right in JUDGED)
+def _differences(
+    values: Mapping[str, Mapping[int, float]], arms: Sequence[tuple[str, str]] = JUDGED
+) -> list[Difference]:
+    made = (difference(left, right, values) for left, right in arms)
     return [each for each in made if each is not None]
+
+
+PAIRED = "Paired by seed, Student's t. Lower is nearer to the teacher."
+
+
+def _table(differences: Sequence[tuple[tuple[str, str], Sequence[Difference]]]) -> list[str]:
+    """A line for each difference of each figure."""
+    heads = ["figure", "difference", "seeds", "mean [95 % interval]", "verdict"]
+    lines = [
+        [_title(*each), against(d.left, d.right), len(d.values), d.cell, d.verdict]
+        for each, of in differences
+        for d in of
+    ]
+    return markdown_table(heads, lines)
 
 
 def _rows(rows: Found, compared: Found) -> list[Section]:
@@ -244,14 +253,12 @@ def _rows(rows: Found, compared: Found) -> list[Section]:
 
 def _remedies(tried: Found, compared: Found) -> Section:
     """What was thought of after the comparison, beside its arms."""
-    lines = []
-    for each in (PRIMARY, *SECONDARY):
-        values = figure_of(compared, *each) | figure_of(tried, *each)
-        found = [difference(left, right, values) for left, right in TRIED]
-        lines += [[_title(*each), against(d.left, d.right), len(d.values), d.cell, d.verdict] for d in found if d]
-    text = "Exploratory: thought of after the comparison was seen. Paired by seed, Student's t. Lower is nearer."
-    heads = ["figure", "difference", "seeds", "mean [95 % interval]", "verdict"]
-    return Section("Remedies", (), text, markdown_table(heads, lines))
+    differences = [
+        (each, _differences(figure_of(compared, *each) | figure_of(tried, *each), TRIED))
+        for each in (PRIMARY, *SECONDARY)
+    ]
+    text = f"Exploratory: thought of after the comparison was seen. {PAIRED}"
+    return Section("Remedies", (), text, _table(differences))
 
 
 CLAIMS_TEXT = (

@@ -121,7 +121,7 @@ def _log_probabilities(side: HeadStates, tokens: Tensor) -> Tensor:
 
 def trainer_of(
     prepared: Prepared, arm: Arm, settings: RunSettings, folder: str, *, teacher: Any = None, part: str = TRAIN,
-    student: nn.Module | None = None,
+    student: nn.Module | None = None, norms: bool = False,
 ) -> ExperimentTrainer:  # fmt: skip
     """A run's trainer; the teacher's states come from the cache, which ``teacher`` fills where some are missing."""
     arguments = MTATrainingArguments(
@@ -137,7 +137,7 @@ def trainer_of(
         projection_init=arm.start,
         save_strategy="no",
         logging_steps=max(1, settings.steps // 10),
-        log_gradient_norms=True,
+        log_gradient_norms=norms,
         report_to=[],
         disable_tqdm=True,
         use_cpu=prepared.device == "cpu",
@@ -157,16 +157,23 @@ def trainer_of(
 
 
 def run(
-    prepared: Prepared, arm: Arm, settings: RunSettings, *, points: Sequence[float] = POINTS, keep: Path | None = None
+    prepared: Prepared,
+    arm: Arm,
+    settings: RunSettings,
+    *,
+    points: Sequence[float] = POINTS,
+    keep: Path | None = None,
+    norms: bool = False,
 ) -> dict[str, Any]:
     """Train, and what was found: figures of the held-out sets, times, digests of the start and of the batches.
 
     Args:
         points: shares of the run after which the student is measured.
         keep: a folder for the trained student; None: it is not kept.
+        norms: whether each term's gradient is measured ten times, which takes time of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(prepared, arm, settings, folder)
+        trainer = trainer_of(prepared, arm, settings, folder, norms=norms)
         watch = Watch(prepared, trainer, settings.after(points))
         trainer.add_callback(watch)  # the last one: the trainer's own clock has stopped by then
         trainer.remove_callback(PrinterCallback)

@@ -66,7 +66,8 @@ def fitting(op: OpOverload, host: Tensor) -> OpOverload:
 
 
 def _both(op: OpOverload) -> list[OpOverload]:
-    return [op, *(_WITH_CAPACITIES[op] for _ in range(op in _WITH_CAPACITIES))]
+    """The op, and the one for batches with capacities where it has such."""
+    return [op, _WITH_CAPACITIES[op]] if op in _WITH_CAPACITIES else [op]
 
 
 def fake(op: OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mta_fast import backends, contract
 from mta_fast.choices import check_choice
 from mta_fast.errors import InputError
-from mta_fast.layout import AlignmentGradient, compute_dtype, kept_dtype
+from mta_fast.layout import AlignmentGradient, compute_dtype, kept_dtype, refuse_capacities
 from mta_fast.ops._common import (
     REDUCTIONS,
     check_device,
@@ -52,7 +52,7 @@ def hidden_alignment_loss(
         proj_weight: [d_T, d_S]; proj_bias: [d_T] or None. Student, teacher and projection may differ in dtype;
             each gradient returns in its input's. P h is multiplied in autocast's dtype where autocast is on.
         spans: which tokens to read (its covered ones; what others weigh is not read) and the rows of packed
-            tokens. Without it the tokens with weight are looked up: one synchronisation on a GPU.
+            tokens; without capacities. Without it the tokens with weight are looked up: one synchronisation on a GPU.
         reduction: as in ``span_pair_loss``.
         backend: "auto" or a backend's name.
 
@@ -72,6 +72,7 @@ def hidden_alignment_loss(
     check_device(student_hidden.device, teacher_hidden=teacher_hidden, token_weights=token_weights)
     if spans is not None:
         check_spans(spans, leading, student_hidden.device, "student_hidden")
+        refuse_capacities(spans.host)  # what fills up the covered tokens would count
         tokens = spans.covered
     elif reduction == "sample" and len(leading) == 1:
         raise InputError('hidden_alignment_loss: expected spans= with packed tokens and reduction="sample", got none')

@@ -24,12 +24,20 @@ class Capacities:
     Attributes:
         row_tokens: tokens of a row; row_spans: spans of a row.
         spans: spans of a batch; incidences: of its spans, how many cover a token, summed over the tokens.
+
+    Raises:
+        InputError: no whole number from 1 to 2^31 - 1.
     """
 
     row_tokens: int
     row_spans: int
     spans: int
     incidences: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or not 1 <= value < 2**31:
+                raise InputError(f"capacities: expected {name} from 1 to 2^31 - 1, got {value!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +134,8 @@ class SpanBatch:
         scratch grows with the rows and with ``row_spans`` squared. Other backends refuse such a batch.
 
         Raises:
-            InputError: a row or the batch holds more, or capacities are given already.
+            InputError: a row or the batch holds more, capacities are given already, or all rows' spans together would
+                be 2^31 or more.
         """
         if self.has_capacities:
             raise InputError("capacities: expected a batch without, got one that has them; give them once")
@@ -140,6 +149,11 @@ class SpanBatch:
                     f"capacities: expected at most {getattr(most, name)} {name}, got {value}; raise it, or make "
                     f"smaller batches"
                 )
+        if self.num_rows * most.row_spans >= 2**31:
+            raise InputError(
+                f"capacities: expected fewer than 2^31 spans in all rows (indices are int32), got {self.num_rows} rows "
+                f"of {most.row_spans} row_spans"
+            )
         index, tokens = self.index, self.token_splits.shape[0] - 1
         bounds = torch.arange(len(counts) + 1, dtype=torch.int32) * most.row_spans
         last = max(self.num_rows - 1, 0)
@@ -158,6 +172,8 @@ class SpanBatch:
 
     def copy_(self, other: SpanBatch) -> None:
         """Make this batch, whose tensors a CUDA graph was captured with, hold another one's spans; on any device.
+
+        ``host`` and ``rows.host`` keep the lengths of the batch that was captured; a graph does not read them.
 
         Raises:
             InputError: a batch of other capacities or of another shape.
