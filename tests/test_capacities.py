@@ -224,6 +224,7 @@ def test_a_batch_takes_another_ones_spans() -> None:
     held.copy_(second.spans.with_capacities(MOST))
     assert torch.equal(held.ranges.cpu(), second.spans.with_capacities(MOST).ranges)
     expected = second.spans.with_capacities(MOST)
+    assert not expected.cover_splits.diff()[second.spans.covered.shape[0] :].any()  # n_j of what fills up
     for name, tensor in held.index._asdict().items():
         if name != "host":  # which a captured graph does not read
             assert torch.equal(tensor.cpu(), getattr(expected, name)), name

@@ -21,6 +21,7 @@ from torch import Tensor
 from mta_fast import hidden_alignment_loss, pool_spans, span_pair_loss
 from mta_fast.errors import InputError
 from mta_fast.ops.pooling import normalize_weights
+from mta_fast.spans.batch import Capacities
 
 triton = pytest.importorskip("triton", reason="the triton backend needs the package triton")
 tl = triton.language
@@ -39,18 +40,40 @@ ROWS = [(5, [(0, 2), (0, 5)]), (1, [(0, 1)]), (0, []), (270, [(0, 270), (3, 4), 
 WIDTHS = (19, 37)  # no multiple of anything
 
 
-def run_all(end: bool) -> Iterator[Tensor]:
-    """Every backend function on guarded inputs, and NaN wherever an output is not written."""
+def _guarded_batch(
+    rows: list[Any], end: bool, most: Capacities | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Spans]:
+    """Both sides' states, rows and rows_host, and spans; from here on NaN wherever an output is not written."""
     torch.use_deterministic_algorithms(True)  # torch.empty is then filled with NaN
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(1000).isnan().all()
     torch.manual_seed(0)
-    batch = make_batch("packed", ROWS)
-    student, teacher = (batch.lay(random_rows(batch.lengths, d, dtype=torch.float32)) for d in WIDTHS)
-    rows, host = guarded(batch.spans.rows.table, end), batch.spans.rows.host
-    index = batch.spans.index_tensors()
+    batch = make_batch("packed", rows)
+    made = batch.spans if most is None else batch.spans.with_capacities(most)
+    student, teacher = (guarded(batch.lay(random_rows(batch.lengths, d, dtype=torch.float32)), end) for d in WIDTHS)
+    index = made.index_tensors()
     spans = Spans(*(guarded(x, end) for x in index[:-1]), index.host)
-    student, teacher = guarded(student, end), guarded(teacher, end)
+    return student, teacher, guarded(made.rows.table, end), made.rows.host, spans
+
+
+def run_with_capacities(end: bool) -> Iterator[Tensor]:
+    """Kernels of a batch with capacities, which launches more programs than it needs."""
+    most = Capacities(row_tokens=300, row_spans=150, spans=40, incidences=60)
+    student, teacher, rows, host, spans = _guarded_batch([ROWS[0], ROWS[1], ROWS[4]], end, most)
+    importance = kernels.token_importance(teacher, rows, host, 0, False, False)
+    token, span, totals = kernels.span_weights(guarded(importance, end), spans)
+    yield from (importance, token, span, totals)
+    token = guarded(token, end)
+    pooled = [kernels.pool_spans(states, token, spans, rows, host) for states in (student, teacher)]
+    yield from (*pooled[0], *pooled[1])
+    sides = [guarded(x, end) for x in (pooled[0][0], pooled[1][0], span, pooled[0][2], pooled[1][2])]
+    *terms, gradient = kernels.span_pairs(*sides, spans.span_splits, spans.host, "auto", True)
+    yield from (*terms, gradient[: int(spans.span_splits[-1])])
+
+
+def run_all(end: bool) -> Iterator[Tensor]:
+    """Every backend function on guarded inputs."""
+    student, teacher, rows, host, spans = _guarded_batch(ROWS, end)
     for causal in (False, True):
         importance = kernels.token_importance(teacher, rows, host, 0, causal, False)
         yield importance
@@ -92,9 +115,13 @@ def in_a_process(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("end", [True, False], ids=["end", "start"])
-def test_nothing_is_read_outside_and_everything_is_written(end: bool) -> None:
-    code = f"import test_kernels_memory as t; print(sum(int(x.isfinite().all()) - 1 for x in t.run_all({end})), 'done')"
+@pytest.mark.parametrize(
+    ("run", "end"),
+    [("run_all", True), ("run_all", False), ("run_with_capacities", True)],
+    ids=["end", "start", "capacities"],
+)
+def test_nothing_is_read_outside_and_everything_is_written(run: str, end: bool) -> None:
+    code = f"import test_kernels_memory as t; print(sum(int(x.isfinite().all()) - 1 for x in t.{run}({end})), 'done')"
     made = in_a_process(code)
     assert made.returncode == 0, made.stderr[-2000:]
     assert made.stdout == "0 done\n"
